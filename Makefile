@@ -1,0 +1,31 @@
+# Needs Python 3.11+ and make, nothing else; all that it installs goes to .venv.
+.PHONY: up test lint bench clean
+
+# 3.11 is what Sluice is developed with; vLLM has CPU builds for it.
+PYTHON ?= $(firstword $(shell command -v python3.11) python3)
+BIN := .venv/bin
+# Without an engine to load here, `up` needs no vLLM.
+UP_NEEDS := $(if $(filter sim http://% https://%,$(SLUICE_MODEL)),core,cpu)
+
+up: .venv/installed-$(UP_NEEDS)  ## runs everything on this machine, until Ctrl-C
+	@exec $(BIN)/sluice up
+
+test: .venv/installed-test lint  ## everything that a change has to pass
+	$(BIN)/pytest
+
+lint: .venv/installed-test  ## style, types and who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/installed-test  ## Sluice against vLLM's own server, on this machine
+	$(BIN)/python -m bench
+
+clean:  ## removes what the other targets made here; data stays in SLUICE_HOME
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/installed-%: pyproject.toml deploy/install.py deploy/cpu-overrides.txt
+	@$(PYTHON) deploy/install.py $*
+	@touch $@

@@ -1,0 +1,102 @@
+"""Accepting jobs in the background: committed to SQL first, then queued.
+
+Requests that come at the same time share a commit: one greenlet writes for all of them, so that the
+database, and under SQLite the whole process, is held up once and not for each.
+"""
+
+import logging
+from dataclasses import dataclass, field
+
+import gevent
+from gevent.event import AsyncResult
+from gevent.queue import Queue
+from redis.exceptions import RedisError
+
+from db import jobs
+from db.models import JobRecord
+from tasks.errors import (
+    DatabaseUnavailableError,
+    IdempotencyError,
+    JobNotFoundError,
+    OverloadedError,
+)
+from tasks.jobs import Jobs
+from tasks.reconciler import queued, terms
+
+log = logging.getLogger(__name__)
+
+JOBS_PER_COMMIT = 200
+LONGEST_COMMIT_S = 10.0
+
+
+@dataclass
+class _Waiting:
+    job: JobRecord
+    is_new: "AsyncResult[bool]" = field(default_factory=AsyncResult)
+
+
+class Acceptance:
+    """Takes responsibility for jobs; one per API process."""
+
+    def __init__(self, queue: Jobs, database_url: str) -> None:
+        self._queue = queue
+        self._url = database_url
+        self._waiting: Queue[_Waiting] = Queue()
+
+    def start(self) -> None:
+        """Starts the greenlet that commits."""
+        gevent.spawn(self._commit_for_ever)
+
+    def accept(self, job: JobRecord) -> str:
+        """Commits and queues the job; its `created_at` becomes the database's.
+
+        Returns:
+            Its id, or that of the job that holds its idempotency key.
+
+        Raises:
+            IdempotencyError: another request holds the key.
+            OverloadedError: the lane is full; nothing is stored.
+            SQLAlchemyError: the database is away; nothing is stored.
+            DatabaseUnavailableError: it does not answer; the job may be stored nevertheless.
+        """
+        waiting = _Waiting(job)
+        self._waiting.put(waiting)
+        try:
+            is_new = waiting.is_new.get(timeout=LONGEST_COMMIT_S)
+        except gevent.Timeout:
+            raise DatabaseUnavailableError from None
+        if not is_new:
+            return self._holder(job)
+        try:
+            job_id = self._queue.backlog.submit(queued(job), terms(job))
+        except RedisError as away:
+            log.warning("job %s: accepted, to be queued by maintenance: %s", job.id, away)
+            return job.id
+        except (OverloadedError, IdempotencyError):
+            jobs.forget(self._url, job.id)
+            raise
+        if job_id != job.id:
+            jobs.forget(self._url, job.id)
+        return job_id
+
+    def _holder(self, job: JobRecord) -> str:
+        held = jobs.holder(self._url, job.tenant, job.idempotency_key or "")
+        if held is None:
+            raise JobNotFoundError
+        if held.fingerprint != job.fingerprint:
+            raise IdempotencyError
+        return held.id
+
+    def _commit_for_ever(self) -> None:
+        while True:
+            batch = [self._waiting.get()]
+            while len(batch) < JOBS_PER_COMMIT and not self._waiting.empty():
+                batch.append(self._waiting.get())
+            try:
+                new = jobs.accept(self._url, [waiting.job for waiting in batch])
+            except Exception as failure:  # noqa: BLE001 (told to each request that waits)
+                for waiting in batch:
+                    waiting.is_new.set_exception(failure)
+                continue
+            for waiting in batch:
+                waiting.is_new.set(waiting.job.id in new)

@@ -1,0 +1,187 @@
+"""A job's answer as HTTP: taken from its stream, given back as it comes, unchanged."""
+
+import time
+from collections.abc import Iterator
+
+import orjson
+from flask import Response
+
+from api.job_stream import ClientGoneError, JobStream
+from api.services import Services
+from tasks.errors import RequestTimeoutError
+from tasks.events import End, Entry, Kind, Start
+
+EVENT_STREAM = "text/event-stream; charset=utf-8"
+KEEP_ALIVE = b": keep-alive\n\n"
+DONE = b"data: [DONE]\n\n"
+# The connection's own, or set by this server.
+NOT_PASSED_ON = {
+    *("content-length", "content-type", "transfer-encoding", "connection", "date", "server"),
+    "x-request-id",
+}
+
+
+class Answer:
+    """What a job sends back: a head, then a body or events, then an end."""
+
+    def __init__(self, services: Services, stream: JobStream, model: str) -> None:
+        self.head: Start | None = None
+        self.end: End | None = None
+        self._jobs = services.jobs
+        self._settings = services.settings
+        self._stream = stream
+        self._model = model
+        self._begun_s = time.monotonic()
+
+    def respond(self, wants_stream: bool) -> Response:
+        """Waits for the head of the answer and gives it back; its body may still be coming.
+
+        Raises:
+            RequestTimeoutError: no answer came within the time limit.
+            ClientGoneError: the client left.
+        """
+        response = self._respond(wants_stream)
+        response.headers.extend(self._headers())
+        return response
+
+    def chunks(self) -> Iterator[bytes]:
+        """Each chunk's JSON, or the body's when it is not streamed; an error is one more.
+
+        Raises:
+            ClientGoneError: the client left.
+        """
+        body = b""
+        while self.end is None:
+            piece, _ = self._take(self._settings.keep_alive_s)
+            if self.head and self.head.is_event_stream:
+                events = (event.removeprefix(b"data: ") for event in piece.split(b"\n\n"))
+                yield from (data for data in events if data and data != b"[DONE]")
+            else:
+                body += piece
+        if self.end.error:
+            yield orjson.dumps(self.end.error)
+        elif body:
+            yield body
+
+    def _respond(self, wants_stream: bool) -> Response:
+        settings = self._settings
+        patience_s = settings.keep_alive_s if wants_stream else settings.request_timeout_s
+        first = self._until_head(patience_s)
+        if self.head is None and wants_stream and self.end is None:
+            # Queued for long: the client must hear something now, so the status is decided.
+            return event_stream(self._late_events())
+        if self.head is None:
+            return self._failure()
+        if self.head.is_event_stream:
+            return event_stream(self._events(first))
+        body = first + self._rest()
+        if self.end and self.end.error:
+            return self._failure()
+        return Response(body, self.head.status, content_type=self.head.content_type)
+
+    def _failure(self) -> Response:
+        if self.end is None:
+            raise RequestTimeoutError
+        return Response(
+            orjson.dumps(self.end.error), self.end.status, content_type="application/json"
+        )
+
+    def _headers(self) -> dict[str, str]:
+        headers = {"x-sluice-job": self._stream.job_id, "x-sluice-model": self._model}
+        if self.head is None:
+            return headers
+        passed_on = {n: v for n, v in self.head.headers if n not in NOT_PASSED_ON}
+        own = {
+            "x-sluice-queue-ms": str(self.head.queue_ms),
+            "x-sluice-attempts": str(self.head.attempt),
+            "openai-processing-ms": str(round((time.monotonic() - self._begun_s) * 1000)),
+        }
+        return headers | passed_on | own
+
+    def _until_head(self, patience_s: float) -> bytes:
+        """Waits for the head; returns what of the body came along with it."""
+        deadline_s = time.monotonic() + patience_s
+        while self.head is None and self.end is None:
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                return b""
+            body, _ = self._take(left_s)
+            if body:
+                return body
+        return b""
+
+    def _rest(self) -> bytes:
+        """The rest of a body that is not streamed to the client."""
+        deadline_s = self._begun_s + self._settings.request_timeout_s
+        parts = []
+        while self.end is None:
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                raise RequestTimeoutError
+            parts.append(self._take(left_s)[0])
+        return b"".join(parts)
+
+    def _events(self, first: bytes) -> Iterator[bytes]:
+        """The engine's events as they come; several may share a write when there is much to do."""
+        if first:
+            yield first
+        try:
+            while self.end is None:
+                piece, is_idle = self._take(self._settings.keep_alive_s)
+                if piece:
+                    yield piece
+                elif is_idle and self.end is None:
+                    yield KEEP_ALIVE
+        except ClientGoneError:
+            return
+        if self.end.error:
+            yield error_event(orjson.dumps(self.end.error))
+
+    def _late_events(self) -> Iterator[bytes]:
+        """The same for an answer whose head was not there in time: a refusal becomes an event."""
+        yield KEEP_ALIVE
+        first = b""
+        try:
+            while self.head is None and self.end is None:
+                first = self._until_head(self._settings.keep_alive_s)
+                if self.head is None and self.end is None:
+                    yield KEEP_ALIVE
+            if self.head is None or self.head.is_event_stream:
+                yield from self._events(first)
+            else:
+                yield error_event(first + self._rest())
+        except ClientGoneError:
+            return
+        except RequestTimeoutError as late:
+            yield error_event(orjson.dumps(late.body()))
+
+    def _take(self, timeout_s: float) -> tuple[bytes, bool]:
+        """The body's next piece, and whether nothing came for the length of a keep-alive."""
+        entries = self._stream.take(min(timeout_s, self._settings.keep_alive_s))
+        if not entries:
+            self.end = self._jobs.end_without_log(self._stream.job_id)
+        return self._absorb(entries), not entries
+
+    def _absorb(self, entries: list[Entry]) -> bytes:
+        """Notes heads and ends; returns the pieces of the body."""
+        pieces = []
+        for entry in entries:
+            if entry.kind is Kind.BODY:
+                pieces.append(entry.data)
+            elif entry.kind is Kind.END:
+                self.end = End.decode(entry.data)
+            elif self.head is None:
+                self.head = Start.decode(entry.data)
+        return b"".join(pieces)
+
+
+def event_stream(events: Iterator[bytes]) -> Response:
+    """A response of server-sent events that no proxy holds back."""
+    response = Response(events, content_type=EVENT_STREAM)
+    response.headers["Cache-Control"] = "no-cache"
+    response.headers["X-Accel-Buffering"] = "no"
+    return response
+
+
+def error_event(error: bytes) -> bytes:
+    return b"data: " + error + b"\n\n" + DONE

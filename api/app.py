@@ -1,0 +1,41 @@
+"""The Flask app: OpenAI's endpoints, health, and the docs page."""
+
+import gc
+from importlib.metadata import version
+
+from flask import Response, request
+from flask_openapi3 import Info, OpenAPI
+
+from api import errors, health, jobs, routes, websocket
+from api.services import Services
+
+
+def create_app() -> OpenAPI:
+    """Builds the app and starts this process's relay."""
+    app = OpenAPI(
+        __name__,
+        info=Info(title="Sluice", version=version("sluice")),
+        doc_prefix="/docs",
+        validation_error_callback=errors.refuse_parameters,
+    )
+    services = Services.start()
+    app.config["MAX_CONTENT_LENGTH"] = services.settings.max_body_bytes
+    app.extensions["sluice"] = services
+    app.register_api(routes.blueprint)
+    app.register_api(jobs.blueprint)
+    app.register_api(health.blueprint)
+    websocket.register(app)
+    app.after_request(_add_request_id)
+    errors.register(app)
+    # What is there now stays: a full collection over it would hold up every stream for 50 ms.
+    gc.collect()
+    gc.freeze()
+    return app
+
+
+def _add_request_id(response: Response) -> Response:
+    """Gives back the client's request id, or the job's."""
+    own = request.headers.get("x-request-id", "")[:128] or response.headers.get("x-sluice-job")
+    if own:
+        response.headers["x-request-id"] = own
+    return response

@@ -1,0 +1,135 @@
+"""What a client asks for: a request to a model's engine, and how the client wants to have it."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from werkzeug.datastructures import Headers
+
+from api.services import Services
+from tasks.errors import InvalidRequestError
+from tasks.models import Model
+
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+LONGEST_WAIT_S = 60
+LONGEST_KEY = 255
+_ON_DISCONNECT = ("abort", "continue")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request for the engine, its body as the engine gets it."""
+
+    endpoint: str
+    body: bytes
+    model: Model
+    wants_stream: bool
+    continues: bool
+    """Whether the job runs on when its client goes away."""
+    idempotency_key: str = ""
+    fingerprint: str = ""
+
+    @classmethod
+    def read(cls, services: Services, endpoint: str, body: bytes, headers: Headers) -> "Call":
+        """Reads a body as it came.
+
+        Raises:
+            InvalidRequestError: it is not JSON, or an option of ours is wrong.
+            ModelNotFoundError: the model does not exist.
+        """
+        whole = document = read_object(body)
+        if "message" in document and "messages" not in document and "prompt" not in document:
+            document = _expand_short_form(document)
+        on_disconnect, document = _take_on_disconnect(document, headers)
+        name = document.get("model")
+        key = read_key(headers)
+        return cls(
+            endpoint,
+            body if document is whole else orjson.dumps(document),
+            services.catalog.resolve(name if isinstance(name, str) else None),
+            wants_stream=document.get("stream") is True,
+            # A key says that the client will come back for the answer.
+            continues=(on_disconnect or ("continue" if key else "abort")) == "continue",
+            idempotency_key=key,
+            fingerprint=fingerprint(endpoint, body),
+        )
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """The body as a JSON object; {} for other JSON, which the engine refuses.
+
+    Raises:
+        InvalidRequestError: it is not JSON.
+    """
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError as broken:
+        raise InvalidRequestError(f"The body is not valid JSON: {broken}") from None
+    return document if isinstance(document, dict) else {}
+
+
+def fingerprint(endpoint: str, body: bytes) -> str:
+    """Tells requests with the same Idempotency-Key apart."""
+    return hashlib.sha256(endpoint.encode() + b"\n" + body).hexdigest()
+
+
+def read_key(headers: Headers) -> str:
+    """The Idempotency-Key, '' for none.
+
+    Raises:
+        InvalidRequestError: it is too long or not printable.
+    """
+    key = headers.get("Idempotency-Key", "")
+    if len(key) > LONGEST_KEY or not key.isprintable():
+        raise InvalidRequestError(
+            f"Idempotency-Key must be printable and at most {LONGEST_KEY} characters long."
+        )
+    return key
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """What the header Prefer says (RFC 7240)."""
+
+    is_async: bool = False
+    wait_s: int = 0
+
+    @classmethod
+    def read(cls, headers: Headers) -> "Preference":
+        """Reads `respond-async` and `wait=N`; others are not ours, and ignored as the RFC says.
+
+        Raises:
+            InvalidRequestError: N is not a number of seconds.
+        """
+        wishes = [wish.strip().lower() for wish in headers.get("Prefer", "").split(",")]
+        wait_s = 0
+        for wish in wishes:
+            name, _, value = wish.partition("=")
+            if name.strip() == "wait":
+                if not value.strip().isdecimal():
+                    raise InvalidRequestError(
+                        f"Prefer: wait takes whole seconds, as in wait=10, not {value!r}."
+                    )
+                wait_s = min(int(value), LONGEST_WAIT_S)
+        return cls("respond-async" in wishes, wait_s)
+
+
+def _expand_short_form(document: dict[str, Any]) -> dict[str, Any]:
+    """`{"message": "Hello"}` as the full request: a user message, streamed."""
+    rest = {name: value for name, value in document.items() if name != "message"}
+    return {"messages": [{"role": "user", "content": document["message"]}], "stream": True} | rest
+
+
+def _take_on_disconnect(
+    document: dict[str, Any], headers: Headers
+) -> tuple[str | None, dict[str, Any]]:
+    """Our own field, and the rest, which is the engine's."""
+    wish = document.get("on_disconnect", headers.get("x-sluice-on-disconnect"))
+    if wish is not None and wish not in _ON_DISCONNECT:
+        raise InvalidRequestError(
+            f"on_disconnect is `abort` or `continue`, not {wish!r}.", param="on_disconnect"
+        )
+    if "on_disconnect" in document:
+        document = {k: v for k, v in document.items() if k != "on_disconnect"}
+    return wish, document

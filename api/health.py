@@ -1,0 +1,51 @@
+"""Whether this process lives, whether the deployment can serve, and which version it is."""
+
+from importlib.metadata import version
+
+import orjson
+from flask import Response
+from flask_openapi3 import APIBlueprint, Tag
+
+from api.services import Services, get_services
+from tasks import keys
+
+blueprint = APIBlueprint("health", __name__)
+HEALTH = [Tag(name="Health")]
+
+
+@blueprint.get("/health/live", tags=HEALTH, summary="Is this process alive?")
+def live() -> Response:
+    """200 as long as the process answers; `streams` are the requests it waits for at the moment."""
+    services = get_services()
+    return _json({"status": "ok", "streams": services.relay.open_streams})
+
+
+@blueprint.get("/health/ready", tags=HEALTH, summary="Can requests be served?")
+def ready() -> Response:
+    """200 when Redis answers and at least one worker lives, else 503."""
+    services = get_services()
+    workers = _live_workers(services)
+    if workers:
+        return _json({"status": "ok", "workers": workers})
+    response = _json({"status": "no worker lives yet", "workers": 0}, status=503)
+    response.headers["Retry-After"] = "2"
+    return response
+
+
+@blueprint.get("/version", tags=HEALTH, summary="The version of Sluice")
+def get_version() -> Response:
+    """The version of the package."""
+    return _json({"version": version("sluice")})
+
+
+def _live_workers(services: Services) -> int:
+    """Counts workers with a heartbeat, and forgets those without."""
+    known: list[bytes] = list(services.redis.smembers(keys.WORKERS))  # type: ignore[arg-type]
+    dead = [name for name in known if not services.redis.exists(keys.worker(name.decode()))]
+    if dead:
+        services.redis.srem(keys.WORKERS, *dead)
+    return len(known) - len(dead)
+
+
+def _json(document: dict[str, object], status: int = 200) -> Response:
+    return Response(orjson.dumps(document), status, content_type="application/json")

@@ -1,0 +1,190 @@
+"""A job's events with their ids, from the start or after any of them: the same bytes each time.
+
+Only what the job's log holds has an id. Where it stands in the queue, and that the connection
+lives, is told in between and not again.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import orjson
+
+from api.job_stream import ClientGoneError, JobStream
+from api.job_view import describe, find_queued, places_of
+from api.services import TENANT, Services
+from tasks.depth import Place
+from tasks.errors import InvalidRequestError
+from tasks.events import End, Entry, Kind, Position, Start
+
+DONE = b"[DONE]"
+
+
+class Event(NamedTuple):
+    """One event; `name` is empty for the job's own, `id` for those that are not repeated."""
+
+    id: str
+    name: str
+    data: bytes
+
+    def encode(self) -> bytes:
+        """As a server-sent event."""
+        lines = [b"data: " + line for line in self.data.split(b"\n")]
+        if self.name:
+            lines.insert(0, b"event: " + self.name.encode())
+        if self.id:
+            lines.insert(0, b"id: " + self.id.encode())
+        return b"\n".join(lines) + b"\n\n"
+
+    def encode_frame(self) -> str:
+        """As a WebSocket's text frame."""
+        if self.data == DONE:
+            return DONE.decode()
+        frame = {"event": self.name or "chunk", "id": self.id or None}
+        return orjson.dumps(frame | {"data": orjson.Fragment(self.data)}).decode()
+
+
+KEEP_ALIVE = Event("", "keep-alive", b"")
+
+
+class JobEvents:
+    """The events of one job for one client."""
+
+    def __init__(self, services: Services, stream: JobStream, head: Start | None) -> None:
+        self._services = services
+        self._stream = stream
+        self._head = head
+        self._has_ended = False
+        self._body: list[bytes] = []
+
+    def follow(self, place: Place | None) -> Iterator[Event]:
+        """The events as they come, KEEP_ALIVE where nothing has come for long; ends with the job.
+
+        Raises:
+            ClientGoneError: the client has left.
+        """
+        keep_alive_s = self._services.settings.keep_alive_s
+        with self._services.places.watching(self._stream) as queue:
+            if place:
+                yield _place_event(place)
+            while not self._has_ended:
+                entries = self._stream.take(keep_alive_s)
+                moved = queue.take()
+                if moved and not entries and self._head is None:
+                    yield _place_event(moved)
+                elif not entries and (end := self._vanished()):
+                    yield from self._read_end("", end)
+                elif not entries:
+                    yield KEEP_ALIVE
+                for entry in entries:
+                    yield from self._read(entry)
+
+    def _vanished(self) -> End | None:
+        return self._services.jobs.end_without_log(self._stream.job_id)
+
+    def _read(self, entry: Entry) -> Iterator[Event]:
+        if entry.kind is Kind.START:
+            self._head = Start.decode(entry.data)
+        elif entry.kind is Kind.END:
+            yield from self._read_end(str(entry.position), End.decode(entry.data))
+        elif self._head and self._head.is_event_stream:
+            data = entry.data.removeprefix(b"data: ").removesuffix(b"\n\n")
+            yield Event(str(entry.position), "", data)
+        else:
+            self._body.append(entry.data)
+
+    def _read_end(self, position: str, end: End) -> Iterator[Event]:
+        self._has_ended = True
+        if end.error:
+            yield Event(position, "", orjson.dumps(end.error))
+        elif self._head and self._head.is_event_stream:
+            return
+        else:
+            yield Event(position, "", b"".join(self._body))
+        yield Event("", "", DONE)
+
+
+class Follower:
+    """A client that follows a job from one of its events on."""
+
+    def __init__(self, services: Services, job_id: str, wanted: str | None) -> None:
+        """Looks the job up.
+
+        Raises:
+            JobNotFoundError: the tenant has no such job.
+            InvalidRequestError: the position is none, or beyond the end.
+        """
+        self._services = services
+        self._job = find_queued(services, TENANT, job_id)
+        self._job_id = job_id
+        self.stream: JobStream | None = None
+        after = _read_position(wanted) if wanted else None
+        last = services.jobs.log.last(job_id) if self._job else None
+        if self._job and after and (last is None or after > last.position):
+            raise InvalidRequestError(
+                f"The job has no event {wanted} yet; go on after one that you have received.",
+                param="starting_after",
+            )
+        self._after = after
+        self._is_over = last is not None and last.kind is Kind.END and after == last.position
+        self._stored = describe(services, TENANT, job_id) if self._job is None else None
+
+    def cancel(self) -> None:
+        """Cancels the job."""
+        if self._job:
+            self._services.jobs.cancel(self._job_id, self._job.model)
+
+    def hang_up(self) -> None:
+        """The client is gone: ends `events`."""
+        if self.stream:
+            self.stream.hang_up()
+
+    def events(self) -> Iterator[Event]:
+        """The events; closing the iterator lets go of the job."""
+        if self._stored is not None:
+            yield Event("", "", _stored_answer(self._stored))
+        if self._stored is not None or self._is_over or self._job is None:
+            yield Event("", "", DONE)
+            return
+        head, after = self._head(), self._after
+        if head is not None and not head.is_event_stream:
+            after = None
+        with self._services.relay.follow(self._job_id, after) as stream:
+            self.stream = stream
+            (place,) = places_of(self._services, [self._job])
+            yield from JobEvents(self._services, stream, head).follow(place)
+
+    def _head(self) -> Start | None:
+        """The head, when events before the first wanted one told it."""
+        if self._after is None:
+            return None
+        entries = self._services.jobs.log.read_after(self._job_id, None, 3)
+        starts = [Start.decode(entry.data) for entry in entries if entry.kind is Kind.START]
+        return starts[-1] if starts else None
+
+
+def _read_position(text: str) -> Position:
+    try:
+        return Position.parse(text.encode())
+    except ValueError:
+        raise InvalidRequestError(
+            f"{text!r} is not the id of an event, as in 1-12.", param="starting_after"
+        ) from None
+
+
+def _stored_answer(job: dict[str, Any]) -> bytes:
+    if job["response"]:
+        return orjson.dumps(job["response"]["body"])
+    return orjson.dumps({"error": job["error"]})
+
+
+def _place_event(place: Place) -> Event:
+    return Event("", "queue", orjson.dumps(place._asdict()))
+
+
+def encode(events: Iterator[Event]) -> Iterator[bytes]:
+    """Server-sent events; a keep-alive is a comment."""
+    try:
+        for event in events:
+            yield b": keep-alive\n\n" if event is KEEP_ALIVE else event.encode()
+    except ClientGoneError:
+        return

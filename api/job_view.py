@@ -1,0 +1,144 @@
+"""A job in the shape that clients see, from the queue while it is there, then from SQL."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import orjson
+from flask import Response
+
+from api.services import Services
+from db import jobs
+from db.models import JobRecord, JobResult
+from tasks.depth import Place, places
+from tasks.errors import JobNotFoundError, SluiceError
+from tasks.message import Snapshot, State
+from tasks.response import Outcome
+
+
+def describe(services: Services, tenant: str, job_id: str) -> dict[str, Any]:
+    """The job object.
+
+    Raises:
+        JobNotFoundError: the tenant has no such job.
+    """
+    job = find_queued(services, tenant, job_id)
+    if job is not None and not job.state.is_final:
+        return _of_snapshot(job, *places_of(services, [job]))
+    if job is not None and (outcome := services.jobs.outcome(job_id)):
+        return _of_snapshot(job) | _of_outcome(outcome)
+    found = jobs.get(services.settings.database_url, tenant, job_id)
+    if found is not None and found[0].completed_at is not None:
+        return of_record(*found)
+    if job is not None:
+        # Its last words are on their way to its log.
+        return _of_snapshot(job) | {"status": State.IN_PROGRESS, "completed_at": None}
+    if found is None:
+        raise JobNotFoundError
+    return of_record(*found)
+
+
+def find_queued(services: Services, tenant: str, job_id: str) -> Snapshot | None:
+    """The tenant's job in Redis, if it is there.
+
+    Raises:
+        JobNotFoundError: it is another tenant's.
+    """
+    (job,) = services.jobs.backlog.look([job_id])
+    if job is not None and job.tenant != tenant:
+        raise JobNotFoundError
+    return job
+
+
+def places_of(services: Services, found: Sequence[Snapshot]) -> list[Place | None]:
+    """Where the queued ones of these jobs stand."""
+    queued = [job for job in found if job.state is State.QUEUED]
+    at = dict(zip((job.id for job in queued), places(services.redis, queued), strict=True))
+    return [at.get(job.id) for job in found]
+
+
+def stored_response(services: Services, tenant: str, job_id: str) -> Response:
+    """What an ended job answered, as HTTP.
+
+    Raises:
+        SluiceError: it ended without an answer, or is not known.
+    """
+    found = jobs.get(services.settings.database_url, tenant, job_id)
+    if found is None or found[1] is None:
+        raise JobNotFoundError
+    result = found[1]
+    if result.body is None or result.status_code is None:
+        raise SluiceError((result.error or {}).get("message", ""))
+    response = Response(result.body, result.status_code, content_type="application/json")
+    response.headers["x-sluice-job"] = job_id
+    response.headers["x-sluice-model"] = found[0].model
+    response.headers["x-sluice-attempts"] = str(found[0].attempts)
+    return response
+
+
+def of_record(job: JobRecord, result: JobResult | None) -> dict[str, Any]:
+    """The job object of what SQL knows."""
+    outcome = Outcome(State(job.status))
+    if result is not None:
+        outcome = Outcome(
+            outcome.state, result.status_code, result.body, result.error, result.usage
+        )
+    return {
+        "id": job.id,
+        "object": "job",
+        "endpoint": job.endpoint,
+        "model": job.model,
+        "status": job.status,
+        "created_at": _seconds(job.created_at),
+        "started_at": _seconds(job.started_at),
+        "completed_at": _seconds(job.completed_at),
+        "queue": None,
+        "attempts": job.attempts,
+        "metadata": job.meta,
+    } | _of_outcome(outcome)
+
+
+def describe_all(
+    services: Services, rows: Sequence[tuple[JobRecord, JobResult | None]]
+) -> list[dict[str, Any]]:
+    """The job objects of SQL's rows; what has not ended, the queue knows better."""
+    known = services.jobs.backlog.look([job.id for job, _ in rows if job.completed_at is None])
+    live = [job for job in known if job]
+    views = {}
+    for job, place in zip(live, places_of(services, live), strict=True):
+        outcome = services.jobs.outcome(job.id) if job.state.is_final else None
+        views[job.id] = _of_snapshot(job, place) | (_of_outcome(outcome) if outcome else {})
+    return [views.get(job.id) or of_record(job, result) for job, result in rows]
+
+
+def _of_snapshot(job: Snapshot, place: Place | None = None) -> dict[str, Any]:
+    return {
+        "id": job.id,
+        "object": "job",
+        "endpoint": job.endpoint,
+        "model": job.model,
+        "status": job.state,
+        "created_at": job.queued_us // 1_000_000,
+        "started_at": job.started_us and job.started_us // 1_000_000,
+        "completed_at": job.ended_us and job.ended_us // 1_000_000,
+        "queue": place and {"position": place.position, "eta_s": place.eta_s},
+        "attempts": job.attempt,
+        "response": None,
+        "error": None,
+        "usage": None,
+        "metadata": orjson.Fragment(job.metadata),
+    }
+
+
+def _of_outcome(outcome: Outcome) -> dict[str, Any]:
+    has_answer = outcome.status_code is not None and outcome.body is not None
+    answer = {"status_code": outcome.status_code, "body": orjson.Fragment(outcome.body or b"null")}
+    return {
+        "response": answer if has_answer else None,
+        "error": outcome.error,
+        "usage": outcome.usage,
+    }
+
+
+def _seconds(moment: datetime | None) -> int | None:
+    return None if moment is None else int(moment.timestamp())

@@ -1,0 +1,95 @@
+"""OpenAI's endpoints: the request is checked for what routing needs, the rest is the engine's."""
+
+from typing import Any
+
+import orjson
+from flask import Response, request
+from flask_openapi3 import APIBlueprint, Tag
+
+from api import schemas
+from api.calls import Call, Preference
+from api.generation import AnsweredError, Generation
+from api.job_view import stored_response
+from api.jobs import accept_call, read_body
+from api.services import TENANT, get_services
+from tasks.models import Model
+
+blueprint = APIBlueprint("openai", __name__)
+GENERATION = [Tag(name="Generation", description="Answered by the model's engine")]
+MODELS = [Tag(name="Models", description="What this deployment serves")]
+
+
+@blueprint.post(
+    "/v1/chat/completions",
+    tags=GENERATION,
+    summary="Chat with a model",
+    openapi_extensions=schemas.body("ChatCompletionRequest"),
+)
+def chat_completions() -> Response:
+    """OpenAI's chat completions, with every parameter of the engine; SSE when `stream` is true.
+
+    The short form `{"message": "Hello"}` asks the default model and streams.
+    """
+    return _generate("/v1/chat/completions")
+
+
+@blueprint.post(
+    "/v1/completions",
+    tags=GENERATION,
+    summary="Continue a text",
+    openapi_extensions=schemas.body("CompletionRequest"),
+)
+def completions() -> Response:
+    """OpenAI's text completions, with every parameter of the engine; SSE when `stream` is true."""
+    return _generate("/v1/completions")
+
+
+@blueprint.post(
+    "/v1/embeddings",
+    tags=GENERATION,
+    summary="Embed texts",
+    openapi_extensions=schemas.body("EmbeddingRequest"),
+)
+def embeddings() -> Response:
+    """OpenAI's embeddings, where the model supports them; the engine's error where not."""
+    return _generate("/v1/embeddings")
+
+
+@blueprint.get("/v1/models", tags=MODELS, summary="List models")
+def list_models() -> Response:
+    """Every name that requests may use, aliases included."""
+    names = get_services().catalog.names
+    return _json({"object": "list", "data": [_card(name, model) for name, model in names.items()]})
+
+
+@blueprint.get("/v1/models/<path:model_id>", tags=MODELS, summary="Get a model")
+def get_model(path: schemas.ModelPath) -> Response:
+    """The model of that name or alias."""
+    return _json(_card(path.model_id, get_services().catalog.resolve(path.model_id)))
+
+
+def _generate(endpoint: str) -> Response:
+    services = get_services()
+    call = Call.read(services, endpoint, read_body(), request.headers)
+    if Preference.read(request.headers).is_async:
+        return accept_call(services, call)
+    try:
+        generation = Generation(services, call, request.environ.get("gunicorn.socket"))
+    except AnsweredError as answered:
+        return stored_response(services, TENANT, answered.job_id)
+    return generation.respond(call.wants_stream)
+
+
+def _card(name: str, model: Model) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": get_services().started_s,
+        "owned_by": model.engine,
+        "root": model.name,
+        "parent": None,
+    }
+
+
+def _json(document: dict[str, Any]) -> Response:
+    return Response(orjson.dumps(document), content_type="application/json")

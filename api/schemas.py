@@ -1,0 +1,127 @@
+"""What clients may send: our own objects, checked here; and the engine's, for the docs only."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tasks.errors import InvalidRequestError
+from tasks.message import LOWEST_PRIORITY, Lane, State
+
+
+class ModelPath(BaseModel):
+    model_id: str = Field(description="a model's name or alias")
+
+
+class JobPath(BaseModel):
+    job_id: str = Field(max_length=64)
+
+
+class JobQuery(BaseModel):
+    """Which jobs are listed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    status: State | None = None
+    model: str | None = None
+    limit: int = Field(20, ge=1, le=100)
+    after: str | None = None
+
+
+class EventQuery(BaseModel):
+    starting_after: str | None = Field(None, description="id of the last event that was received")
+
+
+# No database takes one.
+_NO_NUL = r"^[^\x00]*$"
+
+
+class JobRequest(BaseModel):
+    """A request to be answered in the background."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+    body: dict[str, Any] = Field(description="what would be posted to the endpoint")
+    priority: Lane | Annotated[int, Field(strict=True, ge=-LOWEST_PRIORITY, le=LOWEST_PRIORITY)] = (
+        Field(Lane.BATCH, description="a lane, or an order within `batch`: lower ones go first")
+    )
+    deadline_s: float | None = Field(
+        None, gt=0, le=2_592_000, description="from now; it expires when it has not started by then"
+    )
+    webhook: Annotated[str, Field(max_length=2000)] | None = Field(
+        None, description="URL that is told when the job has ended"
+    )
+    metadata: dict[
+        Annotated[str, Field(max_length=64, pattern=_NO_NUL)],
+        Annotated[str, Field(max_length=512, pattern=_NO_NUL)],
+    ] = Field(default_factory=dict, max_length=16)
+
+    @property
+    def place(self) -> tuple[Lane, int]:
+        """Lane and priority within it."""
+        if isinstance(self.priority, Lane):
+            return self.priority, 0
+        return Lane.BATCH, self.priority
+
+
+def refusal(refused: ValidationError) -> InvalidRequestError:
+    """The first thing that is wrong, in OpenAI's shape."""
+    first = refused.errors()[0]
+    # Pydantic names the members of a union too, in brackets.
+    param = ".".join(str(part) for part in first["loc"] if "[" not in str(part)) or None
+    return InvalidRequestError(f"{param or 'The body'}: {first['msg']}.", param=param)
+
+
+def body_of(request: type[BaseModel]) -> dict[str, Any]:
+    """The request body of an operation whose every field is ours."""
+    schema = request.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+_MODEL = {"type": "string", "description": "name or alias; the default model when missing"}
+_STREAM = {"type": "boolean", "default": False}
+_MAX_TOKENS = {"type": "integer", "minimum": 1}
+_TEMPERATURE = {"type": "number", "minimum": 0}
+_TEXT: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "array"}]}
+_CHAT_MESSAGE = {
+    "type": "object",
+    "required": ["role", "content"],
+    "properties": {
+        "role": {"type": "string", "examples": ["user"]},
+        "content": {"type": "string", "examples": ["Hello"]},
+    },
+}
+
+_SCHEMAS: dict[str, dict[str, Any]] = {
+    "ChatCompletionRequest": {
+        "properties": {
+            "model": _MODEL,
+            "messages": {"type": "array", "items": _CHAT_MESSAGE},
+            "message": {"type": "string", "description": "short form, instead of messages"},
+            "stream": _STREAM,
+            "max_tokens": _MAX_TOKENS,
+            "temperature": _TEMPERATURE,
+        },
+        "examples": [{"messages": [{"role": "user", "content": "Hello"}], "stream": True}],
+    },
+    "CompletionRequest": {
+        "required": ["prompt"],
+        "properties": {
+            "model": _MODEL,
+            "prompt": _TEXT | {"description": "text, token ids, or several"},
+            "stream": _STREAM,
+            "max_tokens": _MAX_TOKENS,
+            "temperature": _TEMPERATURE,
+        },
+    },
+    "EmbeddingRequest": {
+        "required": ["input"],
+        "properties": {"model": _MODEL, "input": _TEXT},
+    },
+}
+
+
+def body(name: str) -> dict[str, Any]:
+    """The request body of an operation: the common fields; all others go to the engine as well."""
+    schema = {"title": name, "type": "object", "additionalProperties": True} | _SCHEMAS[name]
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

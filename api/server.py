@@ -1,0 +1,34 @@
+"""Starts gunicorn with gevent, in place of the calling process."""
+
+import logging
+import os
+import sys
+from typing import NoReturn
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from db import migrate
+from tasks.models import get_catalog
+from tasks.settings import get_settings
+
+log = logging.getLogger(__name__)
+
+
+def serve(bind: str) -> NoReturn:
+    """Replaces this process by gunicorn serving the API on HOST:PORT.
+
+    gunicorn's gevent worker patches the standard library, which must happen before anything else is
+    imported; a fresh process is the only one where that is so.
+
+    Raises:
+        ConfigurationError: a setting or models.yaml is wrong; checked here, before the exec.
+    """
+    get_catalog()
+    try:
+        migrate(get_settings().database_url)
+    except (SQLAlchemyError, OSError) as away:
+        log.warning("the database is away, background jobs get 503 until it is back: %s", away)
+    processes = str(get_settings().api_processes)
+    command = ["-m", "gunicorn", "-c", "python:api.gunicorn_conf", "--bind", bind]
+    command += ["--workers", processes, "api.app:create_app()"]
+    os.execv(sys.executable, [sys.executable, *command])

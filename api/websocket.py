@@ -1,0 +1,198 @@
+"""WebSockets: requests and their chunks as text frames, several one after the other on one socket.
+
+The first frame is the body of the POST; each frame back is a chunk's JSON, then `[DONE]`. On a
+job's events a frame is `{"event", "id", "data"}`. `{"type": "cancel"}` cancels what is running.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gevent
+import orjson
+from flask import Flask, request
+from flask_sock import Sock
+from gevent.queue import Queue
+from redis.exceptions import RedisError
+from simple_websocket import ConnectionClosed
+from sqlalchemy.exc import SQLAlchemyError
+
+from api.calls import Call
+from api.generation import AnsweredError, Generation
+from api.job_events import KEEP_ALIVE, Follower
+from api.job_stream import ClientGoneError
+from api.job_view import stored_response
+from api.services import TENANT, Services, get_services
+from tasks.errors import QueueUnavailableError, SluiceError
+
+PING_INTERVAL_S = 25
+# A reader that takes nothing for so long is gone.
+LONGEST_STALL_S = 30.0
+MOST_WAITING = 16
+DONE = "[DONE]"
+POLICY_VIOLATION, INTERNAL_ERROR, TRY_AGAIN_LATER = 1008, 1011, 1013
+
+
+class WholeWrites:
+    """A socket whose `send` sends all, one caller after the other, and gives up a stalled reader.
+
+    flask-sock writes with `send`, from two greenlets, and takes no notice of what was not sent.
+    """
+
+    def __init__(self, client_socket: Any) -> None:
+        self._socket = client_socket
+        self._lock = threading.Lock()
+
+    def send(self, data: bytes) -> None:
+        """Sends all of it.
+
+        Raises:
+            OSError: the client is gone, or has not read for LONGEST_STALL_S.
+        """
+        with self._lock:
+            self._socket.settimeout(LONGEST_STALL_S)
+            try:
+                self._socket.sendall(data)
+            except OSError:
+                self._socket.close()
+                raise
+            self._socket.settimeout(None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._socket, name)
+
+
+def register(app: Flask) -> None:
+    """Adds the WebSocket routes to the app."""
+    app.config["SOCK_SERVER_OPTIONS"] = {
+        "ping_interval": PING_INTERVAL_S,
+        "max_message_size": app.config["MAX_CONTENT_LENGTH"],
+        "subprotocols": ["sluice"],
+    }
+    sock = Sock(app)
+    app.before_request(_wrap_socket)
+    for endpoint in ("/v1/chat/completions", "/v1/completions"):
+        sock.route(endpoint, endpoint=f"socket {endpoint}")(_generations(endpoint))
+    sock.route("/v1/jobs/<job_id>/events", endpoint="socket job events")(_job_events)
+
+
+def _wrap_socket() -> None:
+    if request.headers.get("upgrade", "").lower() == "websocket":
+        request.environ["gunicorn.socket"] = WholeWrites(request.environ["gunicorn.socket"])
+
+
+class Conversation:
+    """One open socket: frames in, and whoever is to be told of them."""
+
+    def __init__(self, ws: Any) -> None:
+        self._ws = ws
+        self._requests: Queue[str | bytes | None] = Queue()
+        self.on_cancel: Callable[[], object] | None = None
+        self.on_gone: Callable[[], object] | None = None
+        gevent.spawn(self._read)
+
+    def requests(self) -> Iterator[str | bytes]:
+        """The frames that are not a cancellation, until the client closes."""
+        while (frame := self._requests.get()) is not None:
+            yield frame
+
+    def send(self, frame: str) -> None:
+        """Sends a text frame; waits while the client reads slowly.
+
+        Raises:
+            ClientGoneError: the client is gone or has stalled.
+        """
+        try:
+            self._ws.send(frame)
+        except (ConnectionClosed, OSError):
+            raise ClientGoneError from None
+
+    def refuse(self, error: SluiceError) -> None:
+        """Tells an error, and closes when trying again later may help."""
+        self.send(orjson.dumps(error.body()).decode())
+        self.send(DONE)
+        if error.status >= 500:
+            code = INTERNAL_ERROR if error.retry_after_s is None else TRY_AGAIN_LATER
+            self._ws.close(code, str(error)[:100])
+
+    def _read(self) -> None:
+        """Takes all frames, also while an answer is sent."""
+        with contextlib.suppress(ConnectionClosed):
+            while (frame := self._ws.receive()) is not None:
+                if _is_cancellation(frame):
+                    if self.on_cancel:
+                        self.on_cancel()
+                elif self._requests.qsize() < MOST_WAITING:
+                    self._requests.put(frame)
+                else:
+                    self._ws.close(POLICY_VIOLATION, "too many requests wait on this socket")
+        self._requests.put(None)
+        if self.on_gone:
+            self.on_gone()
+
+
+def _is_cancellation(frame: str | bytes) -> bool:
+    if len(frame) > 100:
+        return False
+    with contextlib.suppress(orjson.JSONDecodeError):
+        return bool(orjson.loads(frame) == {"type": "cancel"})
+    return False
+
+
+def _generations(endpoint: str) -> Callable[[Any], None]:
+    def serve(ws: Any) -> None:
+        services = get_services()
+        conversation = Conversation(ws)
+        for frame in conversation.requests():
+            try:
+                _serve(services, conversation, endpoint, frame)
+            except ClientGoneError:
+                return
+
+    return serve
+
+
+def _serve(
+    services: Services, conversation: Conversation, endpoint: str, frame: str | bytes
+) -> None:
+    """Answers one request."""
+    try:
+        body = frame.encode() if isinstance(frame, str) else frame
+        generation = Generation(services, Call.read(services, endpoint, body, request.headers))
+    except AnsweredError as answered:
+        conversation.send(stored_response(services, TENANT, answered.job_id).get_data(True))
+        conversation.send(DONE)
+        return
+    except SluiceError as error:
+        conversation.refuse(error)
+        return
+    except (RedisError, SQLAlchemyError):
+        conversation.refuse(QueueUnavailableError())
+        return
+    conversation.on_cancel = generation.cancel
+    conversation.on_gone = generation.stream.hang_up
+    try:
+        for chunk in generation.answer.chunks():
+            conversation.send(chunk.decode())
+        conversation.send(DONE)
+    finally:
+        conversation.on_cancel = conversation.on_gone = None
+        generation.close()
+
+
+def _job_events(ws: Any, job_id: str) -> None:
+    services = get_services()
+    conversation = Conversation(ws)
+    try:
+        follower = Follower(services, job_id, request.args.get("starting_after"))
+        conversation.on_cancel = follower.cancel
+        conversation.on_gone = follower.hang_up
+        for event in follower.events():
+            if event is not KEEP_ALIVE:
+                conversation.send(event.encode_frame())
+    except ClientGoneError:
+        return
+    except SluiceError as error:
+        with contextlib.suppress(ClientGoneError):
+            conversation.refuse(error)

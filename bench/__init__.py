@@ -1,0 +1,11 @@
+"""Sluice against vLLM's own server: same model, same engine arguments, same payloads, same machine.
+
+    python -m bench                 both servers, interleaved rounds, a table; then the jobs API
+    python -m bench jobs            the jobs API alone, with a simulated engine
+    python -m bench --json out.json the same figures for programs
+    python -m bench --memory        10,000 requests through Sluice, and its API's memory on the way
+
+It prints; it never passes or fails on speed. Open `__main__.py` first, then `client.py` (the load),
+`stacks.py` (what is started), `processes.py` (CPU and memory by role) and `report.py` (the tables);
+for the jobs API, `jobs.py`.
+"""

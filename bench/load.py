@@ -1,0 +1,120 @@
+"""What the load client is told and what it answers: one line of JSON each way."""
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Self
+
+QUESTIONS = (
+    "Hello!",
+    "What is Sluice?",
+    "How do I start it?",
+    "What is a ticket?",
+    "Where do tokens go?",
+    "Which port does the API use?",
+    "What does the worker do?",
+    "How can I cancel a job?",
+    "What happens when a worker dies?",
+    "Why is Redis needed?",
+    "How do I use my own model?",
+    "What is a lease?",
+    "Does it need a GPU?",
+    "How do I stream an answer?",
+    "What is continuous batching?",
+    "Who are you?",
+    "How are batches run?",
+    "What is time to first token?",
+    "Can I use the OpenAI SDK?",
+    "Thank you, and goodbye.",
+)
+
+
+@dataclass(frozen=True)
+class Load:
+    """A closed loop: `streams` connections, each sending its next request on completion."""
+
+    port: int
+    model: str
+    streams: int
+    requests: int
+    max_tokens: int = 64
+    mixed: bool = False  # every second request does not stream
+    seed: int = 1
+    stall_s: float = 60  # without any completion for so long, the rest counts as failed
+
+    def encode(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def decode(cls, line: str) -> Self:
+        return cls(**json.loads(line))
+
+    def http_requests(self) -> list[bytes]:
+        """The requests as bytes on the wire; the same for the same fields."""
+        questions = random.Random(self.seed).choices(QUESTIONS, k=self.requests)
+        return [
+            self._http_request(question, streaming=not (self.mixed and number % 2))
+            for number, question in enumerate(questions)
+        ]
+
+    def _http_request(self, question: str, *, streaming: bool) -> bytes:
+        # ignore_eos makes every answer equally long, so that both servers do the same work.
+        document: dict[str, object] = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": question}],
+            "max_tokens": self.max_tokens,
+            "ignore_eos": True,
+            "temperature": 0,
+        }
+        if streaming:
+            document |= {"stream": True, "stream_options": {"include_usage": True}}
+        body = json.dumps(document).encode()
+        head = (
+            "POST /v1/chat/completions HTTP/1.1\r\n"
+            f"Host: 127.0.0.1:{self.port}\r\n"
+            "Content-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        return head.encode() + body
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One round of load on one server, as its client saw it."""
+
+    wall_s: float
+    completed: int
+    tokens: int  # as the usage of the answers counts them: an event may carry several
+    ttft_p50_ms: float  # from sending the request to the first event with text
+    ttft_p99_ms: float
+    gap_p50_ms: float  # between successive events with text; events of one read are 0 apart
+    gap_p99_ms: float
+    tpot_p50_ms: float  # (last event - first event) / (tokens - 1), per request
+    tpot_p99_ms: float
+    client_cpu_s: float
+    errors: dict[str, int]  # what went wrong, how often
+
+    def encode(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def decode(cls, line: str) -> Self:
+        return cls(**json.loads(line))
+
+    @property
+    def requests_per_s(self) -> float:
+        return self.completed / self.wall_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.wall_s
+
+
+def percentile_ms(values_s: Sequence[float], percent: float) -> float:
+    """The nearest-rank percentile in milliseconds; NaN of nothing."""
+    if not values_s:
+        return math.nan
+    rank = max(math.ceil(len(values_s) * percent / 100), 1)
+    return sorted(values_s)[rank - 1] * 1000

@@ -1,0 +1,123 @@
+"""What is measured: vLLM's own server and Sluice, each started and ended with all its processes."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import yaml
+
+from bench.processes import Snapshot, snapshot
+from gpu_worker.vllm_engine import command_line as engine_arguments
+from tasks.models import Model
+
+LOAD_TIMEOUT_S = 600
+STOP_TIMEOUT_S = 20
+# The benchmark's Sluice stays away from servers in use; its other settings are the user's.
+NOT_INHERITED = {"SLUICE_REDIS_URL", "SLUICE_BUS_URL", "SLUICE_DATABASE_URL", "SLUICE_MODEL"}
+
+
+class StackError(Exception):
+    """A stack did not start, or answers nothing."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A running server and the root of its process tree."""
+
+    name: str
+    port: int
+    root_pid: int
+    load_s: float  # from its start until it was ready
+
+    def snapshot(self) -> Snapshot:
+        return snapshot(self.root_pid)
+
+
+@contextmanager
+def vllm_server(model: Model, home: Path) -> Iterator[Stack]:
+    """The server of vLLM, with the arguments and environment that Sluice gives the engine."""
+    port = _free_port()
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command = [*server, *engine_arguments(model), "--host", "127.0.0.1", "--port", str(port)]
+    with _running("vLLM", command, model.env | os.environ, port, "/health", home) as stack:
+        yield stack
+
+
+@contextmanager
+def sluice(model: Model, home: Path) -> Iterator[Stack]:
+    """`sluice up` with this model only, and with its own Redis and database."""
+    port = _free_port()
+    models = home / "models.yaml"
+    models.write_text(yaml.safe_dump({"models": [model.model_dump(mode="json")]}))
+    inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
+    env = inherited | {
+        "SLUICE_HOME": str(home / "sluice"),
+        "SLUICE_PORT": str(port),
+        "SLUICE_MODELS": str(models),
+    }
+    command = [sys.executable, "-m", "deploy.cli", "up"]
+    with _running("Sluice", command, env, port, "/health/ready", home) as stack:
+        yield stack
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _running(
+    name: str, command: list[str], env: dict[str, str], port: int, ready_path: str, home: Path
+) -> Iterator[Stack]:
+    log = home / f"{name}.log"
+    started_s = time.monotonic()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env=env, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        _wait_until_ready(process, f"http://127.0.0.1:{port}{ready_path}", log)
+        yield Stack(name, port, process.pid, time.monotonic() - started_s)
+    finally:
+        _stop(process)
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline_s = time.monotonic() + LOAD_TIMEOUT_S
+    while not _answers(url):
+        if process.poll() is not None or time.monotonic() > deadline_s:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+            raise StackError(f"{url} does not answer; the end of the log:\n{tail}")
+        time.sleep(0.2)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends the whole tree: politely, then whatever is left of it."""
+    if process.poll() is not None:
+        return
+    tree = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    for left in psutil.wait_procs(tree, timeout=STOP_TIMEOUT_S)[1]:
+        left.kill()

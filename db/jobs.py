@@ -1,0 +1,200 @@
+"""The record of jobs: accepted before the client hears so, changed only forwards, then kept."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+from sqlalchemy import delete, select, update
+from sqlalchemy.orm import Session
+
+from db.models import JobEvent, JobRecord, JobResult, LedgerEntry, WebhookDelivery
+from db.session import database_now, insert_new, reading, writing
+
+FINAL = ("completed", "failed", "cancelled", "expired")
+DELETED_AT_ONCE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What the queue reports of a job: that it started, or how it ended."""
+
+    job: JobRecord
+    """As it is after the change."""
+    event: JobEvent
+    result: JobResult | None = None
+    """Of one that has ended; so is `ledger`."""
+    ledger: LedgerEntry | None = None
+
+
+def accept(url: str, jobs: Sequence[JobRecord]) -> set[str]:
+    """Commits new jobs, created now by the database's clock.
+
+    Returns:
+        The ids that are new: all but those whose idempotency key another job of the tenant holds.
+    """
+    ids = [job.id for job in jobs]
+    with writing(url) as session:
+        now = database_now(session)
+        for job in jobs:
+            job.created_at = now
+        if insert_new(session, jobs) == len(jobs):
+            return set(ids)
+        return set(session.scalars(select(JobRecord.id).where(JobRecord.id.in_(ids))))
+
+
+def forget(url: str, job_id: str) -> None:
+    """Takes back a job whose acceptance was not told to anybody."""
+    with writing(url) as session:
+        session.execute(delete(JobRecord).where(JobRecord.id == job_id))
+
+
+def get(url: str, tenant: str, job_id: str) -> tuple[JobRecord, JobResult | None] | None:
+    """The tenant's job and its result."""
+    with reading(url) as session:
+        job = session.get(JobRecord, job_id)
+        if job is None or job.tenant != tenant:
+            return None
+        return job, session.get(JobResult, job_id)
+
+
+def holder(url: str, tenant: str, idempotency_key: str) -> JobRecord | None:
+    """The job that holds the key."""
+    query = select(JobRecord).where(
+        JobRecord.tenant == tenant, JobRecord.idempotency_key == idempotency_key
+    )
+    with reading(url) as session:
+        return session.scalar(query)
+
+
+def page(
+    url: str,
+    tenant: str,
+    *,
+    model: str | None,
+    statuses: Sequence[str],
+    after: str | None,
+    limit: int,
+) -> list[tuple[JobRecord, JobResult | None]]:
+    """The tenant's newest jobs, those older than `after` only, with their results."""
+    query = select(JobRecord, JobResult).outerjoin(JobResult, JobResult.job_id == JobRecord.id)
+    query = query.where(JobRecord.tenant == tenant).order_by(JobRecord.id.desc()).limit(limit)
+    if model is not None:
+        query = query.where(JobRecord.model == model)
+    if statuses:
+        query = query.where(JobRecord.status.in_(statuses))
+    if after is not None:
+        query = query.where(JobRecord.id < after)
+    with reading(url) as session:
+        return [(job, result) for job, result in session.execute(query)]
+
+
+def still_open(url: str, after: str, older_than_s: float, limit: int) -> list[str]:
+    """Ids of jobs that have not ended, in their order."""
+    with reading(url) as session:
+        latest = database_now(session) - timedelta(seconds=older_than_s)
+        query = (
+            select(JobRecord.id)
+            .where(JobRecord.status.not_in(FINAL), JobRecord.id > after)
+            .where(JobRecord.created_at < latest)
+            .order_by(JobRecord.id)
+            .limit(limit)
+        )
+        return list(session.scalars(query))
+
+
+def load(url: str, job_id: str) -> JobRecord | None:
+    """The job, whoever's it is."""
+    with reading(url) as session:
+        return session.get(JobRecord, job_id)
+
+
+def note_dispatch(url: str, job: JobRecord) -> bool:
+    """Counts one more dispatch; False: somebody else did so, or the job has ended."""
+    query = (
+        update(JobRecord)
+        .where(JobRecord.id == job.id, JobRecord.dispatches == job.dispatches)
+        .where(JobRecord.status.not_in(FINAL))
+        .values(dispatches=job.dispatches + 1, status="queued")
+    )
+    with writing(url) as session:
+        return session.connection().execute(query).rowcount == 1
+
+
+def apply(url: str, changes: Sequence[Change]) -> int:
+    """Writes what the queue reported, in one transaction; doing it again changes nothing.
+
+    A job that has ended stays as it is, and an older attempt does not overwrite a newer one.
+
+    Returns:
+        How many jobs have ended by it.
+    """
+    if not changes:
+        return 0
+    ended = [change for change in changes if change.result is not None]
+    with writing(url) as session:
+        insert_new(session, [_as_queued(change.job) for change in changes])
+        for change in changes:
+            _update(session, change.job)
+        insert_new(session, [change.event for change in changes])
+        insert_new(session, [change.result for change in ended if change.result])
+        _plan_webhooks(session, [change.job.id for change in ended])
+        return insert_new(session, [change.ledger for change in ended if change.ledger])
+
+
+def _as_queued(job: JobRecord) -> JobRecord:
+    """What a job that was not accepted in the background starts with."""
+    names = ("id", "tenant", "model", "endpoint", "lane", "meta", "created_at")
+    return JobRecord(**{name: getattr(job, name) for name in names})
+
+
+def _update(session: Session, job: JobRecord) -> None:
+    session.execute(
+        update(JobRecord)
+        .where(JobRecord.id == job.id, JobRecord.status.not_in(FINAL))
+        .where(JobRecord.attempts <= job.attempts)
+        .values(
+            status=job.status,
+            attempts=job.attempts,
+            started_at=job.started_at,
+            completed_at=job.completed_at,
+        )
+        .execution_options(synchronize_session=False)
+    )
+
+
+def _plan_webhooks(session: Session, job_ids: Sequence[str]) -> None:
+    now = database_now(session)
+    query = select(JobRecord).where(JobRecord.id.in_(job_ids), JobRecord.webhook.is_not(None))
+    insert_new(
+        session,
+        [
+            WebhookDelivery(
+                job_id=job.id,
+                url=job.webhook or "",
+                type=f"job.{job.status}",
+                created_at=now,
+                next_at=now,
+            )
+            for job in session.scalars(query)
+        ],
+    )
+
+
+def end_lost(url: str, job_id: str, status: str) -> bool:
+    """Ends a job that the queue does not know; False: it has ended already."""
+    with writing(url) as session:
+        query = (
+            update(JobRecord)
+            .where(JobRecord.id == job_id, JobRecord.status.not_in(FINAL))
+            .values(status=status, completed_at=database_now(session))
+        )
+        return session.connection().execute(query).rowcount == 1
+
+
+def delete_old(url: str, age_s: float) -> int:
+    """Deletes jobs that ended so long ago, a bounded number at once; returns how many."""
+    with writing(url) as session:
+        latest = database_now(session) - timedelta(seconds=age_s)
+        old = select(JobRecord.id).where(JobRecord.completed_at < latest).limit(DELETED_AT_ONCE)
+        query = delete(JobRecord).where(JobRecord.id.in_(old))
+        return session.connection().execute(query).rowcount

@@ -1,0 +1,178 @@
+"""The tables."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    DateTime,
+    Dialect,
+    Double,
+    ForeignKey,
+    Index,
+    MetaData,
+    UniqueConstraint,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
+from sqlalchemy.types import TypeDecorator
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """A moment with microseconds: timezone-aware in Python, UTC in every database."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, _dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(f"{value} has no timezone")
+        return value.astimezone(UTC)
+
+    def process_result_value(self, value: Any, _dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        # SQLite has no timezones, PostgreSQL answers in the session's.
+        moment: datetime = value
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+class Base(MappedAsDataclass, DeclarativeBase, kw_only=True):
+    """What all tables share: names of constraints (migrations need them), the type of moments."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    # SQLAlchemy's own form; which type a float gets differs between its releases.
+    type_annotation_map = {  # noqa: RUF012
+        datetime: UtcDateTime,
+        dict[str, Any]: JSON(none_as_null=True),
+        float: Double(),
+    }
+
+
+class JobRecord(Base):
+    """A job that was accepted in the background, or another that has started.
+
+    `status` follows what the queue reports; only a job that has not ended changes.
+    """
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        UniqueConstraint("tenant", "idempotency_key"),
+        Index(None, "tenant", "id"),
+        Index(None, "status", "id"),
+        Index(None, "completed_at"),
+    )
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str]
+    model: Mapped[str]
+    endpoint: Mapped[str]
+    lane: Mapped[str]
+    created_at: Mapped[datetime]
+    priority: Mapped[int] = mapped_column(default=0)
+    status: Mapped[str] = mapped_column(default="queued")
+    attempts: Mapped[int] = mapped_column(default=0)
+    dispatches: Mapped[int] = mapped_column(default=1)
+    """How often it was put in the queue: once, and again whenever Redis lost it."""
+    request: Mapped[bytes | None] = mapped_column(default=None, repr=False)
+    """Body for the engine; None: not accepted in the background, lives in Redis only."""
+    meta: Mapped[dict[str, Any]] = mapped_column("metadata", default_factory=dict)
+    webhook: Mapped[str | None] = mapped_column(default=None)
+    idempotency_key: Mapped[str | None] = mapped_column(default=None)
+    fingerprint: Mapped[str | None] = mapped_column(default=None)
+    deadline_s: Mapped[float | None] = mapped_column(default=None)
+    """From its creation; one that has not started by then expires."""
+    started_at: Mapped[datetime | None] = mapped_column(default=None)
+    completed_at: Mapped[datetime | None] = mapped_column(default=None)
+
+
+class JobResult(Base):
+    """What an ended job answered."""
+
+    __tablename__ = "results"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    status_code: Mapped[int | None]
+    """None: it ended without an answer of the engine."""
+    body: Mapped[bytes | None] = mapped_column(repr=False)
+    """The response's body, JSON; of a stream, its chunks put together."""
+    error: Mapped[dict[str, Any] | None]
+    usage: Mapped[dict[str, Any] | None]
+
+
+class JobEvent(Base):
+    """A change of a job's state."""
+
+    __tablename__ = "job_events"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    record_id: Mapped[str] = mapped_column(primary_key=True)
+    """Id of the queue's record: one that is read twice is written once."""
+    at: Mapped[datetime]
+    state: Mapped[str]
+    attempt: Mapped[int]
+    worker: Mapped[str]
+
+
+class WebhookDelivery(Base):
+    """A call that the user of an ended job has asked for."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (Index(None, "next_at"),)
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    url: Mapped[str]
+    type: Mapped[str]
+    """job.completed, job.failed, job.cancelled or job.expired."""
+    created_at: Mapped[datetime]
+    next_at: Mapped[datetime | None]
+    """When it is tried next; None: never again."""
+    state: Mapped[str] = mapped_column(default="pending")
+    """pending, delivered, failed (given up) or disabled (the receiver said 410)."""
+    attempts: Mapped[int] = mapped_column(default=0)
+
+
+class WebhookAttempt(Base):
+    """One try of a delivery."""
+
+    __tablename__ = "webhook_attempts"
+
+    job_id: Mapped[str] = mapped_column(
+        ForeignKey("webhook_deliveries.job_id", ondelete="CASCADE"), primary_key=True
+    )
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[datetime]
+    status_code: Mapped[int | None]
+    error: Mapped[str | None]
+    duration_ms: Mapped[int]
+
+
+class LedgerEntry(Base):
+    """A job that has ended: whose it was and how it went. All times are the queue's Redis's."""
+
+    __tablename__ = "ledger"
+    # What a tenant used in a span of time.
+    __table_args__ = (Index(None, "tenant", "ended_at"),)
+
+    job_id: Mapped[str] = mapped_column(primary_key=True)
+    model: Mapped[str]
+    tenant: Mapped[str]
+    endpoint: Mapped[str]
+    lane: Mapped[str]
+    state: Mapped[str]
+    """completed, failed, cancelled or expired."""
+    attempts: Mapped[int]
+    """How often a worker took it: 0 when it was cancelled in the queue."""
+    queued_at: Mapped[datetime]
+    started_at: Mapped[datetime | None]
+    """Start of the last attempt; None: no worker took it."""
+    ended_at: Mapped[datetime]

@@ -1,0 +1,41 @@
+"""Brings a database to the schema of this version."""
+
+from pathlib import Path
+
+from sqlalchemy import func, make_url, select
+from sqlalchemy.pool import NullPool
+
+from db.session import for_writing, make_engine
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+
+# How long SQLite waits for another process that migrates; PostgreSQL's lock waits without limit.
+MIGRATION_S = 60.0
+_LOCK = 0x51_01CE
+
+
+def migrate(url: str) -> None:
+    """Runs the missing migrations in one transaction; makes the SQLite file and its directory.
+
+    Several processes may call it at once: one migrates, the others wait and find nothing to do.
+
+    Raises:
+        SQLAlchemyError: the database is away or refuses.
+        OSError: SQLite's directory cannot be made.
+        alembic.util.CommandError: the schema is of a newer version.
+    """
+    # Only who migrates pays for importing Alembic.
+    from alembic import command
+    from alembic.config import Config
+
+    location = make_url(url)
+    if location.get_backend_name() == "sqlite" and location.database:
+        Path(location.database).parent.mkdir(parents=True, exist_ok=True)
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    engine = make_engine(url, MIGRATION_S, poolclass=NullPool)
+    with for_writing(engine).begin() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.execute(select(func.pg_advisory_xact_lock(_LOCK)))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")

@@ -1,0 +1,120 @@
+"""What must hold before `sluice up` starts anything; each failure says how to mend it."""
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+
+from deploy.install import WITHOUT_VLLM
+from deploy.redis_server import answers
+from gpu_worker.orphans import refuse_orphans
+from gpu_worker.vllm_engine import resolve_source
+from tasks.errors import SluiceError
+from tasks.models import Catalog
+from tasks.settings import Settings
+
+ENGINE_MEMORY_GIB = 2.0
+
+
+class StartError(SluiceError):
+    """Sluice cannot start here."""
+
+
+@contextmanager
+def only_one(home: Path) -> Iterator[None]:
+    """Holds the state directory for this `sluice up` alone.
+
+    Raises:
+        StartError: another one holds it, or it cannot be written.
+    """
+    try:
+        (home / "run").mkdir(parents=True, exist_ok=True)
+        (home / "logs").mkdir(exist_ok=True)
+        lock = (home / "run" / "up.lock").open("a+")
+    except OSError as refused:
+        raise StartError(
+            f"cannot write to {home} ({refused.strerror}); "
+            "set SLUICE_HOME to a directory that you may write to"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise StartError(
+                f"another `sluice up` (pid {lock.read()}) runs on {home}; stop it, "
+                "or give this one its own SLUICE_HOME and SLUICE_PORT"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def check_machine(settings: Settings, catalog: Catalog) -> None:
+    """Checks port, models, memory, engines left behind, and a configured Redis.
+
+    Raises:
+        SluiceError: something is missing or in the way.
+    """
+    _check_port(settings.port)
+    _check_models(catalog)
+    refuse_orphans()
+    if "SLUICE_REDIS_URL" in os.environ and not answers(settings.redis_url):
+        raise StartError(
+            f"no Redis answers at SLUICE_REDIS_URL={settings.redis_url}; start it, "
+            "or unset the variable: then Sluice starts one of its own"
+        )
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as refused:
+            raise StartError(
+                f"cannot listen on port {port} ({refused.strerror}{_listener(port)}); "
+                f"free it, or choose another: SLUICE_PORT={port + 1} make up"
+            ) from None
+
+
+def _listener(port: int) -> str:
+    """Who listens on the port, as far as this user may know."""
+    try:
+        for connection in psutil.net_connections("tcp"):
+            is_listening = connection.status == psutil.CONN_LISTEN and connection.pid
+            if is_listening and connection.laddr and connection.laddr.port == port:
+                return f" by pid {connection.pid}, {psutil.Process(connection.pid).name()}"
+    except psutil.Error:
+        pass
+    return ""
+
+
+def _check_models(catalog: Catalog) -> None:
+    on_vllm = [model for model in catalog.models if model.engine == "vllm"]
+    if not on_vllm:
+        return
+    if find_spec("vllm") is None:
+        raise StartError(
+            f"vLLM is not installed, and the model {on_vllm[0].name} needs it; `make up` installs "
+            f"it where it has a build; without it, {WITHOUT_VLLM}"
+        )
+    for model in on_vllm:
+        source = Path(resolve_source(model.source))
+        if source.is_absolute() and not (source / "config.json").is_file():
+            raise StartError(
+                f"{source} holds no model (no config.json); "
+                "give a directory in Hugging Face's format, or a Hub id"
+            )
+    available = psutil.virtual_memory().available / 2**30
+    if available < ENGINE_MEMORY_GIB * len(on_vllm):
+        raise StartError(
+            f"{available:.1f} GiB of memory are available, and {len(on_vllm)} vLLM engine(s) need "
+            f"{ENGINE_MEMORY_GIB:.0f} GiB each; close other programs, or use SLUICE_MODEL=sim"
+        )

@@ -1,0 +1,184 @@
+"""The program `sluice`: one command for each part, configured by the environment (README)."""
+
+import sys
+from importlib.metadata import version as installed_version
+from typing import IO, Any
+
+import click
+
+from tasks.errors import SluiceError
+
+
+class Program(click.Group):
+    """Commands whose errors are one sentence, not a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SluiceError as wrong:
+            click.echo(f"sluice: {wrong}", err=True)
+            ctx.exit(2)
+
+
+@click.group(cls=Program)
+def main() -> None:
+    """Self-hosted LLM serving with a queue at its heart."""
+
+
+@main.command()
+def up() -> None:
+    """Run everything on this machine, until Ctrl-C."""
+    from deploy.up import run
+
+    sys.exit(run())
+
+
+@main.command()
+@click.option(
+    "--bind", metavar="HOST:PORT", help="Where to listen; default: 127.0.0.1:SLUICE_PORT."
+)
+def api(bind: str | None) -> None:
+    """Run the HTTP API."""
+    from api.server import serve
+    from tasks.settings import get_settings
+
+    serve(bind or f"127.0.0.1:{get_settings().port}")
+
+
+@main.command()
+@click.option("--model", metavar="NAME", help="A model of models.yaml; default: its first.")
+def worker(model: str | None) -> None:
+    """Run one GPU worker, which serves one model."""
+    from gpu_worker.main import run
+    from tasks.models import get_catalog
+
+    sys.exit(run(get_catalog().resolve(model).name))
+
+
+@main.command()
+def maintenance() -> None:
+    """Run the maintenance worker: lost work is queued again, old state removed."""
+    from tasks.maintenance import run
+
+    sys.exit(run())
+
+
+URL = click.option("--url", help="The API; default: SLUICE_API_URL.")
+
+
+def _read_pairs(_ctx: click.Context, _param: click.Parameter, pairs: list[str]) -> dict[str, str]:
+    if wrong := [pair for pair in pairs if "=" not in pair]:
+        raise click.BadParameter(f"{wrong[0]!r} is not NAME=VALUE")
+    return {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
+
+
+def _read_object(
+    _ctx: click.Context, _param: click.Parameter, file: IO[bytes] | None
+) -> dict[str, Any] | None:
+    import orjson
+
+    try:
+        content = orjson.loads(file.read()) if file else None
+    except orjson.JSONDecodeError as broken:
+        raise click.BadParameter(f"not JSON: {broken}") from None
+    if file and not isinstance(content, dict):
+        raise click.BadParameter("not a JSON object")
+    return content
+
+
+@main.command()
+@click.argument("prompt", required=False)
+@click.option(
+    "--body", type=click.File("rb"), callback=_read_object, help="JSON to send instead of PROMPT."
+)
+@click.option("--endpoint", metavar="PATH", help="Where --body goes; default: chat completions.")
+@click.option("--model", metavar="NAME")
+@click.option("--max-tokens", type=int)
+@click.option("--priority", type=int, help="Lower ones go first; default: 0.")
+@click.option("--deadline-s", type=float, help="Expires when it has not begun by then.")
+@click.option("--webhook", metavar="URL", help="Called when the job has ended.")
+@click.option("--metadata", metavar="NAME=VALUE", multiple=True, callback=_read_pairs)
+@click.option("--watch", "is_watched", is_flag=True, help="Show the job to its end.")
+@URL
+def submit(
+    prompt: str | None,
+    body: dict[str, Any] | None,
+    url: str | None,
+    is_watched: bool,
+    **options: Any,
+) -> None:
+    """Queue a job for PROMPT (-: standard input) and print its id."""
+    from deploy import client
+
+    if (prompt is None) == (body is None):
+        raise click.UsageError("give either PROMPT or --body")
+    if options["endpoint"] and body is None:
+        raise click.UsageError("--endpoint needs --body")
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    api = client.Api(url)
+    job = api.submit(client.compose(prompt, body, **options))
+    if is_watched:
+        sys.exit(client.watch(api, job["id"]))
+    click.echo(job["id"])
+
+
+@main.command()
+@click.argument("job")
+@URL
+def watch(job: str, url: str | None) -> None:
+    """Show a job's place in the queue, then its text as it comes."""
+    from deploy import client
+
+    sys.exit(client.watch(client.Api(url), job))
+
+
+@main.command()
+@click.option("--status", metavar="STATUS", help="queued, in_progress, completed, failed, …")
+@click.option("--model", metavar="NAME")
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+@URL
+def jobs(status: str | None, model: str | None, limit: int, as_json: bool, url: str | None) -> None:
+    """List jobs, the newest first."""
+    from deploy import client
+
+    found = client.Api(url).jobs(limit, status=status, model=model)
+    client.show_jobs(found, as_json=as_json)
+
+
+@main.command()
+@click.argument("job", nargs=-1, required=True)
+@URL
+def cancel(job: tuple[str, ...], url: str | None) -> None:
+    """Cancel jobs that have not ended."""
+    from deploy import client
+
+    client.cancel(client.Api(url), job)
+
+
+@main.group()
+def webhooks() -> None:
+    """Look after webhooks."""
+
+
+@webhooks.command("test")
+@click.argument("url")
+def call_webhook(url: str) -> None:
+    """Send a signed test event to URL; exit code 1 unless it answers 2xx."""
+    from tasks.settings import get_settings
+    from tasks.webhooks import send_test
+
+    outcome = send_test(url, get_settings())
+    click.echo(f"{outcome.summary} after {outcome.duration_ms} ms")
+    sys.exit(0 if outcome.is_delivered else 1)
+
+
+@main.command()
+def version() -> None:
+    """Print the version."""
+    click.echo(installed_version("sluice"))
+
+
+if __name__ == "__main__":
+    main(prog_name="sluice")

@@ -1,0 +1,248 @@
+"""The commands of those who use the jobs API: submit, watch, jobs, cancel."""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import click
+import httpx
+import orjson
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Table
+
+from tasks.errors import SluiceError
+from tasks.settings import get_settings
+
+# The API sends keep-alives at least every 10 s: a stream that is silent for longer is broken.
+TIMEOUT_S = 30.0
+RETRY_S = 0.5
+GIVE_UP_S = 60.0
+PAGE_JOBS = 100
+# A pipe has no width of its own, and rich's 80 columns would cut names.
+PIPE_COLUMNS = 160
+
+Json = dict[str, Any]
+
+
+class RequestRefusedError(SluiceError):
+    """The API refused the request."""
+
+
+class ApiAwayError(RequestRefusedError):
+    """The API cannot be reached, or cannot answer at the moment."""
+
+
+def compose(prompt: str | None, body: Json | None, **options: Any) -> Json:
+    """The JSON of POST /v1/jobs; what was not given is left to the API."""
+    terms = {name: value for name, value in options.items() if value is not None}
+    for_engine = {name: terms.pop(name) for name in ("model", "max_tokens") if name in terms}
+    content = _chat(prompt) if body is None else body
+    return {"endpoint": "/v1/chat/completions"} | terms | {"body": content | for_engine}
+
+
+def _chat(prompt: str | None) -> Json:
+    messages = [{"role": "user", "content": prompt}]
+    return {"messages": messages, "stream": True, "stream_options": {"include_usage": True}}
+
+
+class Event(NamedTuple):
+    """A server-sent event; one without data is a comment."""
+
+    name: bytes
+    id: bytes
+    data: bytes
+
+
+def _parse_events(pieces: Iterable[bytes]) -> Iterator[Event]:
+    # By bytes: JSON may hold characters at which Python, but not SSE, would break lines.
+    rest = b""
+    for piece in pieces:
+        *blocks, rest = (rest + piece).split(b"\n\n")
+        for block in blocks:
+            fields = dict(line.partition(b": ")[::2] for line in block.split(b"\n"))
+            yield Event(*(fields.get(name, b"") for name in (b"event", b"id", b"data")))
+
+
+class Api:
+    """The jobs API at a URL, with the errors of this program; all methods raise them."""
+
+    def __init__(self, url: str | None = None) -> None:
+        settings = get_settings()
+        self.url = url or settings.api_url
+        headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
+        try:
+            self._client = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT_S)
+        except httpx.InvalidURL as wrong:
+            raise RequestRefusedError(f"{self.url} is not a URL: {wrong}") from None
+
+    def submit(self, job: Json) -> Json:
+        return self._call("POST", "/v1/jobs", json=job)
+
+    def cancel(self, job_id: str) -> Json:
+        return self._call("POST", f"{_path(job_id)}/cancel")
+
+    def jobs(self, limit: int, **filters: str | None) -> Iterator[Json]:
+        """The newest jobs, up to that many."""
+        params: Json = {name: value for name, value in filters.items() if value}
+        while limit > 0:
+            params["limit"] = min(limit, PAGE_JOBS)
+            page = self._call("GET", "/v1/jobs", params=params)
+            yield from page["data"]
+            limit -= params["limit"]
+            params["after"] = page["last_id"]
+            if not page["has_more"]:
+                return
+
+    def follow(self, job_id: str) -> Iterator[Event]:
+        """The job's events up to its last, each once, over as many connections as it takes."""
+        last_id, lost_s, has_answered = b"", 0.0, False
+        while True:
+            try:
+                for event in self._events(job_id, last_id):
+                    lost_s, has_answered = 0.0, True
+                    if event.data == b"[DONE]":
+                        return
+                    last_id = event.id or last_id
+                    yield event
+                raise ApiAwayError(f"{self.url} ended the stream of {job_id} too early")
+            except ApiAwayError as away:
+                lost_s = lost_s or time.monotonic()
+                if not has_answered or time.monotonic() - lost_s > GIVE_UP_S:
+                    raise away from None
+            time.sleep(RETRY_S)
+
+    def _events(self, job_id: str, last_id: bytes) -> Iterator[Event]:
+        headers = {"Last-Event-ID": last_id} if last_id else {}
+        path, kind = f"{_path(job_id)}/events", "text/event-stream"
+        with self._open(kind, "GET", path, headers=headers) as answer:
+            yield from _parse_events(answer.iter_bytes())
+
+    def _call(self, method: str, path: str, **request: Any) -> Json:
+        with self._open("application/json", method, path, **request) as answer:
+            content: Json = orjson.loads(answer.read())
+            return content
+
+    @contextmanager
+    def _open(self, kind: str, method: str, path: str, **request: Any) -> Iterator[httpx.Response]:
+        """The answer, if it is a success of that content type; it has to be read within."""
+        try:
+            with self._client.stream(method, path, **request) as answer:
+                if not answer.is_success or kind not in answer.headers.get("content-type", ""):
+                    answer.read()
+                    raise self._refusal(answer)
+                yield answer
+        except httpx.TransportError as failure:
+            raise ApiAwayError(
+                f"no API answers at {self.url} ({str(failure) or type(failure).__name__}); start "
+                "one with `make up`, or give its address: --url or SLUICE_API_URL"
+            ) from None
+
+    def _refusal(self, answer: httpx.Response) -> RequestRefusedError:
+        kind = ApiAwayError if answer.status_code in (502, 503, 504) else RequestRefusedError
+        try:
+            return kind(orjson.loads(answer.content)["error"]["message"])
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            return kind(f"{self.url} answered {answer.status_code}: {answer.text[:200]!r}")
+
+
+def _path(job_id: str) -> str:
+    return f"/v1/jobs/{quote(job_id, safe='')}"
+
+
+class Screen:
+    """What the user sees of a job: its place in the queue (stderr), then its text (stdout)."""
+
+    def __init__(self, job_id: str) -> None:
+        self.error, self._last, self._places = "", "", 0
+        console = Console(stderr=True)
+        columns = SpinnerColumn(), BarColumn(), TextColumn("{task.description}", markup=False)
+        hidden = not console.is_interactive
+        self._progress = Progress(*columns, console=console, transient=True, disable=hidden)
+        self._bar = self._progress.add_task(job_id, total=None)
+        self._progress.start()
+
+    def close(self) -> None:
+        self._progress.stop()
+        if self._last and not self._last.endswith("\n"):
+            click.echo()
+
+    def show(self, event: Event) -> None:
+        """Takes the next event of the job."""
+        if event.name == b"queue":
+            self._show_queue(orjson.loads(event.data))
+        elif event.data:
+            answer = orjson.loads(event.data)
+            if error := answer.get("error"):
+                # An engine elsewhere may say it in a form of its own.
+                self.error = str(error.get("message") if isinstance(error, dict) else error)
+            elif text := _text(answer):
+                self._progress.stop()
+                self._last = text
+                click.echo(text, nl=False)
+
+    def _show_queue(self, queue: Json) -> None:
+        place, eta_s = queue["position"], queue["eta_s"]
+        self._places = max(self._places, place)
+        when = "" if eta_s is None else f", starts in about {eta_s:.0f} s"
+        text, passed = f"place {place} in the queue{when}", self._places - place
+        self._progress.update(self._bar, total=self._places, completed=passed, description=text)
+
+
+def _text(answer: Json) -> str:
+    """What a person reads of an answer or chunk: its first choice's text, or all of another's."""
+    if "choices" not in answer:
+        return orjson.dumps(answer).decode()
+    first: Json = next((choice for choice in answer["choices"] if not choice.get("index")), {})
+    message = first.get("delta") or first.get("message") or first
+    return str(message.get("content") or message.get("text") or "")
+
+
+def watch(api: Api, job_id: str) -> int:
+    """Shows a job to its end; returns the exit code of the program."""
+    screen = Screen(job_id)
+    try:
+        for event in api.follow(job_id):
+            screen.show(event)
+    except KeyboardInterrupt:
+        ways = f"`sluice watch {job_id}` shows it again, `sluice cancel {job_id}` ends it"
+        screen.error = f"the job goes on; {ways}"
+    finally:
+        screen.close()
+    if screen.error:
+        click.echo(f"sluice: {screen.error}", err=True)
+    return 1 if screen.error else 0
+
+
+def cancel(api: Api, job_ids: Iterable[str]) -> None:
+    """Cancels all that can be; raises a RequestRefusedError that names the others."""
+    refusals = []
+    for job_id in job_ids:
+        try:
+            click.echo(f"{job_id} {api.cancel(job_id)['status']}")
+        except RequestRefusedError as refused:
+            refusals.append(str(refused))
+    if refusals:
+        raise RequestRefusedError("; ".join(dict.fromkeys(refusals)))
+
+
+def show_jobs(jobs: Iterable[Json], *, as_json: bool) -> None:
+    """Prints jobs as a table, or one JSON object per line."""
+    if as_json:
+        for job in jobs:
+            click.echo(orjson.dumps(job))
+        return
+    table = Table("id", "model", "status", "age", "position", "attempts", "tokens", box=None)
+    table.columns[0].no_wrap = True
+    for job in jobs:
+        queue, usage = job["queue"] or {}, job["usage"] or {}
+        numbers = queue.get("position", ""), job["attempts"], usage.get("total_tokens", "")
+        age = timedelta(seconds=round(max(time.time() - job["created_at"], 0)))
+        table.add_row(job["id"], job["model"], job["status"], *map(str, (age, *numbers)))
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = PIPE_COLUMNS
+    console.print(table)

@@ -1,0 +1,36 @@
+"""What `sluice up` shows once everything runs."""
+
+from deploy.install import GPU_INSTALL
+from tasks.models import Catalog
+from tasks.settings import Settings
+
+_TEXT = """
+  Sluice is ready:  {url}      API and docs: {url}/docs
+
+  curl -N {url}/v1/chat/completions \\
+    -H 'Content-Type: application/json' -d '{{"message": "Hello"}}'
+
+  from openai import OpenAI
+  client = OpenAI(base_url="{url}/v1", api_key="none")
+  question = [{{"role": "user", "content": "What is Sluice?"}}]
+  for chunk in client.chat.completions.create(model="{model}", messages=question, stream=True):
+      print(chunk.choices[0].delta.content or "", end="", flush=True)
+
+  Model       {model}{note}
+  Your own    SLUICE_MODEL=Qwen/Qwen3-0.6B make up      (a Hub id or a directory)
+  On a GPU    {gpu}
+  Logs        {home}/logs
+  Stop        Ctrl-C
+"""
+
+
+def welcome(settings: Settings, catalog: Catalog) -> str:
+    """How to use what runs now."""
+    model = catalog.default
+    notes = {
+        "bundled": ": a tiny demo that knows a little about Sluice and nothing else",
+        "sim": ": simulated, no model at all",
+    }
+    note = notes.get(model.engine, "") or notes.get(model.source, "")
+    values = {"model": model.name, "note": note, "home": settings.home, "gpu": GPU_INSTALL}
+    return _TEXT.format(url=f"http://127.0.0.1:{settings.port}", **values)

@@ -1,0 +1,200 @@
+"""`sluice up`: every part of Sluice on this machine, watched over until Ctrl-C."""
+
+import http.client
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+
+from rich.console import Console
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.text import Text
+
+from deploy import checks, redis_server
+from deploy.process import Part, stop_all
+from deploy.screen import welcome
+from tasks import keys
+from tasks.connections import connect
+from tasks.errors import SluiceError
+from tasks.models import Catalog, get_catalog
+from tasks.settings import Settings, get_settings
+
+LOG_LINES_SHOWN = 15
+LOG_WIDTH = 110
+PLAIN_PROGRESS_S = 10.0
+FOLLOW_INTERVAL_S = 2.0
+
+
+class StopRequested(Exception):  # noqa: N818 (it is none)
+    """A signal asked to stop."""
+
+
+def run() -> int:
+    """Runs all parts until a signal asks to stop; returns the exit code."""
+    settings, catalog = get_settings(), get_catalog()
+    try:
+        with checks.only_one(settings.home):
+            checks.check_machine(settings, catalog)
+            Deployment(settings, catalog).run()
+    except SluiceError as wrong:
+        print(f"sluice: {wrong}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class Deployment:
+    """The parts that run, and what the user sees of them."""
+
+    def __init__(self, settings: Settings, catalog: Catalog) -> None:
+        self._settings = settings
+        self._catalog = catalog
+        # Who stops it with Ctrl-C waits for the worker's jobs, but not for long.
+        self._env = {"SLUICE_DRAIN_S": "3", "PYTHONUNBUFFERED": "1", **os.environ}
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._redis: Part | None = None
+        self._parts: list[Part] = []
+        self._stopping = False
+
+    def run(self) -> None:
+        """Starts everything, shows how to use it, keeps it running, stops everything.
+
+        Raises:
+            StartError: a part ended while it started.
+        """
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(name, self._request_stop)
+        try:
+            self._start_redis()
+            self._migrate()
+            self._start_parts()
+            self._console.print(welcome(self._settings, self._catalog), markup=False)
+            self._supervise()
+        except StopRequested:
+            self._say("stopping")
+        finally:
+            started = time.monotonic()
+            stop_all(self._parts, self._redis)
+        self._say(f"stopped in {time.monotonic() - started:.1f} s")
+
+    def _supervise(self) -> None:
+        followed = 0.0
+        while True:
+            self._pause()
+            for part in self._all():
+                part.keep_alive(self._say)
+            if time.monotonic() - followed > FOLLOW_INTERVAL_S:
+                followed = time.monotonic()
+                self._follow_worker()
+
+    def _follow_worker(self) -> None:
+        api, maintenance, worker, *others = self._parts
+        if not others:
+            for part in (self._redis, api, maintenance):
+                if part:
+                    part.follow(worker)
+
+    def _start_redis(self) -> None:
+        if "SLUICE_REDIS_URL" in os.environ:
+            return
+        server, port = redis_server.find_server(), redis_server.free_port()
+        url = self._env["SLUICE_REDIS_URL"] = f"redis://127.0.0.1:{port}/0"
+        command = redis_server.server_command(server, self._settings.home, port)
+        self._redis = self._part("redis", command)
+        self._redis.start()
+        self._wait("starting Redis", self._redis, lambda: redis_server.answers(url))
+        # Workers of an earlier run that were killed: they must not pass for ours.
+        connect(url).delete(keys.WORKERS)
+        self._say(f"Redis: {server} on port {port}")
+
+    def _migrate(self) -> None:
+        from db import migrate
+
+        migrate(self._settings.database_url)
+
+    def _start_parts(self) -> None:
+        port, models = self._settings.port, [model.name for model in self._catalog.models]
+        sluice = [sys.executable, "-m", "deploy.cli"]
+        api = self._part("api", [*sluice, "api", "--bind", f"127.0.0.1:{port}"])
+        maintenance = self._part("maintenance", [*sluice, "maintenance"])
+        workers = [
+            self._part(_worker_name(index, model), [*sluice, "worker", "--model", model])
+            for index, model in enumerate(models)
+        ]
+        self._parts = [api, maintenance, *workers]
+        for part in self._parts:
+            part.start()
+        started = time.monotonic()
+        self._wait("starting the API", api, lambda: self._is_healthy("live"))
+        self._say(f"API: answers after {time.monotonic() - started:.1f} s")
+        self._wait(f"loading {models[0]}", workers[0], lambda: self._is_healthy("ready"))
+        self._say(f"worker: serves after {time.monotonic() - started:.1f} s")
+
+    def _part(self, name: str, command: list[str]) -> Part:
+        log = self._settings.home / "logs" / f"{name}.log"
+        if log.exists():
+            log.replace(log.with_suffix(".log.1"))
+        return Part(name, command, log, self._env)
+
+    def _all(self) -> list[Part]:
+        return [self._redis, *self._parts] if self._redis else self._parts
+
+    def _is_healthy(self, what: str) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self._settings.port, timeout=3)
+        try:
+            connection.request("GET", f"/health/{what}")
+            return connection.getresponse().status == http.client.OK
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def _wait(self, doing: str, part: Part, is_done: Callable[[], bool]) -> None:
+        """Waits, showing seconds and the last line of the part's log.
+
+        Raises:
+            StartError: a part ended.
+        """
+        started, shown = time.monotonic(), PLAIN_PROGRESS_S
+        # Without its refresh thread: children are forked from this process.
+        spinner = Spinner("dots")
+        with Live(spinner, console=self._console, auto_refresh=False, transient=True) as live:
+            while not is_done():
+                self._pause()
+                self._check_parts()
+                seconds = time.monotonic() - started
+                text = f"{doing} · {seconds:.0f} s · {''.join(part.log_tail(1))[:LOG_WIDTH]}"
+                if self._console.is_terminal:
+                    spinner.update(text=Text(text, no_wrap=True, overflow="ellipsis"))
+                    live.refresh()
+                elif seconds >= shown:
+                    shown += PLAIN_PROGRESS_S
+                    self._say(text)
+
+    def _check_parts(self) -> None:
+        for part in self._all():
+            code = part.exit_code()
+            if code is not None:
+                tail = "\n  ".join(part.log_tail(LOG_LINES_SHOWN))
+                raise checks.StartError(
+                    f"{part.name} ended with exit code {code} while it started; "
+                    f"the end of its log, {part.log}:\n  {tail}"
+                )
+
+    def _pause(self) -> None:
+        time.sleep(0.1)
+        if self._stopping:
+            raise StopRequested
+
+    def _request_stop(self, _signal: int, _frame: FrameType | None) -> None:
+        self._stopping = True
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+
+def _worker_name(index: int, model: str) -> str:
+    return "worker" if index == 0 else f"worker-{re.sub('[^A-Za-z0-9.-]+', '-', model)}"

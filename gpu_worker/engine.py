@@ -1,0 +1,81 @@
+"""What a worker needs of an engine. An engine is an ASGI app: job in, response out, byte for byte.
+
+Another kind of engine is a module with an `open_engine`, named in ENGINES.
+"""
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import AbstractAsyncContextManager
+from importlib import import_module
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from tasks.errors import ConfigurationError
+from tasks.models import Model
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+AsgiApp = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+ENGINES = {
+    "vllm": "gpu_worker.vllm_engine",
+    "sim": "gpu_worker.sim_engine",
+    "remote": "gpu_worker.remote_engine",
+}
+
+
+class Load(NamedTuple):
+    """Requests inside the engine: in the running batch, and waiting for it."""
+
+    running: int
+    waiting: int
+
+
+class Engine(Protocol):
+    """A loaded engine, on the event loop that opened it."""
+
+    app: AsgiApp
+
+    def load(self) -> Load:
+        """What the engine is doing now."""
+
+    def is_dead(self) -> bool:
+        """Whether the engine cannot answer any more, for good."""
+
+
+def open_engine(model: Model) -> AbstractAsyncContextManager[Engine]:
+    """Loads the model's engine on entry, which may take minutes; ends its processes on exit.
+
+    Raises:
+        ConfigurationError: on entry, when the model's source or arguments are wrong.
+    """
+    opened: AbstractAsyncContextManager[Engine]
+    opened = import_module(ENGINES[model.engine]).open_engine(model)
+    return opened
+
+
+Args = TypeVar("Args", bound=BaseModel)
+
+
+def read_args(model: Model, args: type[Args]) -> Args:
+    """The `args` of the model's entry, written with dashes or underscores.
+
+    Raises:
+        ConfigurationError: an argument is unknown or its value is refused.
+    """
+    try:
+        return args(**{str(name).replace("-", "_"): value for name, value in model.args.items()})
+    except ValidationError as refused:
+        wrong = "; ".join(f"{error['loc'][0]}: {error['msg']}" for error in refused.errors())
+        raise ConfigurationError(f"models.yaml, args of {model.name}: {wrong}") from None
+
+
+async def read_body(receive: Receive) -> bytes:
+    """The whole body of a request."""
+    body = b""
+    while True:
+        message = await receive()
+        body += bytes(message.get("body", b""))
+        if not message.get("more_body"):
+            return body

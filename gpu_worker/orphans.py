@@ -1,0 +1,55 @@
+"""Engine processes that outlived their worker: found before a new engine wants their memory."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from tasks.errors import ConfigurationError
+from tasks.settings import get_settings
+
+
+def _directory() -> Path:
+    return get_settings().home / "run"
+
+
+def refuse_orphans() -> None:
+    """Looks for engines of dead workers on this machine.
+
+    Raises:
+        ConfigurationError: one lives, and still holds its memory.
+    """
+    for record in _directory().glob("engine-*.json"):
+        engine = json.loads(record.read_text())
+        try:
+            process = psutil.Process(engine["pid"])
+            is_same = process.create_time() == engine["create_time"]
+            if is_same and process.status() != psutil.STATUS_ZOMBIE:
+                if process.ppid() != engine["parent_pid"]:
+                    raise ConfigurationError(
+                        f"the engine of an earlier worker, process {process.pid}, still holds its "
+                        f"memory; end it with `kill -9 {process.pid}` and start again"
+                    )
+                continue
+        except psutil.NoSuchProcess:
+            pass
+        record.unlink(missing_ok=True)
+
+
+@contextmanager
+def recorded() -> Iterator[None]:
+    """While inside, this worker's engine processes are on record."""
+    _directory().mkdir(parents=True, exist_ok=True)
+    records = []
+    for child in psutil.Process().children(recursive=True):
+        record = _directory() / f"engine-{child.pid}.json"
+        content = {"pid": child.pid, "create_time": child.create_time(), "parent_pid": child.ppid()}
+        record.write_text(json.dumps(content))
+        records.append(record)
+    try:
+        yield
+    finally:
+        for record in records:
+            record.unlink(missing_ok=True)

@@ -1,0 +1,131 @@
+"""vLLM in this process: the same three calls that `vllm serve` makes, without its HTTP server.
+
+All knowledge of vLLM's module paths is in this file and in engine_process.py.
+"""
+
+import os
+from argparse import Namespace
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from gpu_worker import engine_process
+from gpu_worker.engine import AsgiApp, Load
+from tasks import affinity
+from tasks.errors import ConfigurationError
+from tasks.models import Model
+
+BUNDLED_MODEL = Path(__file__).parent / "demo" / "model"
+
+
+class VllmEngine:
+    """A running AsyncLLM and vLLM's own OpenAI app around it."""
+
+    def __init__(self, app: AsgiApp, client: Any) -> None:
+        self.app = app
+        self._client = client
+
+    def load(self) -> Load:
+        from prometheus_client import REGISTRY
+
+        names = ["vllm:num_requests_running", "vllm:num_requests_waiting"]
+        samples = {
+            sample.name: int(sample.value)
+            for metric in REGISTRY.restricted_registry(names).collect()
+            for sample in metric.samples
+        }
+        return Load(*(samples.get(name, 0) for name in names))
+
+    def is_dead(self) -> bool:
+        return bool(self._client.errored)
+
+
+@asynccontextmanager
+async def open_engine(model: Model) -> AsyncIterator[VllmEngine]:
+    """Starts vLLM's engine and builds its app.
+
+    Raises:
+        ConfigurationError: vLLM is not installed, or the source is a path that does not exist.
+    """
+    if find_spec("vllm") is None:
+        raise ConfigurationError(
+            "vLLM is not installed here; install the extra `cpu` or `gpu`, "
+            "or set SLUICE_MODEL to `sim` or to the URL of an OpenAI-compatible server"
+        )
+    for name, value in model.env.items():
+        os.environ.setdefault(name, value)
+    engine_process.adopt()
+    args = _parse(command_line(model))
+
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+    from vllm.entrypoints.launchers.app import build_app
+
+    async with build_async_engine_client(args) as client:
+        tasks = await client.get_supported_tasks()
+        app = build_app(args, tasks, client.model_config)
+        await init_app_state(client, app.state, args, tasks)
+        # vLLM's lifespan logs statistics, and freezes the heap: without that the collector stalls
+        # the loop (8 ms between tokens against 3 ms).
+        async with app.router.lifespan_context(app):
+            _make_way()
+            yield VllmEngine(app, client)
+
+
+def _make_way() -> None:
+    """Keeps this process off the processors that vLLM has bound its CPU engine to."""
+    if not affinity.IS_SUPPORTED:
+        return
+    everywhere = affinity.processors(0)
+    engine = psutil.Process().children(recursive=True)
+    bound = [cpus for cpus in (affinity.processors(p.pid) for p in engine) if cpus < everywhere]
+    free = everywhere.difference(*bound)
+    if bound and free:
+        affinity.confine(os.getpid(), free)
+
+
+def resolve_source(source: str) -> str:
+    """The Hub id or directory that vLLM loads.
+
+    Raises:
+        ConfigurationError: it is a path, and nothing is there.
+    """
+    if source == "bundled":
+        return str(BUNDLED_MODEL)
+    looks_like_path = source.startswith((".", "/", "~"))
+    if looks_like_path and not Path(source).expanduser().is_dir():
+        raise ConfigurationError(
+            f"there is no model at {source}; give a directory in Hugging Face's format or a Hub id"
+        )
+    return str(Path(source).expanduser()) if looks_like_path else source
+
+
+def command_line(model: Model) -> list[str]:
+    """The model's entry as `vllm serve` would be given it: flags and values."""
+    line = ["--model", resolve_source(model.source)]
+    line += ["--served-model-name", model.name, *model.aliases]
+    for name, value in model.args.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            line.append(flag)
+        elif isinstance(value, list):
+            line += [flag, *map(str, value)]
+        elif value is not False and value is not None:
+            line += [flag, str(value)]
+    return line
+
+
+def _parse(command_line: list[str]) -> Namespace:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = make_arg_parser(FlexibleArgumentParser(prog="models.yaml"))
+    args: Namespace = parser.parse_args(command_line)
+    validate_parsed_serve_args(args)
+    return args

@@ -1,0 +1,204 @@
+"""The life of a job in Redis: submit, claim, renew, finish, cancel, reap. Each step is one script.
+
+What waits, where and for how long is in depth.py.
+
+The scripts in lua/ make every step atomic, and take the time from Redis, never from a host's clock.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from redis import Redis
+
+from tasks import keys
+from tasks.app import make_ticket
+from tasks.errors import IdempotencyError, OverloadedError
+from tasks.message import Claim, Job, Lane, Snapshot, State, Terms, new_id
+from tasks.settings import Settings, get_settings
+
+LUA = Path(__file__).parent / "lua"
+REAPED_AT_ONCE = 1000
+
+
+def load_script(client: Any, *names: str) -> Callable[..., Any]:
+    """The files lua/<name>.lua as one script, run by its hash, by a blocking or asyncio client."""
+    text = "".join((LUA / f"{name}.lua").read_text() for name in names)
+    script: Callable[..., Any] = client.register_script(text)
+    return script
+
+
+class Reaped(NamedTuple):
+    """A job taken from a worker that fell silent, or that waited past its deadline."""
+
+    job_id: str
+    model: str
+    attempt: int
+    listener: str
+    state: State
+
+
+class Cancelled(NamedTuple):
+    """A job that was cancelled, and the worker that must stop it, if any."""
+
+    attempt: int
+    worker: str
+    listener: str
+
+
+class Backlog:
+    """All queued and running jobs of all models, on the queue's Redis."""
+
+    def __init__(self, redis: Redis, settings: Settings | None = None) -> None:
+        self.redis = redis
+        self._settings = settings or get_settings()
+        self._submit = load_script(redis, "submit")
+        self._claim = load_script(redis, "record", "claim")
+        self._renew = load_script(redis, "renew")
+        self._finish = load_script(redis, "record", "finish")
+        self._cancel = load_script(redis, "record", "cancel")
+        self._reap = load_script(redis, "record", "reap")
+
+    def submit(self, job: Job, terms: Terms = Terms()) -> str:  # noqa: B008 (frozen)
+        """Puts the job at the end of its priority in its lane, and sends a ticket for it.
+
+        Returns:
+            Its id, or that of the job that holds the idempotency key.
+
+        Raises:
+            OverloadedError: the lane is full.
+            IdempotencyError: another request holds the key.
+        """
+        deadline_us = "" if terms.deadline_s is None else int(terms.deadline_s * 1e6)
+        fingerprint = terms.fingerprint if terms.idempotency_key else ""
+        reply = self._submit(
+            keys=[
+                *(keys.job(job.id), keys.backlog(job.model, job.lane), keys.MODELS),
+                *(keys.DEADLINES, keys.tickets(job.model)),
+                keys.idempotency(job.tenant, terms.idempotency_key),
+            ],
+            args=[
+                *(job.id, job.model, self._settings.max_backlog, self._settings.job_ttl_s),
+                *(terms.priority, deadline_us, fingerprint),
+                *(terms.first_attempt, self._settings.max_attempts),
+                make_ticket(job.model, job.id),
+                *job.encode(),
+            ],
+        )
+        if not reply:
+            raise OverloadedError
+        job_id, *known = (value.decode() for value in reply)
+        if known and known != [fingerprint]:
+            raise IdempotencyError
+        return str(job_id)
+
+    def holder(self, tenant: str, idempotency_key: str, fingerprint: str) -> str | None:
+        """The job that holds the key, if there is one.
+
+        Raises:
+            IdempotencyError: another request holds the key.
+        """
+        held: Any = self.redis.get(keys.idempotency(tenant, idempotency_key))
+        if held is None:
+            return None
+        known, job_id = held.decode().split()
+        if known != fingerprint:
+            raise IdempotencyError
+        return str(job_id)
+
+    def look(self, job_ids: Sequence[str]) -> list[Snapshot | None]:
+        """The jobs as they stand; None for one that Redis does not hold."""
+        pipeline = self.redis.pipeline(transaction=False)
+        for job_id in job_ids:
+            pipeline.hmget(keys.job(job_id), Snapshot.FIELDS)
+        return [Snapshot.decode(*found) for found in zip(job_ids, pipeline.execute(), strict=True)]
+
+    def missing(self, job_ids: Sequence[str]) -> list[str]:
+        """Those of the jobs that Redis does not hold."""
+        pipeline = self.redis.pipeline(transaction=False)
+        for job_id in job_ids:
+            pipeline.exists(keys.job(job_id))
+        return [j for j, is_there in zip(job_ids, pipeline.execute(), strict=True) if not is_there]
+
+    def body(self, job_id: str) -> bytes | None:
+        """The request of a job that has not been completed."""
+        found: Any = self.redis.hget(keys.job(job_id), "body")
+        return None if found is None else bytes(found)
+
+    def claim(self, model: str, worker: str) -> Claim | None:
+        """Leases the first job of the model to the worker; None when nothing waits."""
+        lease_us = int(self._settings.lease_s * 1e6)
+        reply = self._claim(
+            keys=[keys.LEASES, keys.LEDGER, keys.DEADLINES, *lanes(model)],
+            args=[worker, lease_us, keys.JOB_PREFIX, *Claim.FIELDS],
+        )
+        return None if reply is None else Claim.decode(reply)
+
+    def renew(self, held: Iterable[Claim]) -> list[str]:
+        """Renews the leases of these claims; returns the jobs that are no longer held."""
+        return self._lease(held, int(self._settings.lease_s * 1e6))
+
+    def release(self, held: Iterable[Claim]) -> None:
+        """Ends the leases of these claims, so that the reaper hands the jobs to other workers."""
+        self._lease(held, 0)
+
+    def _lease(self, held: Iterable[Claim], lease_us: int) -> list[str]:
+        pairs = [value for claim in held for value in (claim.job.id, claim.attempt)]
+        if not pairs:
+            return []
+        lost = self._renew(keys=[keys.LEASES], args=[lease_us, keys.JOB_PREFIX, *pairs])
+        return [job_id.decode() for job_id in lost]
+
+    def finish(self, claim: Claim, state: State) -> bool:
+        """Ends a claimed job; False when it was taken from this worker: its result is void."""
+        ended = self._finish(
+            keys=[
+                *(keys.job(claim.job.id), keys.LEASES, keys.LEDGER),
+                keys.service(claim.job.model),
+            ],
+            args=[claim.job.id, claim.attempt, state, self._settings.log_retention_s],
+        )
+        return bool(ended)
+
+    def cancel(self, job_id: str, model: str) -> Cancelled | None:
+        """Cancels a queued or running job; None when it has ended already."""
+        reply = self._cancel(
+            keys=[
+                *(keys.job(job_id), keys.LEASES, keys.LEDGER, keys.DEADLINES),
+                *lanes(model),
+            ],
+            args=[job_id, self._settings.log_retention_s],
+        )
+        if reply is None:
+            return None
+        attempt, worker, listener = (value.decode() for value in reply)
+        return Cancelled(int(attempt), worker, listener)
+
+    def reap(self) -> list[Reaped]:
+        """Takes the jobs whose lease has expired from their workers, and ends those too late."""
+        reply = self._reap(
+            keys=[keys.LEASES, keys.LEDGER, keys.DEADLINES],
+            args=[
+                *(keys.JOB_PREFIX, keys.BACKLOG_PREFIX),
+                *(self._settings.log_retention_s, REAPED_AT_ONCE),
+            ],
+        )
+        return [
+            Reaped(job_id, model, int(attempt), listener, State(state))
+            for job_id, model, attempt, listener, state in (map(bytes.decode, row) for row in reply)
+        ]
+
+    def send_tickets(self, model: str, number: int = 1) -> None:
+        """Tells the model's workers once more that there is work."""
+        tickets = [make_ticket(model, new_id()) for _ in range(number)]
+        self.redis.lpush(keys.tickets(model), *tickets)
+
+    def models(self) -> list[str]:
+        """The models that have had a job."""
+        names: set[bytes] = self.redis.smembers(keys.MODELS)  # type: ignore[assignment]
+        return sorted(name.decode() for name in names)
+
+
+def lanes(model: str) -> list[str]:
+    """The keys of a model's backlog, in the order of service."""
+    return [keys.backlog(model, lane) for lane in Lane]

@@ -1,0 +1,104 @@
+"""What waits: depth and age of each model's backlog, the position of a job, and when it may start.
+
+A job's score in its lane is the order of service: priority x 1e13 + the ms at which it was queued.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from redis import Redis
+
+from tasks import keys
+from tasks.backlog import lanes
+from tasks.message import LOWEST_PRIORITY, Lane, Snapshot
+
+ONE_PRIORITY = 1e13
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How much work waits for a model."""
+
+    jobs: int
+    oldest_age_s: float
+
+
+class Place(NamedTuple):
+    """Where a queued job stands."""
+
+    position: int
+    """1 is next."""
+    eta_s: float | None
+    """Until it starts, as the model was served lately; None: not known, or no worker lives."""
+
+
+def depth(redis: Redis, model: str) -> Depth:
+    """Jobs that wait for the model, and the age of the oldest one."""
+    seconds, micros = redis.time()
+    now_ms = seconds * 1000 + micros / 1000
+    jobs, oldest_ms = 0, now_ms
+    for lane in lanes(model):
+        jobs += int(redis.zcard(lane))
+        oldest_ms = min([oldest_ms, *_heads_ms(redis, lane)])
+    return Depth(jobs, max(now_ms - oldest_ms, 0) / 1000)
+
+
+def _heads_ms(redis: Redis, lane: str) -> list[float]:
+    """When the first job of each priority in the lane was queued."""
+    heads: list[float] = []
+    level: float = -LOWEST_PRIORITY
+    while True:
+        head: Any = redis.zrange(
+            lane, level * ONE_PRIORITY, "+inf", byscore=True, offset=0, num=1, withscores=True
+        )
+        if not head:
+            return heads
+        level, queued_ms = divmod(head[0][1], ONE_PRIORITY)
+        heads.append(queued_ms)
+        level += 1
+
+
+def places(redis: Redis, queued: Sequence[Snapshot]) -> list[Place | None]:
+    """Where these jobs stand; None for one that waits no longer."""
+    pipeline = redis.pipeline(transaction=False)
+    for job in queued:
+        pipeline.zrank(keys.backlog(job.model, job.lane), job.id)
+    ranks = pipeline.execute()
+    slots = _slots(redis) if queued else {}
+    models = {job.model for job in queued}
+    ahead: dict[str, Any] = {m: redis.zcard(keys.backlog(m, Lane.INTERACTIVE)) for m in models}
+    each_s = {model: _start_interval_s(redis, model, slots.get(model, 0)) for model in models}
+
+    def place(job: Snapshot, rank: int | None) -> Place | None:
+        if rank is None:
+            return None
+        position = rank + 1 + (ahead[job.model] if job.lane is Lane.BATCH else 0)
+        interval_s = each_s[job.model]
+        eta_s = None if interval_s is None else math.ceil(position * interval_s * 10) / 10
+        return Place(position, eta_s)
+
+    return [place(*found) for found in zip(queued, ranks, strict=True)]
+
+
+def _start_interval_s(redis: Redis, model: str, slots: int) -> float | None:
+    """Between two starts, while all slots are in use: the mean time on the engine over the slots.
+
+    Little's law; the mean is lua/finish.lua's.
+    """
+    mean_us: Any = redis.get(keys.service(model))
+    return float(mean_us) / 1e6 / slots if mean_us and slots else None
+
+
+def _slots(redis: Redis) -> dict[str, int]:
+    """Slots of the workers that live, per model."""
+    workers: Any = redis.smembers(keys.WORKERS)
+    pipeline = redis.pipeline(transaction=False)
+    for worker in workers:
+        pipeline.hmget(keys.worker(worker.decode()), "model", "slots")
+    slots: dict[str, int] = {}
+    for model, number in pipeline.execute():
+        if model:
+            slots[model.decode()] = slots.get(model.decode(), 0) + int(number)
+    return slots

@@ -1,0 +1,166 @@
+"""Errors that reach a client or an operator; each class carries its HTTP status and code.
+
+The class docstring is the default message. `api/errors.py` is the one place that maps them to HTTP.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+
+class SluiceError(Exception):
+    """Something went wrong inside Sluice; the log of the API has the reason."""
+
+    status = 500
+    type = "server_error"
+    code: str | int | None = "internal_error"
+    retry_after_s: float | None = None
+    # What OpenAI's SDK is told in x-should-retry; None leaves it to the status.
+    should_retry: bool | None = None
+
+    def __init__(self, message: str = "", *, param: str | None = None) -> None:
+        super().__init__(message or self.__doc__)
+        self.param = param
+
+    def body(self) -> dict[str, Any]:
+        """The error in OpenAI's shape."""
+        return {
+            "error": {
+                "message": str(self),
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+class ConfigurationError(SluiceError):
+    """A setting is wrong; the program does not start with it."""
+
+
+class DecodeError(SluiceError):
+    """A message in Redis has a shape that this version does not know."""
+
+
+class InvalidRequestError(SluiceError):
+    """The request cannot be understood."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class ModelNotFoundError(SluiceError):
+    """The model does not exist."""
+
+    # vLLM's own type and numeric code: clients of a bare vLLM server see no difference.
+    status = 404
+    type = "NotFoundError"
+    code = 404
+
+    def __init__(self, model: str, names: Iterable[str]) -> None:
+        valid = ", ".join(names)
+        super().__init__(
+            f"The model `{model}` does not exist. Valid aliases: {valid}.", param="model"
+        )
+
+
+class IdempotencyError(InvalidRequestError):
+    """The Idempotency-Key was used for another request; use a new key for a new request."""
+
+    status = 422
+    code = "idempotency_key_reused"
+
+
+class JobNotFoundError(SluiceError):
+    """There is no such job; it may be older than what is kept."""
+
+    status = 404
+    type = "not_found_error"
+    code = "job_not_found"
+
+
+class ConflictError(SluiceError):
+    """The job is not in a state in which that can be done."""
+
+    status = 409
+    type = "conflict_error"
+    code = "conflict"
+    should_retry = False
+
+
+class OverloadedError(SluiceError):
+    """The backlog of this model is full; try again later."""
+
+    status = 503
+    type = "overloaded_error"
+    code = "backlog_full"
+    retry_after_s = 5.0
+
+
+class QueueUnavailableError(SluiceError):
+    """The queue cannot be reached at the moment; try again shortly."""
+
+    status = 503
+    type = "overloaded_error"
+    code = "queue_unavailable"
+    retry_after_s = 2.0
+
+
+class DatabaseUnavailableError(SluiceError):
+    """The database cannot be reached at the moment; try again shortly."""
+
+    status = 503
+    type = "overloaded_error"
+    code = "database_unavailable"
+    retry_after_s = 2.0
+
+
+class RequestTimeoutError(SluiceError):
+    """The answer was not ready within the time limit; the job ends unless it is to continue."""
+
+    status = 504
+    type = "timeout_error"
+    code = "request_timeout"
+
+
+class JobFailedError(SluiceError):
+    """The workers that ran this request died; it was given up."""
+
+    status = 500
+    type = "server_error"
+    code = "job_failed"
+
+
+class JobExpiredError(SluiceError):
+    """The job did not start before its deadline."""
+
+    status = 504
+    type = "timeout_error"
+    code = "job_expired"
+    should_retry = False
+
+
+class JobLostError(SluiceError):
+    """The queue has lost this request; send it again."""
+
+    status = 503
+    type = "overloaded_error"
+    code = "job_lost"
+    retry_after_s = 1.0
+
+
+class StreamBrokenError(SluiceError):
+    """The worker died in the middle of this answer, which cannot be continued; send it again."""
+
+    status = 502
+    type = "server_error"
+    code = "stream_broken"
+
+
+class JobCancelledError(SluiceError):
+    """The job was cancelled."""
+
+    status = 409
+    type = "conflict_error"
+    code = "job_cancelled"
+    should_retry = False

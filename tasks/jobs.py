@@ -1,0 +1,103 @@
+"""What the API and maintenance do with jobs: cancel, tell how they ended, hand on lost ones."""
+
+import logging
+from typing import Any
+
+from redis import Redis
+from redis.exceptions import RedisError
+
+from tasks import keys
+from tasks.backlog import Backlog
+from tasks.depth import depth
+from tasks.errors import (
+    JobCancelledError,
+    JobExpiredError,
+    JobFailedError,
+    JobLostError,
+    SluiceError,
+)
+from tasks.events import End, Kind
+from tasks.message import State
+from tasks.response import Outcome, assemble
+from tasks.token_log import TokenLog
+
+log = logging.getLogger(__name__)
+
+# A job this young has its ticket still on the way; and one round need not send all at once.
+OLD_ENOUGH_S = 2.0
+MOST_TICKETS_AT_ONCE = 500
+
+_REASONS: dict[State, type[SluiceError]] = {
+    State.FAILED: JobFailedError,
+    State.EXPIRED: JobExpiredError,
+    State.CANCELLED: JobCancelledError,
+}
+
+
+class Jobs:
+    """The queue as a whole: backlog, tickets and logs."""
+
+    def __init__(self, redis: Redis, bus: Redis) -> None:
+        self.backlog = Backlog(redis)
+        self.log = TokenLog(bus)
+        self._bus = bus
+
+    def cancel(self, job_id: str, model: str) -> bool:
+        """Takes the job out of the backlog, or stops the worker that runs it.
+
+        Returns:
+            Whether it had not ended yet.
+        """
+        cancelled = self.backlog.cancel(job_id, model)
+        if cancelled is None:
+            return False
+        end = End.failed(JobCancelledError(), State.CANCELLED)
+        self.log.end(job_id, cancelled.attempt, end, cancelled.listener)
+        if cancelled.worker:
+            self._bus.publish(keys.control(cancelled.worker), job_id)
+        log.info("job %s: cancelled model=%s", job_id, model)
+        return True
+
+    def outcome(self, job_id: str) -> Outcome | None:
+        """How the job ended; None: it has not, or its log is gone."""
+        last = self.log.last(job_id)
+        if last is None or last.kind is not Kind.END:
+            return None
+        return assemble(self.log.read_after(job_id))
+
+    def end_without_log(self, job_id: str) -> End | None:
+        """The end of a job whose log does not tell it: lost, or the writer of its end has died."""
+        try:
+            (job,) = self.backlog.look([job_id])
+            last = self.log.last(job_id)
+        except RedisError:
+            return None
+        if job is None:
+            return End.failed(JobLostError())
+        if not job.state.is_final or (last and last.kind is Kind.END):
+            return None
+        return End.failed(_REASONS.get(job.state, JobLostError)(), job.state)
+
+    def reap(self) -> int:
+        """Hands on the jobs of workers that fell silent, ends those too late; returns how many."""
+        reaped = self.backlog.reap()
+        for job in reaped:
+            log.warning("job %s: lease or deadline over, now %s", job.job_id, job.state)
+            if job.state is State.QUEUED:
+                self.backlog.send_tickets(job.model)
+            else:
+                end = End.failed(_REASONS[job.state](), job.state)
+                self.log.end(job.job_id, job.attempt, end, job.listener)
+        return len(reaped)
+
+    def reissue_tickets(self) -> int:
+        """Sends a ticket for each waiting job that has none left; returns how many."""
+        issued = 0
+        for model in self.backlog.models():
+            waiting = depth(self.backlog.redis, model)
+            queued: Any = self.backlog.redis.llen(keys.tickets(model))
+            missing = min(waiting.jobs - queued, MOST_TICKETS_AT_ONCE)
+            if waiting.oldest_age_s >= OLD_ENOUGH_S and missing > 0:
+                self.backlog.send_tickets(model, missing)
+                issued += missing
+        return issued

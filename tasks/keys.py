@@ -1,0 +1,77 @@
+"""Every Redis key of Sluice, its type, its content, and who deletes it.
+
+| key                    | type    | what                                  | deleted by            |
+| ---------------------- | ------- | ------------------------------------- | --------------------- |
+| backlog:{model}:{lane} | zset    | queued job -> order of service        | claim, cancel         |
+| celery:gen.{model}     | list    | tickets (app.py)                      | workers               |
+| models                 | set     | models that have had a job            | nobody: a few names   |
+| job:{id}               | hash    | job (message.py), state, times        | TTL                   |
+| deadlines              | zset    | job -> us by which it must start      | claim, cancel, reap   |
+| key:{tenant}:{key}     | string  | fingerprint and job of a request      | TTL                   |
+| service:{model}        | string  | mean time on the engine, us           | nobody: a few names   |
+| leases                 | zset    | running job -> lease expiry, us       | finish, reap          |
+| ledger                 | stream  | changes not yet in SQL (ledger.py)    | maintenance           |
+| workers                | set     | workers that may be alive             | whoever finds it dead |
+| worker:{id}            | hash    | model, slots, running, waiting        | TTL                   |
+| log:{id}               | stream  | what the worker sent back (events.py) | TTL                   |
+| relay:{process}        | channel | the same entries, for one API process | -                     |
+| control:{worker}       | channel | id of a job to stop                   | -                     |
+
+`log` and the channels live on the bus, all else on the queue's Redis; both may be one.
+The scripts in lua/ build keys of jobs and logs themselves: Redis Cluster is not supported.
+"""
+
+PREFIX = "sluice:"
+
+CELERY_PREFIX = f"{PREFIX}celery:"
+MODELS = f"{PREFIX}models"
+LEASES = f"{PREFIX}leases"
+DEADLINES = f"{PREFIX}deadlines"
+LEDGER = f"{PREFIX}ledger"
+WORKERS = f"{PREFIX}workers"
+BACKLOG_PREFIX = f"{PREFIX}backlog:"
+JOB_PREFIX = f"{PREFIX}job:"
+LOG_PREFIX = f"{PREFIX}log:"
+SERVICE_PREFIX = f"{PREFIX}service:"
+
+
+def backlog(model: str, lane: str) -> str:
+    return f"{BACKLOG_PREFIX}{model}:{lane}"
+
+
+def job(job_id: str) -> str:
+    return JOB_PREFIX + job_id
+
+
+def log(job_id: str) -> str:
+    return LOG_PREFIX + job_id
+
+
+def idempotency(tenant: str, key: str) -> str:
+    return f"{PREFIX}key:{tenant}:{key}"
+
+
+def service(model: str) -> str:
+    return SERVICE_PREFIX + model
+
+
+def worker(worker_id: str) -> str:
+    return f"{PREFIX}worker:{worker_id}"
+
+
+def relay(process: str) -> str:
+    return f"{PREFIX}relay:{process}"
+
+
+def control(worker_id: str) -> str:
+    return f"{PREFIX}control:{worker_id}"
+
+
+def ticket_queue(model: str) -> str:
+    """Name of the Celery queue that holds the model's tickets."""
+    return f"gen.{model}"
+
+
+def tickets(model: str) -> str:
+    """That queue as Celery keeps it in Redis."""
+    return CELERY_PREFIX + ticket_queue(model)

@@ -1,0 +1,172 @@
+"""Carries the records of started and ended jobs from their stream in Redis (lua/record.lua) to SQL.
+
+A record leaves the stream only after its commit, and is written once however often it is read:
+whoever dies in between, nothing is lost or doubled. Only maintenance imports this module.
+"""
+
+import logging
+import threading
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import orjson
+from redis import Redis
+from sqlalchemy.exc import SQLAlchemyError
+
+from db import jobs, migrate
+from db.jobs import Change
+from db.models import JobEvent, JobRecord, JobResult, LedgerEntry
+from tasks import keys
+from tasks.errors import DecodeError
+from tasks.message import State
+from tasks.response import Outcome, assemble
+from tasks.token_log import TokenLog
+
+log = logging.getLogger(__name__)
+
+RECORDS_AT_ONCE = 500
+# The end of a log may be written a moment after the job's end; then it is lost.
+LONGEST_END_S = 30
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def decode(record_id: str, fields: dict[bytes, bytes], outcome: Outcome | None) -> Change:
+    """Reads one record of the stream; its times are us since the epoch, '' for none.
+
+    Raises:
+        DecodeError: it has another shape, or text that no database takes.
+    """
+    try:
+        text = {name.decode(): value.decode() for name, value in fields.items()}
+        if any("\0" in value for value in text.values()):
+            raise ValueError("it holds a NUL character")
+        return _change(record_id, text, State(text["state"]), outcome)
+    except (KeyError, ValueError, OverflowError) as broken:
+        raise DecodeError(f"record {fields} cannot be read: {broken!r}") from broken
+
+
+def _change(record_id: str, text: dict[str, str], state: State, outcome: Outcome | None) -> Change:
+    at, queued_at = _moment(text["at_us"]), _moment(text["queued_us"])
+    started_at = _moment(text["started_us"]) if text["started_us"] else None
+    job_id, attempts = text["job_id"], int(text["attempts"])
+    own = {name: text[name] for name in ("model", "tenant", "endpoint", "lane")}
+    job = JobRecord(
+        **own,  # type: ignore[arg-type]
+        id=job_id,
+        status=state,
+        attempts=attempts,
+        meta=orjson.loads(text["metadata"]),
+        created_at=queued_at,
+        started_at=started_at,
+        completed_at=at if state.is_final else None,
+    )
+    event = JobEvent(
+        job_id=job_id,
+        record_id=record_id,
+        at=at,
+        state=state,
+        attempt=attempts,
+        worker=text["worker"],
+    )
+    if not state.is_final:
+        return Change(job, event)
+    told = outcome or Outcome(state)
+    result = JobResult(
+        job_id=job_id,
+        status_code=told.status_code,
+        body=told.body,
+        error=told.error,
+        usage=told.usage,
+    )
+    ledger = LedgerEntry(
+        **own,
+        job_id=job_id,
+        state=state,
+        attempts=attempts,
+        queued_at=queued_at,
+        started_at=started_at,
+        ended_at=at,
+    )
+    return Change(job, event, result, ledger)
+
+
+def _moment(us: str) -> datetime:
+    return _EPOCH + timedelta(microseconds=int(us))
+
+
+class Recorder:
+    """Moves records to SQL; one per process."""
+
+    def __init__(self, redis: Redis, token_log: TokenLog, database_url: str) -> None:
+        self._redis = redis
+        self._log = token_log
+        self._url = database_url
+        self._busy = threading.Lock()
+        self._is_migrated = False
+        self._is_away = False
+
+    def record(self) -> int:
+        """Moves all records; returns how many jobs ended by them.
+
+        A database that is away is worth one warning: the records stay for a later round. A round
+        that finds another one under way (it may wait for the database) does nothing.
+        """
+        if not self._busy.acquire(blocking=False):
+            return 0
+        try:
+            return self._record()
+        except (SQLAlchemyError, OSError) as away:
+            if not self._is_away:
+                log.warning("ledger: the database is away, records wait in Redis: %s", away)
+            self._is_away = True
+            return 0
+        finally:
+            self._busy.release()
+
+    def _record(self) -> int:
+        # Not when maintenance starts: it has jobs of dead workers to hand on, database or not.
+        if not self._is_migrated:
+            migrate(self._url)
+            self._is_migrated = True
+        ended, start, is_full = 0, "-", True
+        while is_full:
+            batch: Any = self._redis.xrange(keys.LEDGER, start, count=RECORDS_AT_ONCE)
+            changes, done = self._read(batch)
+            ended += jobs.apply(self._url, changes)
+            if done:
+                self._note_presence()
+                self._redis.xdel(keys.LEDGER, *done)
+            is_full = len(batch) == RECORDS_AT_ONCE
+            if batch:
+                start = "(" + batch[-1][0].decode()
+        return ended
+
+    def _read(self, batch: list[tuple[bytes, dict[bytes, bytes]]]) -> tuple[list[Change], Any]:
+        """The changes of a batch, and the records that are done with: unreadable ones too."""
+        now_s, _ = self._redis.time()
+        changes, done = [], []
+        for record_id, fields in batch:
+            try:
+                outcome = self._outcome(fields)
+                age_s = now_s - int(fields.get(b"at_us", b"0")) / 1e6
+                if _is_final(fields) and outcome is None and age_s < LONGEST_END_S:
+                    continue
+                changes.append(decode(record_id.decode(), fields, outcome))
+            except (DecodeError, ValueError) as broken:
+                log.error("ledger: dropped: %s", broken)
+            done.append(record_id)
+        return changes, done
+
+    def _outcome(self, fields: dict[bytes, bytes]) -> Outcome | None:
+        if not _is_final(fields):
+            return None
+        return assemble(self._log.read_after(fields.get(b"job_id", b"").decode()))
+
+    def _note_presence(self) -> None:
+        if self._is_away:
+            log.info("ledger: the database is back")
+        self._is_away = False
+
+
+def _is_final(fields: dict[bytes, bytes]) -> bool:
+    return fields.get(b"state", b"").decode() not in (State.QUEUED, State.IN_PROGRESS)

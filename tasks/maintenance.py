@@ -1,0 +1,146 @@
+"""Maintenance: a Celery worker with beat; jobs of dead workers, lost tickets, the ledger, webhooks.
+
+Two may run: every task is atomic in Redis or SQL, and doing it twice changes nothing.
+"""
+
+import functools
+import logging
+import threading
+from collections.abc import Callable
+
+from celery.beat import EmbeddedService
+from sqlalchemy.exc import SQLAlchemyError
+
+from db.jobs import delete_old
+from tasks.app import MAINTENANCE_QUEUE, get_celery
+from tasks.connections import connect
+from tasks.jobs import Jobs
+from tasks.ledger import Recorder
+from tasks.reconciler import reconcile
+from tasks.settings import get_settings
+from tasks.webhooks import Deliverer
+
+log = logging.getLogger(__name__)
+
+REISSUE_INTERVAL_S = 2.0
+LEDGER_INTERVAL_S = 1.0
+RECONCILE_INTERVAL_S = 5.0
+RETENTION_INTERVAL_S = 60.0
+WEBHOOK_INTERVAL_S = 1.0
+
+# Up to four may wait, for the database and for receivers; that must not stop the reaper.
+THREADS = 6
+
+
+@functools.cache
+def _jobs() -> Jobs:
+    settings = get_settings()
+    return Jobs(connect(settings.redis_url), connect(settings.bus_url))
+
+
+@functools.cache
+def _recorder() -> Recorder:
+    settings = get_settings()
+    return Recorder(connect(settings.redis_url), _jobs().log, settings.database_url)
+
+
+@functools.cache
+def _deliverer() -> Deliverer:
+    settings = get_settings()
+    return Deliverer(settings.database_url, settings)
+
+
+def reap() -> None:
+    """Task: hands on jobs whose lease has expired."""
+    _jobs().reap()
+
+
+def reissue_tickets() -> None:
+    """Task: sends tickets for jobs that wait without one."""
+    if issued := _jobs().reissue_tickets():
+        log.warning("issued %d lost tickets again", issued)
+
+
+def record_ledger() -> None:
+    """Task: writes started and ended jobs to SQL."""
+    _recorder().record()
+
+
+def _with_database(task: Callable[[], None]) -> Callable[[], None]:
+    """A task that may wait for the database, which is away at times: its next round has the work.
+
+    A round that finds another one under way does nothing, so each task takes one thread at most.
+    """
+    busy = threading.Lock()
+
+    @functools.wraps(task)
+    def run_task() -> None:
+        if not busy.acquire(blocking=False):
+            return
+        try:
+            task()
+        except SQLAlchemyError as away:
+            log.warning("%s: the database is away: %s", task.__name__, away)
+        finally:
+            busy.release()
+
+    return run_task
+
+
+@_with_database
+def reconcile_jobs() -> None:
+    """Task: queues accepted jobs that Redis has lost."""
+    if again := reconcile(_jobs(), get_settings().database_url):
+        log.warning("queued %d accepted jobs that Redis had lost", again)
+
+
+@_with_database
+def delete_old_jobs() -> None:
+    """Task: deletes jobs that ended long ago from SQL."""
+    settings = get_settings()
+    if deleted := delete_old(settings.database_url, settings.job_retention_s):
+        log.info("deleted %d old jobs", deleted)
+
+
+def deliver_webhooks() -> None:
+    """Task: calls the webhooks that are due."""
+    _deliverer().deliver()
+
+
+def run() -> int:
+    """Runs maintenance until a signal; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    # Celery raises the level of the root.
+    logging.getLogger("tasks").setLevel(logging.INFO)
+    settings = get_settings()
+    celery = get_celery()
+    schedule = {}
+    for task, interval_s in (
+        (reap, settings.reap_interval_s),
+        (reissue_tickets, REISSUE_INTERVAL_S),
+        (record_ledger, LEDGER_INTERVAL_S),
+        (reconcile_jobs, RECONCILE_INTERVAL_S),
+        (delete_old_jobs, RETENTION_INTERVAL_S),
+        (deliver_webhooks, WEBHOOK_INTERVAL_S),
+    ):
+        name = f"sluice.{task.__name__}"
+        celery.task(task, name=name, shared=False)
+        # A task that was not run in time is worth nothing: the next one does its work.
+        options = {"queue": MAINTENANCE_QUEUE, "expires": interval_s}
+        schedule[name] = {"task": name, "schedule": interval_s, "options": options}
+    celery.conf.update(beat_schedule=schedule, worker_redirect_stdouts=False)
+    # In this process, in which it dies too, and without a file: after a restart all is due.
+    EmbeddedService(celery, thread=True, scheduler_cls="celery.beat:Scheduler").start()
+    worker = celery.Worker(
+        queues=[MAINTENANCE_QUEUE],
+        pool_cls="threads",
+        concurrency=THREADS,
+        hostname="maintenance@%h",
+        loglevel="WARNING",
+        without_gossip=True,
+        without_mingle=True,
+        without_heartbeat=True,
+        quiet=True,
+    )
+    worker.start()
+    return int(worker.exitcode or 0)

@@ -1,0 +1,155 @@
+"""A job as the API submits it and as a worker claims it."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Self
+
+from uuid_utils import uuid7
+
+from tasks.errors import DecodeError
+
+
+class Lane(StrEnum):
+    """The two lanes of a backlog, in the order of service."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+
+
+class State(StrEnum):
+    QUEUED = "queued"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+    @property
+    def is_final(self) -> bool:
+        return self not in (State.QUEUED, State.IN_PROGRESS)
+
+
+def new_id() -> str:
+    """A job's id; later ones are greater."""
+    return f"job_{uuid7().hex}"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One generation: an HTTP request to the engine, byte for byte, and who waits for it."""
+
+    id: str
+    model: str
+    endpoint: str
+    body: bytes
+    lane: Lane = Lane.INTERACTIVE
+    tenant: str = "default"
+    listener: str = ""
+    """The API process whose relay channel gets the output."""
+    metadata: str = "{}"
+    """JSON object of the user's own."""
+
+    @classmethod
+    def create(cls, *, model: str, endpoint: str, body: bytes, listener: str = "") -> Self:
+        return cls(new_id(), model, endpoint, body, listener=listener)
+
+    def encode(self) -> list[str | bytes]:
+        """Field, value, field, value… of the job's hash."""
+        return [
+            *("endpoint", self.endpoint),
+            *("body", self.body),
+            *("model", self.model),
+            *("lane", self.lane),
+            *("tenant", self.tenant),
+            *("listener", self.listener),
+            *("metadata", self.metadata),
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How a job is queued, beside its place at the end of its lane."""
+
+    priority: int = 0
+    """Order within the lane, from -LOWEST_PRIORITY (first) to LOWEST_PRIORITY."""
+    deadline_s: float | None = None
+    """From now; a job that has not started by then expires."""
+    idempotency_key: str = ""
+    """Another job of the tenant with this key is taken instead of queueing this one."""
+    fingerprint: str = ""
+    """What the request with the key said."""
+    first_attempt: int = 0
+    """Attempts before: what they left in Redis is older than what now comes."""
+
+
+LOWEST_PRIORITY = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A job as it stands in Redis; times in us since the epoch, None: not yet."""
+
+    id: str
+    model: str
+    endpoint: str
+    lane: Lane
+    tenant: str
+    metadata: str
+    state: State
+    attempt: int
+    queued_us: int
+    started_us: int | None
+    ended_us: int | None
+
+    FIELDS = (
+        *("model", "endpoint", "lane", "tenant", "metadata"),
+        *("state", "attempt", "queued_us", "started_us", "ended_us"),
+    )
+
+    @classmethod
+    def decode(cls, job_id: str, values: list[bytes | None]) -> Self | None:
+        """Reads FIELDS of a job's hash; None: there is no such job."""
+        if values[5] is None:
+            return None
+        text = [None if value is None else value.decode() for value in values]
+        model, endpoint, lane, tenant, metadata = (value or "" for value in text[:5])
+        state, attempt, *times = text[5:]
+        queued, started, ended = (int(value) if value else None for value in times)
+        return cls(
+            *(job_id, model, endpoint, Lane(lane), tenant, metadata or "{}"),
+            *(State(str(state)), int(attempt or 0), queued or 0, started, ended),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A job in the hands of a worker: the job, which attempt this is, and how long it waited."""
+
+    job: Job
+    attempt: int
+    queue_ms: int
+
+    # The order in which claim.lua returns the fields of the hash.
+    FIELDS = ("model", "endpoint", "body", "lane", "tenant", "listener")
+
+    @classmethod
+    def decode(cls, reply: list[bytes]) -> Self:
+        """Reads claim.lua's reply: id, attempt, queue_ms, then FIELDS.
+
+        Raises:
+            DecodeError: the reply has another shape.
+        """
+        try:
+            job_id, attempt, queue_ms, model, endpoint, body, lane, tenant, listener = reply
+            job = Job(
+                id=job_id.decode(),
+                model=model.decode(),
+                endpoint=endpoint.decode(),
+                body=body,
+                lane=Lane(lane.decode()),
+                tenant=tenant.decode(),
+                listener=listener.decode(),
+            )
+            return cls(job, int(attempt), int(queue_ms))
+        except (ValueError, AttributeError) as broken:
+            raise DecodeError(f"a claimed job cannot be read: {broken}") from broken

@@ -1,0 +1,105 @@
+"""What a job answered, put together from its token log: for polling, and for SQL."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from tasks.events import End, Entry, Kind, Start
+from tasks.message import State
+
+DONE = b"[DONE]"
+# Parts of a delta that name something; all other text is a piece of a longer one.
+_NAMES = {"role", "type", "id", "index"}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a job ended."""
+
+    state: State
+    status_code: int | None = None
+    """None: it ended without an answer of the engine."""
+    body: bytes | None = None
+    """JSON; the chunks of a stream put together as if it had not been streamed."""
+    error: dict[str, Any] | None = None
+    usage: dict[str, Any] | None = None
+
+
+def assemble(entries: Sequence[Entry]) -> Outcome | None:
+    """The outcome that a whole log tells; None when it has no end yet."""
+    if not entries or entries[-1].kind is not Kind.END:
+        return None
+    end = End.decode(entries[-1].data)
+    start = next((Start.decode(e.data) for e in entries if e.kind is Kind.START), None)
+    if end.error or start is None:
+        return Outcome(end.state, error=end.error.get("error"))
+    body = b"".join(entry.data for entry in entries if entry.kind is Kind.BODY)
+    if start.is_event_stream:
+        document = fold(_chunks(body))
+        body = orjson.dumps(document)
+    else:
+        document = _read(body)
+        body = body if document else orjson.dumps(body.decode(errors="replace"))
+    error, usage = document.get("error"), document.get("usage")
+    return Outcome(end.state, start.status, body, error, usage)
+
+
+def _read(body: bytes) -> dict[str, Any]:
+    """The object that the body is; {} for all else."""
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _chunks(events: bytes) -> Iterator[dict[str, Any]]:
+    for event in events.split(b"\n\n"):
+        data = event.removeprefix(b"data: ").strip()
+        if data and data != DONE:
+            yield _read(data)
+
+
+def fold(chunks: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The object that an unstreamed request would have got, from OpenAI's chunks."""
+    whole: dict[str, Any] = {}
+    choices: dict[int, dict[str, Any]] = {}
+    for chunk in chunks:
+        for choice in chunk.pop("choices", []):
+            if "delta" in choice:
+                choice["message"] = choice.pop("delta")
+            _merge(choices.setdefault(choice.get("index", 0), {}), choice)
+        whole |= {name: value for name, value in chunk.items() if value is not None}
+    if choices:
+        whole["choices"] = [choices[index] for index in sorted(choices)]
+    if "object" in whole:
+        whole["object"] = whole["object"].removesuffix(".chunk")
+    return whole
+
+
+def _merge(known: dict[str, Any], delta: dict[str, Any]) -> None:
+    """Adds a delta's pieces to what is known: texts grow, lists grow or merge by index."""
+    for name, value in delta.items():
+        old = known.get(name)
+        if old is None:
+            known[name] = value
+        elif isinstance(value, dict) and isinstance(old, dict):
+            _merge(old, value)
+        elif isinstance(value, list) and isinstance(old, list):
+            _merge_list(old, value)
+        elif isinstance(value, str) and isinstance(old, str) and name not in _NAMES:
+            known[name] = old + value
+        elif value is not None:
+            known[name] = value
+
+
+def _merge_list(known: list[Any], pieces: list[Any]) -> None:
+    for piece in pieces:
+        index = piece.get("index") if isinstance(piece, dict) else None
+        same = (k for k in known if index is not None and k.get("index") == index)
+        if (old := next(same, None)) is None:
+            known.append(piece)
+        else:
+            _merge(old, piece)

@@ -1,0 +1,119 @@
+"""Every setting of Sluice: one frozen object, read from the environment in one place.
+
+`SLUICE_REDIS_URL=redis://queue:6379/0 sluice api` and so on; README has the table.
+"""
+
+import base64
+import os
+from functools import cache
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from tasks.errors import ConfigurationError
+
+PREFIX = "SLUICE_"
+
+# Values that no error or log may show.
+SECRET_FIELDS = frozenset({"webhook_secrets", "api_key"})
+
+
+class Settings(BaseSettings):
+    """Where the parts are and how long they wait; a field's variable is `SLUICE_<FIELD>`."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
+
+    redis_url: str = Field("redis://127.0.0.1:6379/0", description="queue and Celery broker")
+    bus_url: str = Field("", description="token logs and pub/sub; empty: the same as redis_url")
+    database_url: str = Field("", description="SQLAlchemy URL; empty: SQLite in home")
+    home: Path = Field(Path("~/.sluice"), description="state: database, logs, embedded Redis")
+    models: Path | None = Field(None, description="path of models.yaml; empty: the bundled demo")
+    model: str = Field("", description="source that replaces the default model's")
+    port: int = Field(8000, ge=1, le=65535, description="port of the API under `sluice up`")
+    api_url: str = Field("", description="API of `sluice submit` etc.; empty: port on loopback")
+    api_key: str = Field("", description="what these send as bearer token", repr=False)
+    api_processes: int = Field(1, ge=1, description="gunicorn processes of one API")
+
+    max_body_bytes: int = Field(10_000_000, ge=1, description="larger request bodies get 413")
+    max_backlog: int = Field(10_000, ge=1, description="queued jobs per model and lane, then 503")
+    request_timeout_s: float = Field(600, gt=0, description="a waiting request gets 504 after it")
+    keep_alive_s: float = Field(10, gt=0, le=10, description="between SSE keep-alive comments")
+
+    lease_s: float = Field(10, ge=3, description="a silent worker loses its jobs after it")
+    reap_interval_s: float = Field(1, gt=0, description="between the reaper's rounds")
+    max_attempts: int = Field(3, ge=1, description="runs of one job before it fails")
+    drain_s: float = Field(120, ge=0, description="a stopping worker's time for running jobs")
+    job_retention_s: int = Field(2_592_000, ge=1, description="an ended job's time in SQL")
+    job_ttl_s: int = Field(86_400, ge=60, description="the longest life of a job in Redis")
+    log_retention_s: int = Field(3600, ge=1, description="a finished job's time in Redis")
+
+    webhook_secrets: str = Field(
+        "", repr=False, description="whsec_… secrets, comma-separated; each signs every call"
+    )
+    webhook_allow_private: bool = Field(
+        False, description="webhooks may call addresses that are not public"
+    )
+
+    @property
+    def signing_secrets(self) -> tuple[str, ...]:
+        """The single secrets of `webhook_secrets`."""
+        return _split(self.webhook_secrets)
+
+    @field_validator("webhook_secrets")
+    @classmethod
+    def _check_secrets(cls, value: str) -> str:
+        if not all(map(_is_webhook_secret, _split(value))):
+            raise ValueError("a secret is `whsec_` and base64: whsec_$(openssl rand -base64 32)")
+        return value
+
+    @model_validator(mode="after")
+    def _fill_defaults(self) -> Self:
+        home = self.home.expanduser().absolute()
+        derived = {
+            "home": home,
+            "bus_url": self.bus_url or self.redis_url,
+            "api_url": self.api_url or f"http://127.0.0.1:{self.port}",
+            "database_url": self.database_url or f"sqlite:///{home / 'sluice.db'}",
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+        return self
+
+
+def _split(secrets: str) -> tuple[str, ...]:
+    return tuple(filter(None, map(str.strip, secrets.split(","))))
+
+
+def _is_webhook_secret(secret: str) -> bool:
+    prefix, _, key = secret.partition("_")
+    try:
+        return prefix == "whsec" and bool(base64.b64decode(key, validate=True))
+    except ValueError:
+        return False
+
+
+@cache
+def get_settings() -> Settings:
+    """The process's settings.
+
+    Raises:
+        ConfigurationError: a `SLUICE_` variable is unknown or its value is refused.
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    unknown = sorted(key for key in os.environ if key.startswith(PREFIX) and key not in known)
+    if unknown:
+        names = ", ".join(sorted(known))
+        raise ConfigurationError(f"unknown setting {', '.join(unknown)}; there are: {names}")
+    try:
+        return Settings()
+    except ValidationError as refused:
+        lines = [
+            f"{PREFIX}{name.upper()}={'…' if name in SECRET_FIELDS else repr(value)}: {message}"
+            for name, value, message in (
+                ("_".join(map(str, error["loc"])), error["input"], error["msg"])
+                for error in refused.errors()
+            )
+        ]
+        raise ConfigurationError("; ".join(lines)) from None

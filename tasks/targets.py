@@ -1,0 +1,83 @@
+"""Where a webhook may go: plain http(s) URLs whose host is on the public internet."""
+
+import ipaddress
+import socket
+
+import httpx
+
+from tasks.errors import InvalidRequestError
+
+MOST_URL_CHARS = 2000
+
+_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
+
+def check_url(url: str, allow_private: bool) -> None:
+    """Refuses a URL that webhooks must not call. A name that nobody knows at the moment may pass.
+
+    Raises:
+        InvalidRequestError: it is no plain http(s) URL, or its host is not public.
+    """
+    target = parse(url)
+    try:
+        resolve(target, allow_private)
+    except OSError:
+        return
+
+
+def parse(url: str) -> httpx.URL:
+    """The URL in its parts.
+
+    Raises:
+        InvalidRequestError: it is no plain http(s) URL.
+    """
+    if len(url) > MOST_URL_CHARS:
+        raise refusal(f"the URL is longer than {MOST_URL_CHARS:,} characters; shorten it")
+    if not url.isprintable() or " " in url:
+        raise refusal("the URL holds spaces or control characters; percent-encode them")
+    try:
+        target = httpx.URL(url)
+    except httpx.InvalidURL as wrong:
+        raise refusal(f"the URL cannot be read ({wrong}); correct it") from None
+    if target.scheme not in ("http", "https") or not target.host:
+        raise refusal("the URL must begin with https:// or http:// and a host")
+    if target.userinfo:
+        raise refusal("the URL holds credentials; remove them and check the signature instead")
+    if target.port is not None and not 0 < target.port < 2**16:
+        raise refusal("the URL's port must be from 1 to 65535")
+    return target
+
+
+def resolve(target: httpx.URL, allow_private: bool) -> list[str]:
+    """The addresses of the host, all of them allowed.
+
+    Raises:
+        InvalidRequestError: one is not public.
+        OSError: the name is not known, at least at the moment.
+    """
+    # As bytes: Python would refuse some strings in a way of its own.
+    found = socket.getaddrinfo(target.raw_host, None, type=socket.SOCK_STREAM)
+    addresses = [str(address[0]) for *_, address in found]
+    if not allow_private and not all(is_public(address) for address in addresses):
+        raise refusal(
+            "the URL's host is not public; use one that is, "
+            "or ask the operator for SLUICE_WEBHOOK_ALLOW_PRIVATE"
+        )
+    return addresses
+
+
+def is_public(address: str) -> bool:
+    """Whether the whole internet may reach it; an IPv4 address inside an IPv6 one counts too."""
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv4Address):
+        return ip.is_global and not ip.is_multicast
+    inner = ip.ipv4_mapped or ip.sixtofour
+    if ip in _NAT64:
+        inner = ipaddress.IPv4Address(ip.packed[-4:])
+    return is_public(str(inner)) if inner else ip.is_global and ip in _GLOBAL_UNICAST
+
+
+def refusal(message: str) -> InvalidRequestError:
+    """The error of a webhook that cannot be called."""
+    return InvalidRequestError(f"`webhook`: {message}.", param="webhook")

@@ -1,0 +1,65 @@
+"""The token log: where a job's output stands until its retention ends, on the bus.
+
+The log is the truth, the relay's channels are the fast path: an entry is published only together
+with being logged, in one script (lua/append.lua).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from redis import Redis
+
+from tasks import keys
+from tasks.backlog import load_script
+from tasks.events import LOG_FIELD, End, Entry, Kind, Position, encode_frame
+from tasks.settings import Settings, get_settings
+
+
+class Addressed(NamedTuple):
+    """An entry and the API process that listens to its job ('' for none)."""
+
+    entry: Entry
+    listener: str
+
+
+def append_arguments(batch: Sequence[Addressed], settings: Settings) -> dict[str, list[Any]]:
+    """Keys and arguments of lua/append.lua: all entries, and one frame per listening process."""
+    args: list[Any] = [settings.job_ttl_s, settings.log_retention_s, len(batch)]
+    heard: dict[str, list[Entry]] = {}
+    for entry, listener in batch:
+        is_last = 1 if entry.kind is Kind.END else 0
+        args += (str(entry.position), entry.encode_log(), is_last)
+        if listener:
+            heard.setdefault(listener, []).append(entry)
+    for listener, entries in heard.items():
+        args += (keys.relay(listener), encode_frame(entries))
+    return {"keys": [keys.log(entry.job_id) for entry, _ in batch], "args": args}
+
+
+class TokenLog:
+    """Reads logs, and writes their last entry for jobs that no worker holds."""
+
+    def __init__(self, bus: Redis, settings: Settings | None = None) -> None:
+        self._bus = bus
+        self._settings = settings or get_settings()
+        self._append = load_script(bus, "append")
+
+    def read_after(
+        self, job_id: str, position: Position | None = None, count: int | None = None
+    ) -> list[Entry]:
+        """The entries after that position, or all of them; at most `count`."""
+        start = f"({position}" if position else "-"
+        reply: Any = self._bus.xrange(keys.log(job_id), start, "+", count)
+        return [Entry.decode_log(job_id, log_id, fields[LOG_FIELD]) for log_id, fields in reply]
+
+    def last(self, job_id: str) -> Entry | None:
+        """The newest entry, if there is one."""
+        reply: Any = self._bus.xrevrange(keys.log(job_id), count=1)
+        for log_id, fields in reply:
+            return Entry.decode_log(job_id, log_id, fields[LOG_FIELD])
+        return None
+
+    def end(self, job_id: str, attempt: int, end: End, listener: str) -> None:
+        """Ends a log over the head of `attempt`, whose later entries Redis then refuses."""
+        entry = Entry(job_id, Position(attempt + 1, 0), Kind.END, end.encode())
+        self._append(**append_arguments([Addressed(entry, listener)], self._settings))

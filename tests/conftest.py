@@ -1,0 +1,72 @@
+"""Deployments that tests share; tests that kill parts start their own."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from db import get_engine
+from tasks.models import BUILT_IN, Model, load_catalog
+from tests import vllm_server as vllm
+from tests.postgres import Postgres, running_postgres
+from tests.stack import Stack, running
+
+SIM: dict[str, Any] = {
+    "name": "sim",
+    "engine": "sim",
+    "aliases": ["gpt-3.5-turbo"],
+    "args": {"tokens-per-s": 200, "first-token-s": 0.01},
+}
+
+
+@pytest.fixture(scope="session")
+def sim_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """API, maintenance and one worker with the sim engine."""
+    with running(Stack(tmp_path_factory.mktemp("sim"), [SIM], keep_alive_s=1)) as stack:
+        yield stack
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """The state directory of a test's own deployment."""
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Model:
+    """The entry of the demo model in the models.yaml that is bundled."""
+    return load_catalog(BUILT_IN).default
+
+
+@pytest.fixture(scope="session")
+def vllm_stack(tmp_path_factory: pytest.TempPathFactory, demo_model: Model) -> Iterator[Stack]:
+    """API, maintenance and one worker with the demo model on vLLM."""
+    home = tmp_path_factory.mktemp("vllm")
+    with running(Stack(home, [demo_model.model_dump(mode="json")])) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="session")
+def vllm_server(tmp_path_factory: pytest.TempPathFactory, demo_model: Model) -> Iterator[str]:
+    """The URL of vLLM's own server with the same model and arguments."""
+    with vllm.serving(demo_model, tmp_path_factory.mktemp("vllm-server")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server; a test that stops it starts it again."""
+    with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A database without tables, of each kind."""
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path / 'database' / 'sluice.db'}"
+    else:
+        url = request.getfixturevalue("postgres").create_database()
+    yield url
+    get_engine(url).dispose()

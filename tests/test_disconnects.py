@@ -1,0 +1,136 @@
+"""Clients that go away, and those that wait."""
+
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import orjson
+import psutil
+import pytest
+import redis
+import requests
+
+from tasks import keys
+from tasks.message import Lane
+from tests.conftest import SIM
+from tests.stack import Stack, await_that, running, send
+
+CLIENTS = 50
+SLOW = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2000}
+
+
+@pytest.fixture
+def small_stack(home):  # type: ignore[no-untyped-def]
+    """One slot, slow tokens, leases and heartbeats at their shortest."""
+    model = SIM | {"slots": 1, "args": {"tokens-per-s": 20, "first-token-s": 0.05}}
+    with running(Stack(home, [model], lease_s=3, keep_alive_s=1)) as stack:
+        yield stack
+
+
+def _state(bus: redis.Redis, job_id: str) -> bytes | None:
+    return bus.hget(keys.job(job_id), "state")  # type: ignore[return-value]
+
+
+def _only_job(stack: Stack) -> str:
+    (key,) = stack.redis.keys(keys.job("*"))
+    return key.decode().removeprefix(keys.JOB_PREFIX)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_slot_and_its_place(
+    small_stack: Stack, stream: bool
+) -> None:
+    stack = small_stack
+    running_client = send(stack, SLOW | {"stream": stream})
+    await_that(lambda: stack.redis.zcard(keys.LEASES) == 1)
+    first = _only_job(stack)
+    queued_client = send(stack, SLOW | {"stream": stream})
+    backlog = keys.backlog("sim", Lane.INTERACTIVE)
+    await_that(lambda: stack.redis.zcard(backlog) == 1)
+    queued_client.close()
+    await_that(lambda: stack.redis.zcard(backlog) == 0, timeout_s=2)
+    running_client.close()
+    await_that(lambda: _state(stack.redis, first) == b"cancelled", timeout_s=2)
+    begun = time.monotonic()
+    answer = requests.post(f"{stack.url}/v1/chat/completions", json=SLOW | {"max_tokens": 1})
+    assert answer.status_code == 200
+    assert time.monotonic() - begun < 2, "the slot was not free within a second"
+
+
+def test_a_queued_stream_hears_keep_alives_and_then_its_answer(small_stack: Stack) -> None:
+    stack = small_stack
+    with send(stack, SLOW | {"stream": True}) as blocker:
+        await_that(lambda: stack.redis.zcard(keys.LEASES) == 1)
+        with requests.post(
+            f"{stack.url}/v1/chat/completions",
+            json=SLOW | {"stream": True, "max_tokens": 2},
+            stream=True,
+            timeout=10,
+        ) as queued:
+            lines = queued.iter_lines()
+            assert next(lines) == b": keep-alive"
+            assert queued.status_code == 200
+            blocker.close()
+            assert list(lines)[-2] == b"data: [DONE]"
+
+
+def test_a_late_refusal_of_a_queued_stream_is_an_event(small_stack: Stack) -> None:
+    stack = small_stack
+    with send(stack, SLOW | {"stream": True}) as blocker:
+        await_that(lambda: stack.redis.zcard(keys.LEASES) == 1)
+        with requests.post(
+            f"{stack.url}/v1/chat/completions",
+            json=SLOW | {"stream": True, "max_tokens": -1},
+            stream=True,
+            timeout=10,
+        ) as queued:
+            lines = queued.iter_lines()
+            assert next(lines) == b": keep-alive"
+            blocker.close()
+            events = [line for line in lines if line.startswith(b"data: ")]
+    assert orjson.loads(events[0][6:])["error"]["param"] == "max_tokens"
+    assert events[1] == b"data: [DONE]"
+
+
+def _leave_at_random(stack: Stack, number: int) -> None:
+    chance = random.Random(number)
+    body = SLOW | {"stream": chance.random() < 0.5, "max_tokens": chance.randint(1, 40)}
+    with send(stack, body) as client:
+        client.settimeout(chance.choice([0.03, 0.1, 0.3, 1.0]))
+        try:
+            while client.recv(4096):
+                if chance.random() < 0.2:
+                    return
+        except TimeoutError:
+            return
+
+
+@pytest.mark.timeout(180)
+def test_a_thousand_requests_with_random_disconnects_leave_nothing_behind(home) -> None:  # type: ignore[no-untyped-def]
+    with running(Stack(home, [SIM], lease_s=3, keep_alive_s=1)) as stack:
+        requests.post(f"{stack.url}/v1/chat/completions", json=SLOW | {"max_tokens": 1}, timeout=9)
+        with ThreadPoolExecutor(CLIENTS) as clients:
+            for done in clients.map(lambda number: _leave_at_random(stack, number), range(1000)):
+                assert done is None
+        lane = keys.backlog("sim", Lane.INTERACTIVE)
+        await_that(lambda: stack.redis.zcard(keys.LEASES) == 0, timeout_s=20)
+        await_that(lambda: stack.redis.zcard(lane) == 0)
+        jobs = stack.redis.keys(keys.job("*"))
+        # A client that leaves at once may be gone before its request is read.
+        assert len(jobs) > 500
+        ended = {b"completed", b"cancelled"}
+        await_that(lambda: {stack.redis.hget(job, "state") for job in jobs} <= ended)
+        assert all(stack.redis.ttl(key) > 0 for key in [*jobs, *stack.redis.keys(keys.log("*"))])
+        (worker,) = stack.redis.keys(keys.worker("*"))
+        await_that(lambda: stack.redis.hmget(worker, "running", "waiting") == [b"0", b"0"])
+        await_that(lambda: _in_use(stack) == (0, 1))  # the one that asks
+        stack.check_alive()
+
+
+def _in_use(stack: Stack) -> tuple[int, int]:
+    """Requests that the API waits for, and its clients' connections; each has a greenlet."""
+    with requests.get(f"{stack.url}/health/live", timeout=5) as health:
+        streams = health.json()["streams"]
+    (worker,) = psutil.Process(stack.api_processes[0].pid).children()
+    clients = [c for c in worker.net_connections("tcp") if c.laddr.port == stack.api_ports[0]]
+    return streams, len([c for c in clients if c.status != "LISTEN"])

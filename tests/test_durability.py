@@ -1,0 +1,211 @@
+"""What was accepted is done once, whatever dies; and a stream goes on where it was."""
+
+import random
+import re
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from sqlalchemy import select
+
+from db import get_engine, reading
+from db.models import JobRecord, JobResult, LedgerEntry
+from tasks import keys
+from tests.conftest import SIM
+from tests.postgres import Postgres
+from tests.stack import Stack, await_that, running
+from tests.test_jobs import CHAT, ENDPOINT, STREAM, call, events, ids, submit, wait
+
+JOBS = 500
+
+
+@pytest.fixture
+def stack(home: Path) -> Iterator[Stack]:
+    slow = SIM | {"args": {"tokens-per-s": 40, "first-token-s": 0.05}}
+    with running(Stack(home, [slow], lease_s=3, keep_alive_s=1)) as stack:
+        yield stack
+
+
+@pytest.mark.parametrize("path", ["job", "chat"])
+def test_a_stream_resumes_on_another_api_process_byte_for_byte(stack: Stack, path: str) -> None:
+    stack.start_api()
+    first, other = (f"http://127.0.0.1:{port}" for port in stack.api_ports)
+    body = STREAM | {"max_tokens": 60}
+    if path == "job":
+        job_id = submit(stack, body)["id"]
+    else:
+        chat = requests.post(first + ENDPOINT, json=body, stream=True, timeout=30)
+        job_id = chat.headers["x-sluice-job"]
+    seen = b""
+    with requests.get(f"{first}/v1/jobs/{job_id}/events", stream=True, timeout=30) as stream:
+        for line in stream.iter_lines(chunk_size=1, delimiter=b"\n\n"):
+            seen += line + b"\n\n" if line.startswith(b"id: ") else b""
+            if seen.count(b"id: ") == 10:
+                break
+        stack.api_processes[0].kill_all()
+    last = ids(seen.decode())[-1]
+    path = f"{other}/v1/jobs/{job_id}/events"
+    rest = requests.get(path, headers={"Last-Event-ID": last}, timeout=30).text
+    whole = requests.get(path, timeout=30).text
+    assert seen.decode() + rest == whole
+    undisturbed = requests.post(other + ENDPOINT, json=body, timeout=30)
+    assert _text(whole) == _text(undisturbed.text)
+
+
+def _text(stream: str) -> list[str]:
+    return re.findall(r'"delta":\{"content":("[^"]*")', stream)
+
+
+class Client(threading.Thread):
+    """Submits its jobs, each with a key, until each has been accepted once."""
+
+    def __init__(self, stack: Stack, numbers: range) -> None:
+        super().__init__()
+        self.stack, self.numbers = stack, numbers
+        self.accepted: dict[int, str] = {}
+        self.start()
+
+    def run(self) -> None:
+        for number in self.numbers:
+            await_that(lambda: self._submit(number), 60)  # noqa: B023 (awaited at once)
+
+    def _submit(self, number: int) -> bool:
+        job = {"endpoint": ENDPOINT, "body": CHAT, "metadata": {"number": str(number)}}
+        header = {"Idempotency-Key": f"number {number}"}
+        port = random.choice(self.stack.api_ports)
+        try:
+            answer = requests.post(
+                f"http://127.0.0.1:{port}/v1/jobs", json=job, headers=header, timeout=10
+            )
+        except requests.RequestException:
+            return False
+        if answer.status_code not in (200, 202):
+            assert answer.status_code == 503, answer.text
+            return False
+        self.accepted[number] = answer.json()["id"]
+        return True
+
+
+def _completed(url: str) -> list[JobRecord]:
+    with reading(url) as session:
+        return list(session.scalars(select(JobRecord).where(JobRecord.status == "completed")))
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_every_accepted_job_completes_once_whatever_dies(
+    stack: Stack, kind: str, request: pytest.FixtureRequest
+) -> None:
+    url = f"sqlite:///{stack.home / 'sluice.db'}"
+    if kind == "postgresql":
+        postgres: Postgres = request.getfixturevalue("postgres")
+        url = stack.env["SLUICE_DATABASE_URL"] = postgres.create_database()
+        stack.api_processes[0].kill_all()
+        stack.api_ports.clear()
+        stack.start_api()
+        stack.processes[2].kill()
+        stack.start_maintenance()
+    api = stack.api_processes[-1]
+    stack.start_api()
+    clients = [Client(stack, range(start, JOBS, 4)) for start in range(4)]
+
+    def accepted() -> int:
+        return sum(len(client.accepted) for client in clients)
+
+    await_that(lambda: accepted() > JOBS * 0.2, 60)
+    api.kill_all()
+    stack.start_api(port=stack.api_ports[0])
+    stack.api_ports.pop()
+    await_that(lambda: accepted() > JOBS * 0.4, 60)
+    _wipe_redis(stack)
+    maintenance = next(p for p in reversed(stack.processes) if "maintenance" in p.log.name)
+    await_that(lambda: accepted() > JOBS * 0.7, 60)
+    maintenance.kill()
+    stack.start_maintenance()
+    for client in clients:
+        client.join(60)
+    assert accepted() == JOBS
+    await_that(lambda: len(_completed(url)) >= JOBS, 90, stack.logs)
+    _assert_each_once(url, clients)
+    get_engine(url).dispose()
+
+
+def _wipe_redis(stack: Stack) -> None:
+    redis = next(p for p in stack.processes if p.log.name.startswith("redis"))
+    redis.kill()
+    for directory in ("redis", "valkey"):
+        shutil.rmtree(stack.home / directory, ignore_errors=True)
+    stack.start_redis()
+
+
+def _assert_each_once(url: str, clients: list[Client]) -> None:
+    wanted = {job_id: n for client in clients for n, job_id in client.accepted.items()}
+    assert len(wanted) == JOBS
+    with reading(url) as session:
+        jobs = list(session.scalars(select(JobRecord)))
+        results = list(session.scalars(select(JobResult)))
+        ledger = Counter(session.scalars(select(LedgerEntry.job_id)))
+    assert {job.id: int(job.meta["number"]) for job in jobs} == wanted
+    assert {job.status for job in jobs} == {"completed"}
+    assert {result.job_id for result in results} == set(wanted)
+    assert {result.status_code for result in results} == {200}
+    assert ledger == Counter(wanted.keys())
+
+
+def test_a_job_is_queued_again_once_by_two_maintenance_processes(stack: Stack) -> None:
+    worker = next(p for p in stack.processes if p.log.name.startswith("worker"))
+    worker.kill()
+    stack.start_maintenance()
+    jobs = [submit(stack, CHAT)["id"] for _ in range(20)]
+    stack.redis.flushall()
+    await_that(lambda: stack.redis.zcard(keys.backlog("sim", "batch")) == 20)
+    with reading(f"sqlite:///{stack.home / 'sluice.db'}") as session:
+        assert set(session.scalars(select(JobRecord.dispatches))) == {2}
+    stack.start_worker("sim")
+    with ThreadPoolExecutor(5) as pool:
+        done = list(pool.map(lambda job_id: wait(stack, job_id).json(), jobs))
+    assert {job["status"] for job in done} == {"completed"}
+
+
+def test_a_client_that_waits_learns_that_redis_has_lost_its_request(stack: Stack) -> None:
+    worker = next(p for p in stack.processes if p.log.name.startswith("worker"))
+    worker.kill()
+    with ThreadPoolExecutor(2) as pool:
+        streamed = pool.submit(call, stack, "POST", ENDPOINT, json=STREAM)
+        waiting = pool.submit(call, stack, "POST", ENDPOINT, json=CHAT)
+        await_that(lambda: stack.redis.zcard(keys.backlog("sim", "interactive")) == 2)
+        stack.redis.flushall()
+        assert '"code":"job_lost"' in streamed.result().text
+        assert waiting.result().status_code == 503
+        assert waiting.result().json()["error"]["code"] == "job_lost"
+
+
+def test_submissions_get_503_while_the_database_is_away_and_streams_go_on(
+    home: Path, postgres: Postgres
+) -> None:
+    url = postgres.create_database()
+    with running(Stack(home, [SIM], database_url=url)) as stack:
+        kept: Any = submit(stack, CHAT)
+        wait(stack, kept["id"])
+        postgres.stop()
+        try:
+            job = {"endpoint": ENDPOINT, "body": CHAT}
+            refused = call(stack, "POST", "/v1/jobs", json=job)
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "database_unavailable"
+            assert int(refused.headers["retry-after"]) >= 1
+            streamed = call(stack, "POST", ENDPOINT, json=STREAM)
+            assert streamed.text.endswith("[DONE]\n\n")
+            assert "[DONE]" in events(stack, streamed.headers["x-sluice-job"])
+        finally:
+            postgres.start()
+        await_that(lambda: call(stack, "POST", "/v1/jobs", json=job).status_code == 202, 20)
+        with postgres.paused():
+            assert call(stack, "POST", "/v1/jobs", json=job).status_code == 503
+            assert call(stack, "POST", ENDPOINT, json=STREAM).text.endswith("[DONE]\n\n")

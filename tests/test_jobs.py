@@ -1,0 +1,402 @@
+"""The jobs API with the sim engine: what can be done with a request by its id."""
+
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+import requests
+from sqlalchemy import select
+
+from db import writing
+from db.models import JobEvent, JobRecord
+from tasks import keys
+from tests.conftest import SIM
+from tests.stack import Stack, await_that, running, send
+
+CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
+STREAM = CHAT | {"stream": True}
+LONG = STREAM | {"max_tokens": 2000}
+ENDPOINT = "/v1/chat/completions"
+SLOW = SIM | {"slots": 1, "args": {"tokens-per-s": 50, "first-token-s": 0.01}}
+
+
+@pytest.fixture
+def slow_stack(home: Any) -> Iterator[Stack]:
+    """One slot: a second job waits."""
+    with running(Stack(home, [SLOW], lease_s=3, keep_alive_s=1)) as stack:
+        yield stack
+
+
+def call(stack: Stack, method: str, path: str, **options: Any) -> requests.Response:
+    return requests.request(method, stack.url + path, timeout=30, **options)
+
+
+def submit(stack: Stack, body: dict[str, Any] = CHAT, **options: Any) -> dict[str, Any]:
+    job = {"endpoint": ENDPOINT, "body": body, **options}
+    response = call(stack, "POST", "/v1/jobs", json=job)
+    assert response.status_code == 202, response.text
+    assert response.headers["location"] == f"/v1/jobs/{response.json()['id']}"
+    return dict(response.json())
+
+
+def get(stack: Stack, job_id: str) -> dict[str, Any]:
+    return dict(call(stack, "GET", f"/v1/jobs/{job_id}").json())
+
+
+def wait(stack: Stack, job_id: str, wait_s: int = 20) -> requests.Response:
+    return call(stack, "GET", f"/v1/jobs/{job_id}", headers={"Prefer": f"wait={wait_s}"})
+
+
+def events(stack: Stack, job_id: str, after: str = "") -> str:
+    path = f"/v1/jobs/{job_id}/events"
+    return call(stack, "GET", path + (after and f"?starting_after={after}")).text
+
+
+def ids(text: str) -> list[str]:
+    return re.findall(r"^id: (.*)$", text, re.MULTILINE)
+
+
+def repeated(text: str) -> str:
+    """The events that have an id, and the end: what is the same each time."""
+    whole = [
+        event for event in text.split("\n\n") if event and not event.startswith((":", "event"))
+    ]
+    return "\n\n".join(whole)
+
+
+def in_sql(stack: Stack, job_id: str) -> bool:
+    with writing(f"sqlite:///{stack.home / 'sluice.db'}") as session:
+        job = session.get(JobRecord, job_id)
+        return job is not None and job.completed_at is not None
+
+
+def test_a_job_is_accepted_waited_for_and_answered(sim_stack: Stack) -> None:
+    job = submit(sim_stack, metadata={"purpose": "test"})
+    assert (job["object"], job["endpoint"], job["model"]) == ("job", ENDPOINT, "sim")
+    assert (job["status"], job["response"], job["error"]) == ("queued", None, None)
+    done = wait(sim_stack, job["id"])
+    assert done.status_code == 200
+    found = done.json()
+    assert found["status"] == "completed"
+    assert found["metadata"] == {"purpose": "test"}
+    assert found["attempts"] == 1
+    assert found["response"]["status_code"] == 200
+    posted = call(sim_stack, "POST", ENDPOINT, json=CHAT).json()
+    assert found["response"]["body"]["choices"] == posted["choices"]
+    assert found["usage"]["completion_tokens"] == 5
+    assert 0 <= found["started_at"] - found["created_at"] <= found["completed_at"]
+
+
+def test_a_streamed_job_is_polled_as_one_answer(sim_stack: Stack) -> None:
+    with_usage = STREAM | {"stream_options": {"include_usage": True}}
+    found = wait(sim_stack, submit(sim_stack, with_usage)["id"]).json()
+    body = found["response"]["body"]
+    posted = call(sim_stack, "POST", ENDPOINT, json=CHAT).json()
+    assert body["object"] == "chat.completion"
+    assert body["choices"][0]["finish_reason"] == "length"
+    message, wanted = body["choices"][0]["message"], posted["choices"][0]["message"]
+    assert (message["role"], message["content"]) == (wanted["role"], wanted["content"])
+    assert found["usage"]["completion_tokens"] == 5
+
+
+def test_waiting_answers_202_when_time_is_up(sim_stack: Stack) -> None:
+    job = submit(sim_stack, LONG)
+    response = wait(sim_stack, job["id"], 1)
+    assert response.status_code == 202
+    assert response.json()["status"] == "in_progress"
+    assert call(sim_stack, "POST", f"/v1/jobs/{job['id']}/cancel").json()["status"] == "cancelled"
+    assert wait(sim_stack, job["id"]).status_code == 200
+
+
+def test_submitting_may_wait_too(sim_stack: Stack) -> None:
+    job = {"endpoint": ENDPOINT, "body": CHAT}
+    done = call(sim_stack, "POST", "/v1/jobs", json=job, headers={"Prefer": "wait=10"})
+    assert done.status_code == 200
+    assert done.json()["status"] == "completed"
+
+
+def test_an_ordinary_request_answers_later_when_it_prefers_so(sim_stack: Stack) -> None:
+    for path in (ENDPOINT, "/v1/completions", "/v1/embeddings"):
+        body = {"prompt": "Once", "input": "Once", "max_tokens": 3, **CHAT}
+        header = {"Prefer": "respond-async"}
+        accepted = call(sim_stack, "POST", path, json=body, headers=header)
+        assert accepted.status_code == 202
+        assert accepted.headers["preference-applied"] == "respond-async"
+        assert wait(sim_stack, accepted.headers["x-sluice-job"]).status_code == 200
+
+
+def test_a_chat_request_is_a_job_like_any_other(sim_stack: Stack) -> None:
+    streamed = call(sim_stack, "POST", ENDPOINT, json=STREAM)
+    job_id = streamed.headers["x-sluice-job"]
+    found = wait(sim_stack, job_id).json()
+    assert found["status"] == "completed"
+    replayed = events(sim_stack, job_id)
+    assert "".join(re.sub(r"^id: .*\n", "", replayed, flags=re.MULTILINE)) == streamed.text
+    await_that(lambda: in_sql(sim_stack, job_id))
+    listed = call(sim_stack, "GET", "/v1/jobs?limit=100").json()["data"]
+    assert found in listed
+
+
+def test_events_resume_after_each_one_with_the_same_bytes(sim_stack: Stack) -> None:
+    job = submit(sim_stack, STREAM | {"max_tokens": 40})
+    live = repeated(events(sim_stack, job["id"]))
+    whole = events(sim_stack, job["id"])
+    assert repeated(whole) == live
+    assert whole.endswith("data: [DONE]\n\n")
+    for event_id in ids(whole):
+        rest = whole.split(f"id: {event_id}\n")[1].split("\n\n", 1)[1]
+        assert events(sim_stack, job["id"], event_id) in (rest, "data: [DONE]\n\n")
+    header = {"Last-Event-ID": ids(whole)[3]}
+    resumed = call(sim_stack, "GET", f"/v1/jobs/{job['id']}/events", headers=header).text
+    assert ids(resumed) == ids(whole)[4:]
+
+
+def test_an_answer_that_is_not_streamed_is_one_event(sim_stack: Stack) -> None:
+    job = submit(sim_stack)
+    body = wait(sim_stack, job["id"]).json()["response"]["body"]
+    (event_id,) = ids(text := events(sim_stack, job["id"]))
+    data = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
+    assert (requests.models.complexjson.loads(data[0]), data[1]) == (body, "[DONE]")
+    assert events(sim_stack, job["id"], event_id) == "data: [DONE]\n\n"
+
+
+def test_a_refusal_by_the_engine_fails_the_job_with_its_answer(sim_stack: Stack) -> None:
+    found = wait(sim_stack, submit(sim_stack, CHAT | {"max_tokens": -1})["id"]).json()
+    assert found["status"] == "failed"
+    assert found["response"]["status_code"] == 400
+    assert found["error"] == found["response"]["body"]["error"]
+
+
+def test_position_and_eta_count_down(slow_stack: Stack) -> None:
+    wait(slow_stack, submit(slow_stack, CHAT)["id"])
+    running_job = submit(slow_stack, STREAM | {"max_tokens": 150})
+    await_that(lambda: get(slow_stack, running_job["id"])["status"] == "in_progress")
+    queued = [submit(slow_stack, STREAM) for _ in range(3)]
+    first = submit(slow_stack, STREAM, priority="interactive")
+    found = [get(slow_stack, job["id"])["queue"] for job in [first, *queued]]
+    assert [place["position"] for place in found] == [1, 2, 3, 4]
+    assert all(place["eta_s"] > 0 for place in found)
+    text = events(slow_stack, queued[-1]["id"])
+    seen = [int(n) for n in re.findall(r'event: queue\ndata: {"position":(\d+)', text)]
+    assert seen[0] == 4
+    assert seen == sorted(seen, reverse=True)
+
+
+def test_priority_orders_the_lane(slow_stack: Stack) -> None:
+    blocker = submit(slow_stack, STREAM | {"max_tokens": 50})
+    await_that(lambda: get(slow_stack, blocker["id"])["status"] == "in_progress")
+    late, soon = submit(slow_stack, priority=5), submit(slow_stack, priority=-5)
+    assert get(slow_stack, soon["id"])["queue"]["position"] == 1
+    assert get(slow_stack, late["id"])["queue"]["position"] == 2
+
+
+def test_a_job_that_has_not_started_by_its_deadline_expires(slow_stack: Stack) -> None:
+    blocker = submit(slow_stack, LONG)
+    await_that(lambda: get(slow_stack, blocker["id"])["status"] == "in_progress")
+    late = submit(slow_stack, STREAM, deadline_s=0.5)
+    found = wait(slow_stack, late["id"]).json()
+    assert (found["status"], found["attempts"], found["started_at"]) == ("expired", 0, None)
+    assert found["error"]["code"] == "job_expired"
+    assert '"code":"job_expired"' in events(slow_stack, late["id"])
+
+
+def test_cancelling_and_retrying(slow_stack: Stack) -> None:
+    blocker = submit(slow_stack, LONG)
+    await_that(lambda: get(slow_stack, blocker["id"])["status"] == "in_progress")
+    queued = submit(slow_stack, CHAT, metadata={"a": "b"})
+    assert call(slow_stack, "POST", f"/v1/jobs/{queued['id']}/retry").status_code == 409
+    for job in (queued, blocker):
+        cancelled = call(slow_stack, "POST", f"/v1/jobs/{job['id']}/cancel")
+        assert (cancelled.status_code, cancelled.json()["status"]) == (200, "cancelled")
+    await_that(lambda: slow_stack.redis.zcard(keys.LEASES) == 0)
+    again = call(slow_stack, "POST", f"/v1/jobs/{queued['id']}/retry")
+    assert again.status_code == 202
+    assert again.json()["id"] != queued["id"]
+    done = wait(slow_stack, again.json()["id"]).json()
+    assert (done["status"], done["metadata"]) == ("completed", {"a": "b"})
+    for action in ("cancel", "retry"):
+        refused = call(slow_stack, "POST", f"/v1/jobs/{done['id']}/{action}")
+        assert (refused.status_code, refused.json()["error"]["type"]) == (409, "conflict_error")
+
+
+def test_jobs_are_listed_in_pages_and_filtered(slow_stack: Stack) -> None:
+    blocker = submit(slow_stack, LONG)
+    await_that(lambda: get(slow_stack, blocker["id"])["status"] == "in_progress")
+    queued = [submit(slow_stack, CHAT)["id"] for _ in range(5)]
+
+    def listed(query: str) -> Any:
+        return call(slow_stack, "GET", f"/v1/jobs?{query}").json()
+
+    page = listed("limit=2")
+    assert [job["id"] for job in page["data"]] == queued[:2:-1]
+    assert (page["object"], page["has_more"]) == ("list", True)
+    assert (page["first_id"], page["last_id"]) == (queued[-1], queued[-2])
+    rest = listed(f"limit=10&after={page['last_id']}")
+    assert [job["id"] for job in rest["data"]] == [*queued[2::-1], blocker["id"]]
+    assert rest["has_more"] is False
+    assert [job["id"] for job in listed("status=in_progress")["data"]] == [blocker["id"]]
+    assert len(listed("status=queued")["data"]) == 5
+    assert listed("status=completed")["data"] == listed("model=other")["data"] == []
+
+
+@pytest.mark.parametrize("how", ["body", "header"])
+def test_a_dropped_stream_runs_on_when_it_was_to_continue(sim_stack: Stack, how: str) -> None:
+    body = STREAM | {"max_tokens": 100}
+    if how == "body":
+        with send(sim_stack, body | {"on_disconnect": "continue"}) as client:
+            seen = client.recv(4000).decode()
+    else:
+        header = {"x-sluice-on-disconnect": "continue"}
+        with call(sim_stack, "POST", ENDPOINT, json=body, headers=header, stream=True) as response:
+            seen = f"x-sluice-job: {response.headers['x-sluice-job']}\n"
+    found = re.search(r"x-sluice-job: (\S+)", seen)
+    assert found
+    done = wait(sim_stack, found[1])
+    assert done.json()["status"] == "completed"
+    assert len(ids(events(sim_stack, found[1]))) == 102
+
+
+def test_equal_requests_with_a_key_are_one_job(sim_stack: Stack) -> None:
+    def ask(**options: Any) -> requests.Response:
+        header = {"Idempotency-Key": "the same"}
+        return call(sim_stack, "POST", ENDPOINT, json=options or CHAT, headers=header)
+
+    first, second = ask(), ask()
+    assert first.headers["x-sluice-job"] == second.headers["x-sluice-job"]
+    assert first.json() == second.json()
+    refused = ask(**STREAM)
+    assert refused.status_code == 422
+    assert refused.json()["error"]["code"] == "idempotency_key_reused"
+
+
+def test_a_second_caller_attaches_to_the_running_stream(sim_stack: Stack) -> None:
+    header = {"Idempotency-Key": "attach"}
+    body = STREAM | {"max_tokens": 200}
+    first = call(sim_stack, "POST", ENDPOINT, json=body, headers=header, stream=True)
+    next(first.iter_content(10))
+    second = call(sim_stack, "POST", ENDPOINT, json=body, headers=header)
+    assert first.headers["x-sluice-job"] == second.headers["x-sluice-job"]
+    assert second.text.endswith(first.text[-500:])
+    assert second.text.count("data: ") == 202
+
+
+def test_equal_background_jobs_with_a_key_are_one(sim_stack: Stack) -> None:
+    def ask(body: dict[str, Any] = CHAT) -> requests.Response:
+        job = {"endpoint": ENDPOINT, "body": body}
+        return call(
+            sim_stack, "POST", "/v1/jobs", json=job, headers={"Idempotency-Key": "background"}
+        )
+
+    first = ask()
+    wait(sim_stack, first.json()["id"])
+    assert ask().json()["id"] == first.json()["id"]
+    assert ask(STREAM).status_code == 422
+    # Redis has forgotten it: SQL has not.
+    sim_stack.redis.delete(keys.idempotency("default", "background"))
+    assert ask().json()["id"] == first.json()["id"]
+    assert ask(STREAM).status_code == 422
+
+
+def test_after_redis_has_forgotten_a_job_sql_answers(sim_stack: Stack) -> None:
+    header = {"Idempotency-Key": "old"}
+    first = call(sim_stack, "POST", ENDPOINT, json=STREAM, headers=header)
+    job_id = first.headers["x-sluice-job"]
+    before = wait(sim_stack, job_id).json()
+    await_that(lambda: in_sql(sim_stack, job_id))
+    sim_stack.redis.delete(keys.job(job_id), keys.log(job_id))
+    assert get(sim_stack, job_id) == before
+    assert before["response"]["body"]["choices"][0]["message"]["content"] in events(
+        sim_stack, job_id
+    )
+    again = call(sim_stack, "POST", ENDPOINT, json=STREAM, headers=header)
+    assert again.json() == before["response"]["body"]
+    with writing(f"sqlite:///{sim_stack.home / 'sluice.db'}") as session:
+        states = session.scalars(select(JobEvent.state).where(JobEvent.job_id == job_id))
+        assert list(states) == ["in_progress", "completed"]
+
+
+BAD_JOBS: list[tuple[dict[str, Any], str | None]] = [
+    ({"endpoint": "/v1/nothing"}, "endpoint"),
+    ({"body": "text"}, "body"),
+    ({"extra": 1}, "extra"),
+    ({"priority": "urgent"}, "priority"),
+    ({"priority": 101}, "priority"),
+    ({"priority": 1.5}, "priority"),
+    ({"deadline_s": 0}, "deadline_s"),
+    ({"deadline_s": -5}, "deadline_s"),
+    ({"deadline_s": "soon"}, "deadline_s"),
+    ({"metadata": {str(n): "" for n in range(17)}}, "metadata"),
+    ({"metadata": {"k": "v" * 513}}, "metadata.k"),
+    ({"metadata": {"k": 1}}, "metadata.k"),
+    ({"metadata": {"k": "\0"}}, "metadata.k"),
+    ({"webhook": "http://127.0.0.1/"}, "webhook"),
+    ({"body": {"on_disconnect": "maybe"}}, "on_disconnect"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "param"), BAD_JOBS)
+def test_a_wrong_job_is_refused_and_nothing_stored(
+    sim_stack: Stack, wrong: dict[str, Any], param: str | None
+) -> None:
+    before = sim_stack.redis.dbsize()
+    job = {"endpoint": ENDPOINT, "body": CHAT} | wrong
+    refused = call(sim_stack, "POST", "/v1/jobs", json=job)
+    assert refused.status_code == 400, refused.text
+    error = refused.json()["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert len(error["message"]) > 15
+    assert len(sim_stack.redis.keys(keys.job("*"))) <= before
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/v1/jobs/job_unknown", {}, 404),
+        ("/v1/jobs/job_unknown/events", {}, 404),
+        ("/v1/jobs?limit=0", {}, 400),
+        ("/v1/jobs?limit=101", {}, 400),
+        ("/v1/jobs?status=lost", {}, 400),
+        ("/v1/jobs?colour=red", {}, 400),
+        ("/v1/jobs?after=job_unknown", {}, 404),
+        ("/v1/jobs/{job}/events?starting_after=tomorrow", {}, 400),
+        ("/v1/jobs/{job}/events?starting_after=1-4000", {}, 400),
+        ("/v1/jobs/{job}/events", {"Last-Event-ID": "9-1"}, 400),
+        ("/v1/jobs/{job}", {"Prefer": "wait=long"}, 400),
+    ],
+)
+def test_a_wrong_question_is_refused(
+    sim_stack: Stack, path: str, headers: dict[str, str], status: int
+) -> None:
+    if "{job}" in path:
+        job_id = submit(sim_stack, STREAM)["id"]
+        wait(sim_stack, job_id)
+        path = path.replace("{job}", job_id)
+    refused = call(sim_stack, "GET", path, headers=headers)
+    assert refused.status_code == status
+    assert set(refused.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_another_tenants_job_is_not_there(sim_stack: Stack) -> None:
+    with writing(f"sqlite:///{sim_stack.home / 'sluice.db'}") as session:
+        theirs = JobRecord(
+            id="job_theirs",
+            tenant="other",
+            model="sim",
+            endpoint=ENDPOINT,
+            lane="batch",
+            status="completed",
+            created_at=datetime.now(UTC),
+            completed_at=datetime.now(UTC),
+        )
+        session.merge(theirs)
+    for method, path in (
+        ("GET", "/v1/jobs/job_theirs"),
+        ("GET", "/v1/jobs/job_theirs/events"),
+        ("POST", "/v1/jobs/job_theirs/cancel"),
+        ("POST", "/v1/jobs/job_theirs/retry"),
+        ("GET", "/v1/jobs?after=job_theirs"),
+    ):
+        refused = call(sim_stack, method, path)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "job_not_found")

@@ -1,0 +1,225 @@
+"""From the end of a job to its row in SQL: real Redis, SQLite and PostgreSQL, real maintenance."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks import keys
+from tasks.backlog import Backlog
+from tasks.connections import connect
+from tasks.events import End
+from tasks.ledger import RECORDS_AT_ONCE, Recorder
+from tasks.message import Claim, Job, State
+from tasks.settings import Settings
+from tasks.token_log import TokenLog
+from tests.conftest import SIM
+from tests.postgres import Postgres
+from tests.stack import Stack, await_that
+from tests.test_db import entries
+
+SETTINGS: dict[str, Any] = {"lease_s": 3, "max_attempts": 1}
+
+
+@pytest.fixture
+def stack(home: Path) -> Iterator[Stack]:
+    """Redis alone; a test that wants maintenance starts it."""
+    stack = Stack(home, [SIM], **SETTINGS)
+    try:
+        stack.start_redis()
+        yield stack
+    finally:
+        stack.stop()
+        stack.redis.close()
+
+
+@pytest.fixture
+def backlog(stack: Stack) -> Iterator[Backlog]:
+    client = connect(stack.env["SLUICE_REDIS_URL"])
+    yield Backlog(client, Settings(**SETTINGS))
+    client.close()
+
+
+def submit(backlog: Backlog) -> Job:
+    job = Job.create(model="sim", endpoint="/v1/completions", body=b"{}")
+    backlog.submit(job)
+    return job
+
+
+def run(backlog: Backlog) -> Claim:
+    submit(backlog)
+    claim = backlog.claim("sim", "worker")
+    assert claim
+    return claim
+
+
+def end_log(backlog: Backlog, job_id: str, state: State) -> str:
+    """The end of the job's log, as who ends a job writes it."""
+    TokenLog(backlog.redis, Settings(**SETTINGS)).end(job_id, 1, End(state), "")
+    return job_id
+
+
+def recorder_of(backlog: Backlog, url: str) -> Recorder:
+    return Recorder(backlog.redis, TokenLog(backlog.redis, Settings(**SETTINGS)), url)
+
+
+def complete(backlog: Backlog) -> str:
+    claim = run(backlog)
+    assert backlog.finish(claim, State.COMPLETED)
+    return end_log(backlog, claim.job.id, State.COMPLETED)
+
+
+def cancel(backlog: Backlog) -> str:
+    job = submit(backlog)
+    assert backlog.cancel(job.id, job.model)
+    return end_log(backlog, job.id, State.CANCELLED)
+
+
+def abandon(backlog: Backlog) -> str:
+    """A job whose worker goes away; its last attempt, so that the reaper fails it."""
+    claim = run(backlog)
+    backlog.release([claim])
+    return claim.job.id
+
+
+def test_each_end_of_a_job_is_recorded(backlog: Backlog, database_url: str) -> None:
+    ends = {
+        complete(backlog): ("completed", 1, True),
+        cancel(backlog): ("cancelled", 0, False),
+        abandon(backlog): ("failed", 1, True),
+    }
+    (reaped,) = backlog.reap()
+    end_log(backlog, reaped.job_id, State.FAILED)
+    assert recorder_of(backlog, database_url).record() == 3
+    rows = entries(database_url)
+    assert {e.job_id: (e.state, e.attempts, e.started_at is not None) for e in rows} == ends
+    for row in rows:
+        job: Any = backlog.redis.hgetall(keys.job(row.job_id))
+        for name in ("queued", "started", "ended"):
+            moment = getattr(row, f"{name}_at")
+            us = job.get(f"{name}_us".encode())
+            assert (us and int(us)) == (moment and round(moment.timestamp() * 1e6))
+        assert (row.model, row.tenant, row.lane) == ("sim", "default", "interactive")
+        assert row.endpoint == "/v1/completions"
+    assert backlog.redis.xlen(keys.LEDGER) == 0
+
+
+def test_a_void_end_is_not_recorded(backlog: Backlog) -> None:
+    claim = run(backlog)
+    backlog.redis.delete(keys.LEDGER)
+    assert backlog.finish(claim, State.COMPLETED)
+    assert not backlog.finish(claim, State.COMPLETED)
+    assert backlog.cancel(claim.job.id, "sim") is None
+    assert backlog.redis.xlen(keys.LEDGER) == 1
+
+
+def test_a_job_that_is_handed_on_has_not_ended(backlog: Backlog) -> None:
+    patient = Backlog(backlog.redis, Settings(lease_s=3, max_attempts=2))
+    abandon(patient)
+    backlog.redis.delete(keys.LEDGER)
+    assert len(patient.reap()) == 1
+    assert backlog.redis.xlen(keys.LEDGER) == 0
+
+
+def test_one_round_moves_all_records(backlog: Backlog, database_url: str) -> None:
+    number = 2 * RECORDS_AT_ONCE + 1
+    ids = {cancel(backlog) for _ in range(number)}
+    assert recorder_of(backlog, database_url).record() == number
+    assert {e.job_id for e in entries(database_url)} == ids
+    assert backlog.redis.xlen(keys.LEDGER) == 0
+
+
+def test_two_recorders_at_once_double_nothing(backlog: Backlog, database_url: str) -> None:
+    ids = [cancel(backlog) for _ in range(1500)]
+    recorders = [recorder_of(backlog, database_url) for _ in range(2)]
+    with ThreadPoolExecutor() as pool:
+        counts = list(pool.map(Recorder.record, recorders))
+    assert sum(counts) == len(ids) == len(entries(database_url))
+
+
+def test_records_wait_in_redis_while_the_database_is_away(
+    backlog: Backlog, postgres: Postgres, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "tasks.ledger")
+    url = postgres.create_database()
+    recorder = recorder_of(backlog, url)
+    ids = {cancel(backlog)}
+    assert recorder.record() == 1
+    postgres.stop()
+    try:
+        ids |= {cancel(backlog), cancel(backlog)}
+        assert [recorder.record() for _ in range(3)] == [0, 0, 0]
+        assert backlog.redis.xlen(keys.LEDGER) == 2
+    finally:
+        postgres.start()
+    assert recorder.record() == 2
+    assert {e.job_id for e in entries(url)} == ids
+    messages = [r.getMessage() for r in caplog.records if r.name == "tasks.ledger"]
+    assert [message[:28] for message in messages] == [
+        "ledger: the database is away",
+        "ledger: the database is back",
+    ]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{"state": "completed"}, {"tenant": "a\0b"}, {"tenant": b"\xff"}, {"at_us": 10**30}],
+)
+def test_a_record_that_cannot_be_read_does_not_stop_the_others(
+    backlog: Backlog, database_url: str, caplog: pytest.LogCaptureFixture, broken: dict[str, Any]
+) -> None:
+    cancel(backlog)
+    records: Any = backlog.redis.xrange(keys.LEDGER)
+    ((record_id, fields),) = records
+    backlog.redis.xdel(keys.LEDGER, record_id)
+    whole = {} if "state" in broken else {k.decode(): value for k, value in fields.items()}
+    backlog.redis.xadd(keys.LEDGER, whole | broken)
+    good = cancel(backlog)
+    assert recorder_of(backlog, database_url).record() == 1
+    assert [e.job_id for e in entries(database_url)] == [good]
+    assert backlog.redis.xlen(keys.LEDGER) == 0
+    assert "dropped" in caplog.text
+
+
+@pytest.mark.timeout(240)
+def test_kills_of_maintenance_lose_and_double_nothing(
+    stack: Stack, backlog: Backlog, database_url: str
+) -> None:
+    stack.env["SLUICE_DATABASE_URL"] = database_url
+    wanted: Counter[str] = Counter()
+    for kills_left in (2, 1, 0):
+        maintenance = stack.start_maintenance()
+        for _ in range(700):
+            complete(backlog)
+            cancel(backlog)
+        abandon(backlog)
+        wanted += Counter(completed=700, cancelled=700, failed=1)
+        # In the middle of a round, or shortly after one.
+        await_that(lambda: stack.redis.xlen(keys.LEDGER) < 1000)
+        if kills_left:
+            maintenance.kill()
+    await_that(lambda: len(entries(database_url)) == wanted.total(), 60)
+    await_that(lambda: stack.redis.xlen(keys.LEDGER) == 0)
+    assert Counter(e.state for e in entries(database_url)) == wanted
+    assert maintenance.stop() == 0
+
+
+def test_the_reaper_works_while_the_database_hangs(
+    stack: Stack, backlog: Backlog, postgres: Postgres
+) -> None:
+    stack.env["SLUICE_DATABASE_URL"] = postgres.create_database()
+    stack.start_maintenance()
+    complete(backlog)
+    await_that(lambda: stack.redis.xlen(keys.LEDGER) == 0)
+    with postgres.paused():
+        # Its connections are open: nothing bounds how long an answer takes.
+        for _ in range(4):
+            abandon(backlog)
+            await_that(lambda: stack.redis.zcard(keys.LEASES) == 0)
+        # A start and an end each.
+        assert stack.redis.xlen(keys.LEDGER) == 8
+    await_that(lambda: stack.redis.xlen(keys.LEDGER) == 0)

@@ -1,0 +1,170 @@
+"""The remote engine against a real HTTP server on a real socket."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from gpu_worker.remote_engine import RemoteEngine, open_engine
+from tasks.errors import ConfigurationError, StreamBrokenError
+from tasks.models import Model
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+class Server:
+    """Answers each POST with a chunked event stream; keeps what it was sent."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.requests: list[tuple[str, bytes]] = []
+        self.goes_on = asyncio.Event()
+        self.client_left = asyncio.Event()
+        self.breaks_off = False
+        self.goes_on.set()
+        self._connections: list[asyncio.StreamWriter] = []
+
+    def drop_connections(self) -> None:
+        for connection in self._connections:
+            connection.close()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections.append(writer)
+        try:
+            while head := (await reader.readuntil(b"\r\n\r\n")).decode():
+                await self._answer(head, reader, writer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            self.client_left.set()
+            writer.close()
+
+    async def _answer(
+        self, head: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        if head.startswith("GET /v1/models "):
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+            return
+        size = int(head.lower().split("content-length: ")[1].split("\r\n")[0])
+        self.requests.append((head, await reader.readexactly(size)))
+        writer.write(b"HTTP/1.1 418 Teapot\r\ncontent-type: text/event-stream\r\n")
+        writer.write(b"transfer-encoding: chunked\r\nconnection: keep-alive\r\n\r\n")
+        writer.write(b"b\r\ndata: one\n\n\r\n")
+        if self.breaks_off:
+            raise ConnectionResetError
+        if not self.goes_on.is_set():
+            await reader.read(1)  # returns when the client has left
+            return
+        writer.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    server = Server()
+    listening = await asyncio.start_server(server.serve, "127.0.0.1", 0)
+    host, port = listening.sockets[0].getsockname()
+    server.url = f"http://{host}:{port}"
+    yield server
+    listening.close()
+
+
+@asynccontextmanager
+async def remote(source: str, **args: Any) -> AsyncIterator[RemoteEngine]:
+    model = Model(name="far", engine="remote", source=source, slots=4, args=args)
+    async with open_engine(model) as engine:
+        yield engine
+
+
+async def post(engine: RemoteEngine, body: bytes = b'{"a": 1}') -> httpx.Response:
+    transport = httpx.ASGITransport(engine.app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
+        headers = {"x-request-id": "R1", "content-type": "application/json"}
+        return await client.post("/v1/chat/completions", content=body, headers=headers)
+
+
+@pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
+async def test_request_and_answer_go_through_unchanged(server: Server, suffix: str) -> None:
+    async with remote(server.url + suffix) as engine:
+        answer = await post(engine)
+        assert engine.load() == (0, 0)
+    assert answer.status_code == 418
+    assert answer.text == "data: one\n\ndata: [DONE]\n\n"
+    assert dict(answer.headers) == {"content-type": "text/event-stream"}
+    head, body = server.requests[0]
+    assert head.startswith("POST /v1/chat/completions HTTP/1.1\r\n")
+    assert "x-request-id: R1" in head
+    assert "accept-encoding: identity" in head.lower()
+    assert body == b'{"a": 1}'
+
+
+async def test_the_servers_own_name_and_key_are_used(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAR_KEY", "s3cret")
+    async with remote(server.url, **{"model": "llama", "api-key-env": "FAR_KEY"}) as engine:
+        await post(engine, b'{"model": "far", "n": 1}')
+    head, body = server.requests[0]
+    assert "authorization: bearer s3cret" in head.lower()
+    assert body == b'{"model": "llama", "n": 1}'
+
+
+async def test_a_request_that_is_cancelled_leaves_the_server_at_once(server: Server) -> None:
+    server.goes_on.clear()
+    async with remote(server.url) as engine:
+        task = asyncio.ensure_future(post(engine))
+        while not server.requests:  # noqa: ASYNC110 - the server is in this loop
+            await asyncio.sleep(0.005)
+        assert engine.load().running == 1
+        task.cancel()
+        await asyncio.wait_for(server.client_left.wait(), 2)
+        assert engine.load().running == 0
+
+
+async def test_an_answer_that_breaks_off_is_an_error_with_its_reason(server: Server) -> None:
+    server.breaks_off = True
+    async with remote(server.url) as engine:
+        with pytest.raises(StreamBrokenError, match=r"broke off \(127\.0\.0\.1:"):
+            await post(engine)
+
+
+async def test_a_server_that_went_away_is_503_to_be_retried(unused: int) -> None:
+    server = Server()
+    listening = await asyncio.start_server(server.serve, "127.0.0.1", unused)
+    async with remote(f"http://127.0.0.1:{unused}", **{"read-timeout-s": 1}) as engine:
+        listening.close()
+        server.drop_connections()
+        answer = await post(engine)
+        assert not engine.is_dead()
+    assert answer.status_code == 503
+    assert answer.json()["error"]["type"] == "overloaded_error"
+    assert int(answer.headers["retry-after"]) > 0
+
+
+@pytest.fixture
+async def unused() -> int:
+    probe = await asyncio.start_server(lambda _r, _w: None, "127.0.0.1", 0)
+    port: int = probe.sockets[0].getsockname()[1]
+    probe.close()
+    await probe.wait_closed()
+    return port
+
+
+async def test_no_server_at_the_start_is_a_configuration_error(unused: int) -> None:
+    url = f"http://127.0.0.1:{unused}"
+    with pytest.raises(ConfigurationError, match=f"answers at {url} .*start it, or correct"):
+        async with remote(url):
+            pass
+
+
+async def test_a_missing_key_names_its_variable(server: Server) -> None:
+    with pytest.raises(ConfigurationError, match="NO_SUCH_KEY"):
+        async with remote(server.url, **{"api-key-env": "NO_SUCH_KEY"}):
+            pass
