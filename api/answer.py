@@ -8,7 +8,7 @@ from flask import Response
 
 from api.job_stream import ClientGoneError, JobStream
 from api.services import Services
-from tasks.errors import RequestTimeoutError
+from tasks.errors import RequestTimeoutError, StreamBrokenError
 from tasks.events import End, Entry, Kind, Start
 
 EVENT_STREAM = "text/event-stream; charset=utf-8"
@@ -170,8 +170,12 @@ class Answer:
                 pieces.append(entry.data)
             elif entry.kind is Kind.END:
                 self.end = End.decode(entry.data)
-            elif self.head is None:
+            elif entry.kind is Kind.START and self.head is None:
                 self.head = Start.decode(entry.data)
+            elif entry.kind is Kind.START:
+                # A later attempt begins anew: Redis has lost what this client has.
+                self.end = End.failed(StreamBrokenError())
+                break
         return b"".join(pieces)
 
 

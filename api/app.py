@@ -6,7 +6,7 @@ from importlib.metadata import version
 from flask import Response, request
 from flask_openapi3 import Info, OpenAPI
 
-from api import errors, health, jobs, routes, websocket
+from api import admin, errors, health, jobs, routes, websocket
 from api.services import Services
 
 
@@ -24,6 +24,7 @@ def create_app() -> OpenAPI:
     app.register_api(routes.blueprint)
     app.register_api(jobs.blueprint)
     app.register_api(health.blueprint)
+    app.register_api(admin.blueprint)
     websocket.register(app)
     app.after_request(_add_request_id)
     errors.register(app)

@@ -34,6 +34,8 @@ def _answer(error: SluiceError) -> Response:
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
         response.headers["retry-after-ms"] = str(round(error.retry_after_s * 1000))
+    if error.status == HTTPStatus.UNAUTHORIZED:
+        response.headers["WWW-Authenticate"] = "Bearer"
     if error.should_retry is not None:
         response.headers["x-should-retry"] = str(error.should_retry).lower()
     return response

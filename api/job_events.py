@@ -17,6 +17,8 @@ from tasks.errors import InvalidRequestError
 from tasks.events import End, Entry, Kind, Position, Start
 
 DONE = b"[DONE]"
+# A log begins with its head, after the takeovers of attempts that got no further.
+HEAD_WITHIN = 50
 
 
 class Event(NamedTuple):
@@ -86,6 +88,8 @@ class JobEvents:
             self._head = Start.decode(entry.data)
         elif entry.kind is Kind.END:
             yield from self._read_end(str(entry.position), End.decode(entry.data))
+        elif entry.kind is Kind.TAKEOVER:
+            return
         elif self._head and self._head.is_event_stream:
             data = entry.data.removeprefix(b"data: ").removesuffix(b"\n\n")
             yield Event(str(entry.position), "", data)
@@ -157,7 +161,7 @@ class Follower:
         """The head, when events before the first wanted one told it."""
         if self._after is None:
             return None
-        entries = self._services.jobs.log.read_after(self._job_id, None, 3)
+        entries = self._services.jobs.log.read_after(self._job_id, None, HEAD_WITHIN)
         starts = [Start.decode(entry.data) for entry in entries if entry.kind is Kind.START]
         return starts[-1] if starts else None
 

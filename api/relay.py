@@ -21,7 +21,7 @@ from api.job_stream import ENTRIES_AT_ONCE, JobStream
 from tasks import keys
 from tasks.connections import connect_listener
 from tasks.errors import DecodeError
-from tasks.events import LOG_FIELD, Entry, Position, decode_frame
+from tasks.events import Entry, Position, decode_frame
 from tasks.token_log import TokenLog
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class Relay:
         for key, entries in bus.xread(positions, count=ENTRIES_AT_ONCE, block=FOLLOW_MS):
             job_id = key.decode().removeprefix(keys.LOG_PREFIX)
             for log_id, fields in entries:
-                entry = Entry.decode_log(job_id, log_id, fields[LOG_FIELD])
+                entry = Entry.decode_log(job_id, log_id, fields)
                 for stream in waiting[job_id]:
                     stream.accept(entry)
 

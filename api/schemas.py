@@ -27,6 +27,18 @@ class JobQuery(BaseModel):
     after: str | None = None
 
 
+class DeadQuery(BaseModel):
+    """How many dead letters are listed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limit: int = Field(50, ge=1, le=1000)
+
+
+class WorkerPath(BaseModel):
+    worker_id: str = Field(max_length=256)
+
+
 class EventQuery(BaseModel):
     starting_after: str | None = Field(None, description="id of the last event that was received")
 

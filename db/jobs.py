@@ -148,6 +148,7 @@ def _as_queued(job: JobRecord) -> JobRecord:
 
 
 def _update(session: Session, job: JobRecord) -> None:
+    dead = {"died_at": job.died_at, "request": job.request} if job.died_at and job.request else {}
     session.execute(
         update(JobRecord)
         .where(JobRecord.id == job.id, JobRecord.status.not_in(FINAL))
@@ -157,6 +158,7 @@ def _update(session: Session, job: JobRecord) -> None:
             attempts=job.attempts,
             started_at=job.started_at,
             completed_at=job.completed_at,
+            **dead,
         )
         .execution_options(synchronize_session=False)
     )

@@ -70,6 +70,7 @@ class JobRecord(Base):
         Index(None, "tenant", "id"),
         Index(None, "status", "id"),
         Index(None, "completed_at"),
+        Index(None, "died_at"),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -93,6 +94,8 @@ class JobRecord(Base):
     """From its creation; one that has not started by then expires."""
     started_at: Mapped[datetime | None] = mapped_column(default=None)
     completed_at: Mapped[datetime | None] = mapped_column(default=None)
+    died_at: Mapped[datetime | None] = mapped_column(default=None)
+    """When it was given up after failing too often; a dead letter until it is retried or purged."""
 
 
 class JobResult(Base):
@@ -121,6 +124,8 @@ class JobEvent(Base):
     state: Mapped[str]
     attempt: Mapped[int]
     worker: Mapped[str]
+    reason: Mapped[str | None] = mapped_column(default=None)
+    """Why that attempt failed."""
 
 
 class WebhookDelivery(Base):

@@ -6,6 +6,7 @@ from typing import IO, Any
 
 import click
 
+from deploy import operate
 from tasks.errors import SluiceError
 
 
@@ -172,6 +173,10 @@ def call_webhook(url: str) -> None:
     outcome = send_test(url, get_settings())
     click.echo(f"{outcome.summary} after {outcome.duration_ms} ms")
     sys.exit(0 if outcome.is_delivered else 1)
+
+
+for _command in operate.COMMANDS:
+    main.add_command(_command)
 
 
 @main.command()

@@ -43,6 +43,9 @@ class Engine(Protocol):
     def is_dead(self) -> bool:
         """Whether the engine cannot answer any more, for good."""
 
+    def progress(self) -> int | None:
+        """Steps that it has made; None while it has nothing to do, or cannot hang by itself."""
+
 
 def open_engine(model: Model) -> AbstractAsyncContextManager[Engine]:
     """Loads the model's engine on entry, which may take minutes; ends its processes on exit.

@@ -1,35 +1,46 @@
-"""What a worker does beside generating: renews leases, shows that it lives, hears cancellations."""
+"""What a worker does beside generating: renews leases, shows that it lives, hears commands."""
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from redis import Redis
 from redis.exceptions import RedisError
 
 from gpu_worker.engine import Engine
-from gpu_worker.runner import Runner
 from tasks import keys
 from tasks.backlog import Backlog
 from tasks.connections import connect_listener
+from tasks.control import DRAIN, WorkerState
+from tasks.message import Claim
 from tasks.models import Model
 from tasks.settings import get_settings
 
 log = logging.getLogger(__name__)
 
 RECONNECT_S = 0.5
-Stop = Callable[[str], None]
 
 
-def keep(
-    worker_id: str,
-    model: Model,
-    backlog: Backlog,
-    runner: Runner,
-    engine: Engine,
-    stop: Stop,
-    closing: threading.Event,
-) -> None:
+class Kept(Protocol):
+    """What the keeper needs of a worker."""
+
+    id: str
+    model: Model
+    backlog: Backlog
+
+    @property
+    def state(self) -> WorkerState: ...
+
+    def claims(self) -> Sequence[Claim]:
+        """The claims that it holds."""
+
+    def stop_job(self, job_id: str) -> None: ...
+
+    def drain(self) -> None: ...
+
+
+def keep(worker: Kept, engine: Engine, closing: threading.Event) -> None:
     """Until `closing`: renews all leases in one command, three times a lease, and beats.
 
     Jobs that turn out to be no longer held are stopped.
@@ -37,9 +48,10 @@ def keep(
     interval_s = get_settings().lease_s / 3
     while True:
         try:
-            beat(backlog.redis, worker_id, model, engine)
-            for job_id in backlog.renew([job.claim for job in list(runner.running.values())]):
-                stop(job_id)
+            if beat(worker.backlog.redis, worker, engine):
+                worker.drain()
+            for job_id in worker.backlog.renew(worker.claims()):
+                worker.stop_job(job_id)
         except RedisError as failure:
             log.warning("leases not renewed, trying again: %s", failure)
             closing.wait(RECONNECT_S)
@@ -48,17 +60,21 @@ def keep(
             return
 
 
-def beat(redis: Redis, worker_id: str, model: Model, engine: Engine) -> None:
-    """Writes the worker's heartbeat; it lasts as long as a lease."""
-    load = engine.load()
-    key = keys.worker(worker_id)
-    fields: dict[str, str | int] = {"model": model.name, "slots": model.slots}
-    fields |= load._asdict()
+def beat(redis: Redis, worker: Kept, engine: Engine) -> bool:
+    """Writes the worker's heartbeat, which lasts as long as a lease; whether it is to drain."""
+    key = keys.worker(worker.id)
+    fields: dict[str, str | int] = {
+        "model": worker.model.name,
+        "slots": worker.model.slots,
+        "state": worker.state,
+    }
+    fields |= engine.load()._asdict()
     pipeline = redis.pipeline(transaction=False)
     pipeline.hset(key, mapping=fields)  # type: ignore[arg-type]
     pipeline.expire(key, int(get_settings().lease_s) + 1)
-    pipeline.sadd(keys.WORKERS, worker_id)
-    pipeline.execute()
+    pipeline.sadd(keys.WORKERS, worker.id)
+    pipeline.hget(key, DRAIN)
+    return pipeline.execute()[-1] is not None
 
 
 def leave(redis: Redis, worker_id: str) -> None:
@@ -70,10 +86,10 @@ def leave(redis: Redis, worker_id: str) -> None:
         log.warning("the worker is still listed for the length of a lease: %s", failure)
 
 
-def hear_cancellations(worker_id: str, stop: Stop) -> None:
-    """For ever: stops the jobs whose ids arrive on the control channel.
+def hear(worker_id: str, stop_job: Callable[[str], None], drain: Callable[[], None]) -> None:
+    """For ever: stops the jobs whose ids arrive on the control channel, and drains when told.
 
-    What a broken connection loses, the next renewal of the leases finds.
+    What a broken connection loses, the next heartbeat and renewal of the leases find.
     """
     bus = connect_listener(get_settings().bus_url)
     closing = threading.Event()
@@ -83,7 +99,11 @@ def hear_cancellations(worker_id: str, stop: Stop) -> None:
             with pubsub as subscription:
                 subscription.subscribe(keys.control(worker_id))
                 for message in subscription.listen():
-                    stop(message["data"].decode())
+                    told = message["data"].decode()
+                    if told == DRAIN:
+                        drain()
+                    else:
+                        stop_job(told)
         except RedisError as failure:
-            log.warning("cancellations not heard, subscribing again: %s", failure)
+            log.warning("the control channel is not heard, subscribing again: %s", failure)
             closing.wait(RECONNECT_S)

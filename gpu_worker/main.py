@@ -3,18 +3,19 @@
 Celery thread            engine's loop                      other threads
 ticket -> claim job -->  run the job on the engine          renew leases, beat (keeper)
 (waits)                  pieces -> publisher -> Redis       hear cancellations (keeper)
-finish job          <--  state
+finish job          <--  state                              watch the engine, drain (guard)
 """
 
 import asyncio
 import logging
 import os
+import random
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 import uvloop
 from celery.app.trace import setup_worker_optimizations
@@ -22,15 +23,16 @@ from celery.worker import WorkController
 from celery.worker import state as celery_state
 from redis.exceptions import RedisError
 
-from gpu_worker import keeper, orphans
+from gpu_worker import guard, keeper, orphans
 from gpu_worker.engine import Engine, open_engine
 from gpu_worker.pool import SlotPool
 from gpu_worker.publisher import Publisher
-from gpu_worker.runner import EngineDiedError, Runner
+from gpu_worker.runner import EngineDiedError, EngineFailedError, History, Runner
 from tasks import keys
 from tasks.app import TICKET, get_celery
 from tasks.backlog import Backlog
 from tasks.connections import connect, connect_async
+from tasks.control import WorkerState
 from tasks.errors import SluiceError
 from tasks.message import Claim, State
 from tasks.models import Model, get_catalog
@@ -40,8 +42,12 @@ from tasks.token_log import TokenLog
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.5
+# Between tries of a job that the engine could not answer: 0.5 s, 1 s, 2 s…, with up to half more.
+ENGINE_RETRY_S = 0.5
 # How long Celery's threads may keep the engine's loop from running; Python's own 5 ms is a token.
 SWITCH_INTERVAL_S = 0.0005
+
+Result = TypeVar("Result")
 
 
 def run(model_name: str) -> int:
@@ -67,13 +73,15 @@ class Worker:
         self.model = model
         self.settings = get_settings()
         self.backlog = Backlog(connect(self.settings.redis_url))
+        self.log = TokenLog(connect(self.settings.bus_url))
         self.runner: Runner
         self.loop = uvloop.new_event_loop()
-        self.is_draining = False
-        self._closing = threading.Event()
+        self.state = WorkerState.SERVING
+        self.closing = threading.Event()
+        self.idle = threading.Condition()
+        self._held: dict[str, Claim] = {}
         self._loaded = threading.Event()
-        self._idle = threading.Condition()
-        self._held = 0
+        self._controller: Any = None
         self._exit_code = 0
         self._load_failure: BaseException | None = None
         self._stop_engine = asyncio.Event()
@@ -86,9 +94,9 @@ class Worker:
         self._loaded.wait()
         if self._load_failure:
             raise self._load_failure
-        if not self._closing.is_set():
+        if not self.closing.is_set():
             self._consume_tickets()
-        self._closing.set()
+        self.closing.set()
         self.loop.call_soon_threadsafe(self._stop_engine.set)
         engine_thread.join()
         keeper.leave(self.backlog.redis, self.id)
@@ -96,43 +104,100 @@ class Worker:
 
     def serve_ticket(self, _model_name: str) -> None:
         """The Celery task: claims the best job of the backlog and sees it through."""
-        if self.is_draining:
+        if self.state is not WorkerState.SERVING:
+            # Somebody else's.
+            self.persist(lambda: self.backlog.send_tickets(self.model.name))
             return
         claim = self.backlog.claim(self.model.name, self.id)
         if claim is None:
             return
-        with self._idle:
-            self._held += 1
+        with self.idle:
+            self._held[claim.job.id] = claim
         try:
             self._see_through(claim)
         finally:
-            with self._idle:
-                self._held -= 1
-                self._idle.notify_all()
+            with self.idle:
+                del self._held[claim.job.id]
+                self.idle.notify_all()
 
     def _see_through(self, claim: Claim) -> None:
         try:
-            state = self._on_loop(self.runner.run(claim))
+            history = self._take_over(claim) if claim.attempt > 1 else History()
+            state = None if history is None else self._on_loop(self.runner.run(claim, history))
         except EngineDiedError:
-            self._persist(lambda: self.backlog.release([claim]))
+            self.state = WorkerState.DRAINING
+            self.hand_back(claim, "the engine died", is_failure=True)
             return
-        if state is not None:
-            self._persist(lambda: self.backlog.finish(claim, state))
-            log.info(
-                "job %s: %s model=%s attempt=%d queue_ms=%d",
-                *(claim.job.id, state, claim.job.model, claim.attempt, claim.queue_ms),
-            )
+        except EngineFailedError as failed:
+            pause_s = ENGINE_RETRY_S * 2**claim.failures * random.uniform(1, 1.5)  # noqa: S311
+            self.hand_back(claim, str(failed), is_failure=True, delay_s=pause_s)
+            return
+        if state is None:
+            return
+        is_dead = state is State.FAILED and claim.failures > 0 and claim.is_last
+        reason = "the engine failed on its last attempt too" if is_dead else ""
+        self.persist(lambda: self.backlog.finish(claim, state, reason))
+        if claim.is_last:
+            # Others like it may have waited for this one to end (lua/claim.lua).
+            self.persist(lambda: self.backlog.send_tickets(self.model.name))
+        log.info(
+            "job %s: %s model=%s attempt=%d queue_ms=%d",
+            *(claim.job.id, state, claim.job.model, claim.attempt, claim.queue_ms),
+        )
 
-    def _persist(self, write: Callable[[], object]) -> None:
-        """Writes to the queue as soon as it answers, for as long as this worker lives."""
+    def _take_over(self, claim: Claim) -> History | None:
+        """What earlier attempts wrote; from now on they can write no more."""
+        job = claim.job
+        take_over = lambda: self.log.take_over(job.id, claim.attempt, job.listener)
+        entries = self.persist(take_over)
+        return None if entries is None else History.read(entries)
+
+    def hand_back(self, claim: Claim, reason: str, *, is_failure: bool, delay_s: float = 0) -> None:
+        """Gives the job to other workers, at once or later; it may be its end as a dead letter."""
+        requeue = lambda: self.backlog.requeue(
+            claim, reason, is_failure=is_failure, delay_s=delay_s
+        )
+        state = self.persist(requeue)
+        log.warning("job %s: %s, now %s", claim.job.id, reason, state)
+        if state is State.FAILED:
+            self.persist(lambda: self.log.end_given_up(claim))
+
+    def persist(self, write: Callable[[], Result]) -> Result | None:
+        """Writes to Redis as soon as it answers, for as long as this worker lives."""
         while True:
             try:
-                write()
-                return
+                return write()
             except RedisError as failure:
-                log.warning("queue not written, trying again: %s", failure)
-            if self._closing.wait(RETRY_S):
-                return
+                log.warning("Redis does not answer, trying again: %s", failure)
+            if self.closing.wait(RETRY_S):
+                return None
+
+    def claims(self) -> Sequence[Claim]:
+        """The claims that this worker holds."""
+        with self.idle:
+            return list(self._held.values())
+
+    def stop_job(self, job_id: str) -> None:
+        """Stops a job that is no longer this worker's."""
+        self.loop.call_soon_threadsafe(self.runner.stop, job_id)
+
+    def drain(self) -> None:
+        """Takes no more jobs, lets running ones finish up to the limit, and ends the worker."""
+        if self.state is WorkerState.SERVING:
+            self.state = WorkerState.DRAINING
+            self._start(lambda: guard.drain(self))
+
+    def stop_consuming(self) -> None:
+        """Has Celery take no more tickets."""
+        consumer = self._controller and self._controller.consumer
+        if consumer:
+            consumer.call_soon(consumer.cancel_task_queue, keys.ticket_queue(self.model.name))
+
+    def shut_down(self, exit_code: int) -> None:
+        """Ends Celery's loop, and with it the worker."""
+        self._exit_code = exit_code
+        self.closing.set()
+        celery_state.should_stop = exit_code
 
     def _on_loop(self, coroutine: Coroutine[Any, Any, State | None]) -> State | None:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
@@ -143,7 +208,7 @@ class Worker:
         celery.task(self.serve_ticket, name=TICKET, shared=False, bind=False)
         # Makes this app the one that Celery's task threads run; they find no tasks without it.
         setup_worker_optimizations(celery)
-        controller = WorkController(
+        self._controller = WorkController(
             app=celery,
             queues=[keys.ticket_queue(self.model.name)],
             pool_cls=SlotPool,
@@ -153,7 +218,7 @@ class Worker:
             without_heartbeat=True,
         )
         log.info("worker %s serves %s with %d slots", self.id, self.model.name, self.model.slots)
-        controller.start()
+        self._controller.start()
 
     def _run_engine(self) -> None:
         """The engine's thread: its event loop, from the load to the end."""
@@ -166,70 +231,31 @@ class Worker:
             else:
                 log.exception("the engine failed")
                 self._load_failure = SluiceError(f"the engine failed: {failure}")
-            self._shut_down(1)
+            self.shut_down(1)
         finally:
             self._loaded.set()
 
     async def _engine_main(self) -> None:
         async with open_engine(self.model) as engine:
             with orphans.recorded():
-                publisher = Publisher(connect_async(self.settings.bus_url), self._stop_job)
-                token_log = TokenLog(connect(self.settings.bus_url))
-                self.runner = Runner(engine, publisher, token_log)
+                publisher = Publisher(connect_async(self.settings.bus_url), self.stop_job)
+                self.runner = Runner(engine, publisher)
                 publishing = asyncio.ensure_future(publisher.run())
                 self._start_keepers(engine)
                 self._loaded.set()
-                await self._watch(engine)
+                await self._stop_engine.wait()
                 publishing.cancel()
 
     def _start_keepers(self, engine: Engine) -> None:
-        stop = self._stop_job
-        self._start(
-            lambda: keeper.keep(
-                *(self.id, self.model, self.backlog, self.runner, engine, stop, self._closing)
-            )
-        )
-        self._start(lambda: keeper.hear_cancellations(self.id, stop))
-
-    def _stop_job(self, job_id: str) -> None:
-        self.loop.call_soon_threadsafe(self.runner.stop, job_id)
-
-    async def _watch(self, engine: Engine) -> None:
-        """Waits until the worker stops; a dead engine is what stops it with an error."""
-        while not self._stop_engine.is_set():
-            if engine.is_dead() and not self.is_draining:
-                log.error("the engine is dead; the worker ends and its jobs run elsewhere")
-                self.is_draining = True
-                self._shut_down(1)
-            try:
-                await asyncio.wait_for(self._stop_engine.wait(), timeout=0.2)
-            except TimeoutError:
-                continue
+        self._start(lambda: keeper.keep(self, engine, self.closing))
+        self._start(lambda: keeper.hear(self.id, self.stop_job, self.drain))
+        self._start(lambda: guard.watch(self, engine))
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        if not self.is_draining:
-            log.info("%s: draining", signal.Signals(number).name)
-            self.is_draining = True
-            self._start(self._drain)
-
-    def _drain(self) -> None:
-        """Lets running jobs finish up to the limit, hands the rest back, then stops Celery."""
         if not self._loaded.is_set():
             os._exit(0)  # nothing has been claimed; a load of minutes is not waited for
-        with self._idle:
-            self._idle.wait_for(lambda: self._held == 0, timeout=self.settings.drain_s)
-        left = [running.claim for running in list(self.runner.running.values())]
-        if left:
-            log.info("handing %d unfinished jobs back", len(left))
-            self._persist(lambda: self.backlog.release(left))
-            for claim in left:
-                self._stop_job(claim.job.id)
-        self._shut_down(0)
-
-    def _shut_down(self, exit_code: int) -> None:
-        self._exit_code = exit_code
-        self._closing.set()
-        celery_state.should_stop = exit_code
+        log.info("%s: draining", signal.Signals(number).name)
+        self.drain()
 
     def _start(self, target: Callable[[], None], daemon: bool = True) -> threading.Thread:
         thread = threading.Thread(target=target, daemon=daemon, name=target.__qualname__)

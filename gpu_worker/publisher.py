@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 RETRY_S = 0.2
 # Bounds one script's run in Redis, after a pause that let much gather.
-MOST_ENTRIES_AT_ONCE = 1000
+MOST_AT_ONCE = 1000
 
 
 class Publisher:
@@ -29,14 +29,14 @@ class Publisher:
         self._append = load_script(bus, "append")
         self._on_refused = on_refused
         self._settings = get_settings()
-        self._pending: list[Addressed] = []
+        self._pending: list[list[Addressed]] = []
         self._wake = asyncio.Event()
         self._put, self._written = 0, 0
         self._progress = asyncio.Event()
 
-    def put(self, addressed: Addressed) -> None:
-        """Hands over an entry; it is written within an engine tick."""
-        self._pending.append(addressed)
+    def put(self, entries: list[Addressed]) -> None:
+        """Hands over entries; they are written within an engine tick, all of them or none."""
+        self._pending.append(entries)
         self._put += 1
         self._wake.set()
 
@@ -52,10 +52,10 @@ class Publisher:
             await self._wake.wait()
             self._wake.clear()
             while self._pending:
-                batch = self._pending[:MOST_ENTRIES_AT_ONCE]
-                del self._pending[:MOST_ENTRIES_AT_ONCE]
-                await self._write(batch)
-                self._written += len(batch)
+                puts = self._pending[:MOST_AT_ONCE]
+                del self._pending[:MOST_AT_ONCE]
+                await self._write([addressed for entries in puts for addressed in entries])
+                self._written += len(puts)
                 self._progress.set()
                 self._progress = asyncio.Event()
 

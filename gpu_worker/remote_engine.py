@@ -61,6 +61,9 @@ class RemoteEngine:
     def is_dead(self) -> bool:
         return False
 
+    def progress(self) -> None:
+        return None  # `read_timeout_s` bounds the server's silence
+
     async def app(self, scope: Message, receive: Receive, send: Send) -> None:
         """Relays one request; leaving it closes the connection, which frees the server's slot."""
         body = self._renamed(await read_body(receive))

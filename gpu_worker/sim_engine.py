@@ -30,6 +30,7 @@ from gpu_worker.sim_answers import (
     make_words,
     parse,
 )
+from gpu_worker.tape import get_tape
 from tasks.models import Model
 
 FAILS_AT_TOKEN = 3  # the client has something by then
@@ -57,6 +58,7 @@ class SimEngine:
         self._slots = asyncio.Semaphore(args.max_num_seqs)
         self._running = 0
         self._waiting = 0
+        self._steps = 0
         self._death = asyncio.Event()
 
     def load(self) -> Load:
@@ -64,6 +66,9 @@ class SimEngine:
 
     def is_dead(self) -> bool:
         return self._death.is_set()
+
+    def progress(self) -> int | None:
+        return self._steps if self._running else None
 
     async def app(self, scope: Message, receive: Receive, send: Send) -> None:
         """One request; a client that goes away ends it at once."""
@@ -133,6 +138,9 @@ class SimEngine:
 
     async def _token(self, answer: Answer, failure: Failure, number: int) -> None:
         """Returns when the token of that number is made, or fails as told."""
+        tape = get_tape()
+        if number < len(tape.earlier):
+            return  # made before, by a worker that has died
         if number == 0:
             await asyncio.sleep(self._args.first_token_s)
         elif rate := self._args.tokens_per_s:
@@ -148,6 +156,8 @@ class SimEngine:
             os.kill(os.getpid(), signal.SIGKILL)
         elif failure == "die" and number == min(FAILS_AT_TOKEN, last):
             self._death.set()
+        self._steps += 1
+        tape.note(number)
         if self._death.is_set():
             cause = "EngineCore encountered an issue. See stack trace (above) for the root cause."
             raise RefusedError(cause, kind="InternalServerError", code=500)

@@ -1,11 +1,11 @@
 """vLLM in this process: the same three calls that `vllm serve` makes, without its HTTP server.
 
-All knowledge of vLLM's module paths is in this file and in engine_process.py.
+All knowledge of vLLM's module paths is in this file, vllm_replay.py and engine_process.py.
 """
 
 import os
 from argparse import Namespace
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +28,8 @@ class VllmEngine:
     def __init__(self, app: AsgiApp, client: Any) -> None:
         self.app = app
         self._client = client
+        self._steps = 0
+        _on_each_step(client, self._count_step)
 
     def load(self) -> Load:
         from prometheus_client import REGISTRY
@@ -42,6 +44,23 @@ class VllmEngine:
 
     def is_dead(self) -> bool:
         return bool(self._client.errored)
+
+    def progress(self) -> int | None:
+        return self._steps if self._client.get_num_unfinished_requests() else None
+
+    def _count_step(self) -> None:
+        self._steps += 1
+
+
+def _on_each_step(client: Any, note: Callable[[], None]) -> None:
+    """Has vLLM call `note` for every step of the engine, with output or without."""
+    update = client.output_processor.update_scheduler_stats
+
+    def update_and_note(stats: Any) -> None:
+        note()
+        update(stats)
+
+    client.output_processor.update_scheduler_stats = update_and_note
 
 
 @asynccontextmanager
@@ -65,7 +84,10 @@ async def open_engine(model: Model) -> AsyncIterator[VllmEngine]:
     from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
     from vllm.entrypoints.launchers.app import build_app
 
+    from gpu_worker.vllm_replay import make_continuable
+
     async with build_async_engine_client(args) as client:
+        make_continuable(client)
         tasks = await client.get_supported_tasks()
         app = build_app(args, tasks, client.model_config)
         await init_app_state(client, app.state, args, tasks)

@@ -29,7 +29,7 @@ def load_script(client: Any, *names: str) -> Callable[..., Any]:
 
 
 class Reaped(NamedTuple):
-    """A job taken from a worker that fell silent, or that waited past its deadline."""
+    """A job taken from a worker that fell silent, or whose deadline or delay is over."""
 
     job_id: str
     model: str
@@ -55,6 +55,7 @@ class Backlog:
         self._submit = load_script(redis, "submit")
         self._claim = load_script(redis, "record", "claim")
         self._renew = load_script(redis, "renew")
+        self._requeue = load_script(redis, "record", "requeue")
         self._finish = load_script(redis, "record", "finish")
         self._cancel = load_script(redis, "record", "cancel")
         self._reap = load_script(redis, "record", "reap")
@@ -129,34 +130,59 @@ class Backlog:
         """Leases the first job of the model to the worker; None when nothing waits."""
         lease_us = int(self._settings.lease_s * 1e6)
         reply = self._claim(
-            keys=[keys.LEASES, keys.LEDGER, keys.DEADLINES, *lanes(model)],
-            args=[worker, lease_us, keys.JOB_PREFIX, *Claim.FIELDS],
+            keys=[
+                *(keys.LEASES, keys.LEDGER, keys.DEADLINES, keys.PAUSED),
+                *(keys.suspect(worker), *lanes(model)),
+            ],
+            args=[worker, lease_us, keys.JOB_PREFIX, model, *Claim.FIELDS],
         )
         return None if reply is None else Claim.decode(reply)
 
     def renew(self, held: Iterable[Claim]) -> list[str]:
         """Renews the leases of these claims; returns the jobs that are no longer held."""
-        return self._lease(held, int(self._settings.lease_s * 1e6))
-
-    def release(self, held: Iterable[Claim]) -> None:
-        """Ends the leases of these claims, so that the reaper hands the jobs to other workers."""
-        self._lease(held, 0)
-
-    def _lease(self, held: Iterable[Claim], lease_us: int) -> list[str]:
+        lease_us = int(self._settings.lease_s * 1e6)
         pairs = [value for claim in held for value in (claim.job.id, claim.attempt)]
         if not pairs:
             return []
         lost = self._renew(keys=[keys.LEASES], args=[lease_us, keys.JOB_PREFIX, *pairs])
         return [job_id.decode() for job_id in lost]
 
-    def finish(self, claim: Claim, state: State) -> bool:
-        """Ends a claimed job; False when it was taken from this worker: its result is void."""
+    def requeue(
+        self, claim: Claim, reason: str, *, is_failure: bool, delay_s: float = 0
+    ) -> State | None:
+        """Hands a claimed job back, for another worker or a later try; or ends it as a dead letter.
+
+        Returns:
+            Its new state; None: it was taken from this worker before.
+        """
+        model = claim.job.model
+        state = self._requeue(
+            keys=[
+                *(keys.job(claim.job.id), keys.LEASES, keys.LEDGER, keys.DELAYED),
+                keys.tickets(model),
+            ],
+            args=[
+                *(claim.job.id, claim.attempt, keys.BACKLOG_PREFIX),
+                *(self._settings.log_retention_s, reason, int(is_failure), int(delay_s * 1e6)),
+                make_ticket(model, new_id()),
+            ],
+        )
+        return None if state is None else State(state.decode())
+
+    def finish(self, claim: Claim, state: State, dead_because: str = "") -> bool:
+        """Ends a claimed job, as a dead letter if there is a reason for that.
+
+        False: it was taken from this worker before, and its result is void.
+        """
         ended = self._finish(
             keys=[
                 *(keys.job(claim.job.id), keys.LEASES, keys.LEDGER),
                 keys.service(claim.job.model),
             ],
-            args=[claim.job.id, claim.attempt, state, self._settings.log_retention_s],
+            args=[
+                *(claim.job.id, claim.attempt, state),
+                *(self._settings.log_retention_s, dead_because),
+            ],
         )
         return bool(ended)
 
@@ -164,7 +190,7 @@ class Backlog:
         """Cancels a queued or running job; None when it has ended already."""
         reply = self._cancel(
             keys=[
-                *(keys.job(job_id), keys.LEASES, keys.LEDGER, keys.DEADLINES),
+                *(keys.job(job_id), keys.LEASES, keys.LEDGER, keys.DEADLINES, keys.DELAYED),
                 *lanes(model),
             ],
             args=[job_id, self._settings.log_retention_s],
@@ -175,9 +201,12 @@ class Backlog:
         return Cancelled(int(attempt), worker, listener)
 
     def reap(self) -> list[Reaped]:
-        """Takes the jobs whose lease has expired from their workers, and ends those too late."""
+        """Takes the jobs whose lease has expired from their workers, and ends those too late.
+
+        And has those wait again whose delay is over.
+        """
         reply = self._reap(
-            keys=[keys.LEASES, keys.LEDGER, keys.DEADLINES],
+            keys=[keys.LEASES, keys.LEDGER, keys.DEADLINES, keys.DELAYED],
             args=[
                 *(keys.JOB_PREFIX, keys.BACKLOG_PREFIX),
                 *(self._settings.log_retention_s, REAPED_AT_ONCE),
@@ -192,6 +221,19 @@ class Backlog:
         """Tells the model's workers once more that there is work."""
         tickets = [make_ticket(model, new_id()) for _ in range(number)]
         self.redis.lpush(keys.tickets(model), *tickets)
+
+    def pause(self, model: str) -> None:
+        """Has all workers of the model leave its backlog alone; what runs goes on."""
+        self.redis.sadd(keys.PAUSED, model)
+
+    def resume(self, model: str) -> None:
+        """Ends a pause; maintenance sends the tickets that were used up meanwhile."""
+        self.redis.srem(keys.PAUSED, model)
+
+    def paused(self) -> set[str]:
+        """The models that are paused."""
+        names: Any = self.redis.smembers(keys.PAUSED)
+        return {name.decode() for name in names}
 
     def models(self) -> list[str]:
         """The models that have had a job."""

@@ -12,6 +12,7 @@ from redis import Redis
 
 from tasks import keys
 from tasks.backlog import lanes
+from tasks.control import WorkerState, workers
 from tasks.message import LOWEST_PRIORITY, Lane, Snapshot
 
 ONE_PRIORITY = 1e13
@@ -92,13 +93,9 @@ def _start_interval_s(redis: Redis, model: str, slots: int) -> float | None:
 
 
 def _slots(redis: Redis) -> dict[str, int]:
-    """Slots of the workers that live, per model."""
-    workers: Any = redis.smembers(keys.WORKERS)
-    pipeline = redis.pipeline(transaction=False)
-    for worker in workers:
-        pipeline.hmget(keys.worker(worker.decode()), "model", "slots")
+    """Slots of the workers that serve, per model."""
     slots: dict[str, int] = {}
-    for model, number in pipeline.execute():
-        if model:
-            slots[model.decode()] = slots.get(model.decode(), 0) + int(number)
+    for worker in workers(redis):
+        if worker.state is WorkerState.SERVING:
+            slots[worker.model] = slots.get(worker.model, 0) + worker.slots
     return slots

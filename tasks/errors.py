@@ -71,6 +71,30 @@ class IdempotencyError(InvalidRequestError):
     code = "idempotency_key_reused"
 
 
+class AuthenticationError(SluiceError):
+    """The key is missing or wrong; send it as `Authorization: Bearer KEY`."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class PermissionDeniedError(SluiceError):
+    """The operator's endpoints are off; the setting SLUICE_ADMIN_KEY turns them on."""
+
+    status = 403
+    type = "permission_error"
+    code = "admin_is_off"
+
+
+class NotKnownError(SluiceError):
+    """There is nothing of that name."""
+
+    status = 404
+    type = "not_found_error"
+    code = "not_found"
+
+
 class JobNotFoundError(SluiceError):
     """There is no such job; it may be older than what is kept."""
 
@@ -124,7 +148,7 @@ class RequestTimeoutError(SluiceError):
 
 
 class JobFailedError(SluiceError):
-    """The workers that ran this request died; it was given up."""
+    """Every worker that ran this request died; it was given up, and is kept as a dead letter."""
 
     status = 500
     type = "server_error"

@@ -1,12 +1,14 @@
 """What a worker sends back: entries of a job's token log, also published to the relay.
 
-An entry is START (status and headers), BODY (a piece of the response's body) or END (how it ended).
+An entry is START (status and headers), BODY (a piece of the response's body), END (how it ended),
+or TAKEOVER, the first entry of each attempt after the first.
 Its position is `<attempt>-<seq>`: the id in the log, where Redis refuses ids that do not grow, so
 nothing that a worker writes after another took over can enter. `seq` counts from 0 without gaps.
+What a next attempt needs to go on stands beside the entries, as records: only workers read them.
 """
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple, Self
@@ -17,12 +19,14 @@ from tasks.errors import DecodeError, SluiceError
 from tasks.message import State
 
 LOG_FIELD = b"e"
+RECORD_FIELD = b"r"
 
 
 class Kind(IntEnum):
     START = 0
     BODY = 1
     END = 2
+    TAKEOVER = 3
 
 
 class Position(NamedTuple):
@@ -40,8 +44,8 @@ class Position(NamedTuple):
         return cls(int(attempt), int(seq))
 
 
-# attempt u32, seq u32, kind u8, length of the job id u8, length of the data u32, then id and data.
-_HEADER = struct.Struct("!IIBBI")
+# attempt u32, seq u32, length of the job id u8, length of the value u32; then id and value.
+_HEADER = struct.Struct("!IIBI")
 
 
 class Entry(NamedTuple):
@@ -49,31 +53,30 @@ class Entry(NamedTuple):
     position: Position
     kind: Kind
     data: bytes
+    record: bytes = b""
+    """What the engine noted to make this entry and those that follow, if its worker dies."""
 
-    def encode_log(self) -> bytes:
-        """The value of LOG_FIELD: one byte kind, then the data."""
+    def encode_value(self) -> bytes:
+        """The value of LOG_FIELD, and the entry's part of a frame: one byte kind, then the data."""
         return bytes((self.kind,)) + self.data
 
+    def encode_head(self) -> bytes:
+        """What stands in front of the value in a frame (lua/append.lua puts frames together)."""
+        name = self.job_id.encode()
+        return _HEADER.pack(*self.position, len(name), 1 + len(self.data)) + name
+
     @classmethod
-    def decode_log(cls, job_id: str, log_id: bytes, value: bytes) -> Self:
+    def decode_log(cls, job_id: str, log_id: bytes, fields: dict[bytes, bytes]) -> Self:
         """Reads an entry of the log.
 
         Raises:
-            DecodeError: the value has another shape.
+            DecodeError: it has another shape.
         """
         try:
-            return cls(job_id, Position.parse(log_id), Kind(value[0]), value[1:])
-        except (ValueError, IndexError) as broken:
+            value, record = fields[LOG_FIELD], fields.get(RECORD_FIELD, b"")
+            return cls(job_id, Position.parse(log_id), Kind(value[0]), value[1:], record)
+        except (ValueError, IndexError, KeyError) as broken:
             raise DecodeError(f"log entry {log_id!r} of {job_id}: {broken}") from broken
-
-
-def encode_frame(entries: Iterable[Entry]) -> bytes:
-    """One relay message: the entries one after the other."""
-    parts: list[bytes] = []
-    for job_id, (attempt, seq), kind, data in entries:
-        name = job_id.encode()
-        parts += (_HEADER.pack(attempt, seq, kind, len(name), len(data)), name, data)
-    return b"".join(parts)
 
 
 def decode_frame(frame: bytes) -> Iterator[Entry]:
@@ -85,13 +88,13 @@ def decode_frame(frame: bytes) -> Iterator[Entry]:
     offset, size = 0, len(frame)
     try:
         while offset < size:
-            attempt, seq, kind, name_length, length = _HEADER.unpack_from(frame, offset)
+            attempt, seq, name_length, length = _HEADER.unpack_from(frame, offset)
             start = offset + _HEADER.size
             offset = start + name_length + length
             job_id = frame[start : start + name_length].decode()
-            data = frame[start + name_length : offset]
-            yield Entry(job_id, Position(attempt, seq), Kind(kind), data)
-    except (struct.error, ValueError) as broken:
+            value = frame[start + name_length : offset]
+            yield Entry(job_id, Position(attempt, seq), Kind(value[0]), value[1:])
+    except (struct.error, ValueError, IndexError) as broken:
         raise DecodeError(f"relay frame: {broken}") from broken
 
 

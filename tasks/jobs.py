@@ -40,7 +40,7 @@ class Jobs:
     def __init__(self, redis: Redis, bus: Redis) -> None:
         self.backlog = Backlog(redis)
         self.log = TokenLog(bus)
-        self._bus = bus
+        self.bus = bus
 
     def cancel(self, job_id: str, model: str) -> bool:
         """Takes the job out of the backlog, or stops the worker that runs it.
@@ -54,7 +54,7 @@ class Jobs:
         end = End.failed(JobCancelledError(), State.CANCELLED)
         self.log.end(job_id, cancelled.attempt, end, cancelled.listener)
         if cancelled.worker:
-            self._bus.publish(keys.control(cancelled.worker), job_id)
+            self.bus.publish(keys.control(cancelled.worker), job_id)
         log.info("job %s: cancelled model=%s", job_id, model)
         return True
 
@@ -82,7 +82,7 @@ class Jobs:
         """Hands on the jobs of workers that fell silent, ends those too late; returns how many."""
         reaped = self.backlog.reap()
         for job in reaped:
-            log.warning("job %s: lease or deadline over, now %s", job.job_id, job.state)
+            log.warning("job %s: lease, deadline or delay over, now %s", job.job_id, job.state)
             if job.state is State.QUEUED:
                 self.backlog.send_tickets(job.model)
             else:
@@ -92,8 +92,10 @@ class Jobs:
 
     def reissue_tickets(self) -> int:
         """Sends a ticket for each waiting job that has none left; returns how many."""
-        issued = 0
+        issued, paused = 0, self.backlog.paused()
         for model in self.backlog.models():
+            if model in paused:
+                continue
             waiting = depth(self.backlog.redis, model)
             queued: Any = self.backlog.redis.llen(keys.tickets(model))
             missing = min(waiting.jobs - queued, MOST_TICKETS_AT_ONCE)

@@ -9,13 +9,16 @@
 | deadlines              | zset    | job -> us by which it must start      | claim, cancel, reap   |
 | key:{tenant}:{key}     | string  | fingerprint and job of a request      | TTL                   |
 | service:{model}        | string  | mean time on the engine, us           | nobody: a few names   |
-| leases                 | zset    | running job -> lease expiry, us       | finish, reap          |
+| leases                 | zset    | running job -> lease expiry, us       | finish, requeue, reap |
+| delayed                | zset    | failed job -> us of its next try      | reap, cancel          |
+| paused                 | set     | models whose backlog is not served    | `sluice resume`       |
+| suspect:{worker}       | string  | job that may kill that worker         | TTL                   |
 | ledger                 | stream  | changes not yet in SQL (ledger.py)    | maintenance           |
 | workers                | set     | workers that may be alive             | whoever finds it dead |
 | worker:{id}            | hash    | model, slots, running, waiting        | TTL                   |
 | log:{id}               | stream  | what the worker sent back (events.py) | TTL                   |
 | relay:{process}        | channel | the same entries, for one API process | -                     |
-| control:{worker}       | channel | id of a job to stop                   | -                     |
+| control:{worker}       | channel | id of a job to stop, or `drain`       | -                     |
 
 `log` and the channels live on the bus, all else on the queue's Redis; both may be one.
 The scripts in lua/ build keys of jobs and logs themselves: Redis Cluster is not supported.
@@ -27,6 +30,8 @@ CELERY_PREFIX = f"{PREFIX}celery:"
 MODELS = f"{PREFIX}models"
 LEASES = f"{PREFIX}leases"
 DEADLINES = f"{PREFIX}deadlines"
+DELAYED = f"{PREFIX}delayed"
+PAUSED = f"{PREFIX}paused"
 LEDGER = f"{PREFIX}ledger"
 WORKERS = f"{PREFIX}workers"
 BACKLOG_PREFIX = f"{PREFIX}backlog:"
@@ -57,6 +62,10 @@ def service(model: str) -> str:
 
 def worker(worker_id: str) -> str:
     return f"{PREFIX}worker:{worker_id}"
+
+
+def suspect(worker_id: str) -> str:
+    return f"{PREFIX}suspect:{worker_id}"
 
 
 def relay(process: str) -> str:

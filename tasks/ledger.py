@@ -59,6 +59,7 @@ def _change(record_id: str, text: dict[str, str], state: State, outcome: Outcome
         created_at=queued_at,
         started_at=started_at,
         completed_at=at if state.is_final else None,
+        died_at=at if text.get("is_dead") else None,
     )
     event = JobEvent(
         job_id=job_id,
@@ -67,6 +68,7 @@ def _change(record_id: str, text: dict[str, str], state: State, outcome: Outcome
         state=state,
         attempt=attempts,
         worker=text["worker"],
+        reason=text.get("reason") or None,
     )
     if not state.is_final:
         return Change(job, event)
@@ -151,11 +153,19 @@ class Recorder:
                 age_s = now_s - int(fields.get(b"at_us", b"0")) / 1e6
                 if _is_final(fields) and outcome is None and age_s < LONGEST_END_S:
                     continue
-                changes.append(decode(record_id.decode(), fields, outcome))
+                change = decode(record_id.decode(), fields, outcome)
+                if change.job.died_at:
+                    change.job.request = self._request(change.job.id)
+                changes.append(change)
             except (DecodeError, ValueError) as broken:
                 log.error("ledger: dropped: %s", broken)
             done.append(record_id)
         return changes, done
+
+    def _request(self, job_id: str) -> bytes | None:
+        """What a dead letter asked for: kept in SQL, so that it can be tried again."""
+        body: Any = self._redis.hget(keys.job(job_id), "body")
+        return None if body is None else bytes(body)
 
     def _outcome(self, fields: dict[bytes, bytes]) -> Outcome | None:
         if not _is_final(fields):

@@ -128,9 +128,20 @@ class Claim:
     job: Job
     attempt: int
     queue_ms: int
+    failures: int
+    """How often it has failed before: its worker died, or the engine could not answer."""
+    max_failures: int
 
     # The order in which claim.lua returns the fields of the hash.
-    FIELDS = ("model", "endpoint", "body", "lane", "tenant", "listener")
+    FIELDS = (
+        *("model", "endpoint", "body", "lane", "tenant", "listener"),
+        *("failures", "max_failures"),
+    )
+
+    @property
+    def is_last(self) -> bool:
+        """Whether its next failure ends it; it may be what kills its workers then."""
+        return self.failures + 1 >= self.max_failures
 
     @classmethod
     def decode(cls, reply: list[bytes]) -> Self:
@@ -140,7 +151,8 @@ class Claim:
             DecodeError: the reply has another shape.
         """
         try:
-            job_id, attempt, queue_ms, model, endpoint, body, lane, tenant, listener = reply
+            job_id, attempt, queue_ms, *texts, failures, max_failures = reply
+            model, endpoint, body, lane, tenant, listener = texts
             job = Job(
                 id=job_id.decode(),
                 model=model.decode(),
@@ -150,6 +162,7 @@ class Claim:
                 tenant=tenant.decode(),
                 listener=listener.decode(),
             )
-            return cls(job, int(attempt), int(queue_ms))
+            counts = int(failures or 0), int(max_failures)
+            return cls(job, int(attempt), int(queue_ms), *counts)
         except (ValueError, AttributeError) as broken:
             raise DecodeError(f"a claimed job cannot be read: {broken}") from broken

@@ -9,13 +9,14 @@ from db import jobs
 from db.models import JobRecord
 from tasks.jobs import Jobs
 from tasks.message import Job, Lane, State, Terms
-from tasks.settings import get_settings
 
 log = logging.getLogger(__name__)
 
 # A younger job is still on its way from the API.
 OLD_ENOUGH_S = 5.0
 JOBS_AT_ONCE = 500
+# More attempts than a job may have before Redis loses it: what they left there stays older.
+ATTEMPTS_PER_DISPATCH = 100
 
 
 def reconcile(queue: Jobs, database_url: str) -> int:
@@ -74,5 +75,5 @@ def terms(job: JobRecord, dispatches: int = 0) -> Terms:
         deadline_s=left_s,
         idempotency_key=job.idempotency_key or "",
         fingerprint=job.fingerprint or "",
-        first_attempt=dispatches * get_settings().max_attempts,
+        first_attempt=dispatches * ATTEMPTS_PER_DISPATCH,
     )

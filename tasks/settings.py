@@ -17,7 +17,7 @@ from tasks.errors import ConfigurationError
 PREFIX = "SLUICE_"
 
 # Values that no error or log may show.
-SECRET_FIELDS = frozenset({"webhook_secrets", "api_key"})
+SECRET_FIELDS = frozenset({"webhook_secrets", "api_key", "admin_key"})
 
 
 class Settings(BaseSettings):
@@ -43,12 +43,16 @@ class Settings(BaseSettings):
 
     lease_s: float = Field(10, ge=3, description="a silent worker loses its jobs after it")
     reap_interval_s: float = Field(1, gt=0, description="between the reaper's rounds")
-    max_attempts: int = Field(3, ge=1, description="runs of one job before it fails")
+    max_attempts: int = Field(3, ge=1, description="failures of one job before it is given up")
+    engine_stall_s: float = Field(120, gt=0, description="an engine that makes no step is dead")
     drain_s: float = Field(120, ge=0, description="a stopping worker's time for running jobs")
     job_retention_s: int = Field(2_592_000, ge=1, description="an ended job's time in SQL")
     job_ttl_s: int = Field(86_400, ge=60, description="the longest life of a job in Redis")
     log_retention_s: int = Field(3600, ge=1, description="a finished job's time in Redis")
 
+    admin_key: str = Field(
+        "", repr=False, description="bearer token of /v1/admin; empty: these endpoints are off"
+    )
     webhook_secrets: str = Field(
         "", repr=False, description="whsec_… secrets, comma-separated; each signs every call"
     )

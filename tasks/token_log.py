@@ -11,7 +11,9 @@ from redis import Redis
 
 from tasks import keys
 from tasks.backlog import load_script
-from tasks.events import LOG_FIELD, End, Entry, Kind, Position, encode_frame
+from tasks.errors import JobFailedError
+from tasks.events import End, Entry, Kind, Position
+from tasks.message import Claim
 from tasks.settings import Settings, get_settings
 
 
@@ -23,21 +25,19 @@ class Addressed(NamedTuple):
 
 
 def append_arguments(batch: Sequence[Addressed], settings: Settings) -> dict[str, list[Any]]:
-    """Keys and arguments of lua/append.lua: all entries, and one frame per listening process."""
-    args: list[Any] = [settings.job_ttl_s, settings.log_retention_s, len(batch)]
-    heard: dict[str, list[Entry]] = {}
+    """Keys and arguments of lua/append.lua."""
+    args: list[Any] = [settings.job_ttl_s, settings.log_retention_s]
     for entry, listener in batch:
-        is_last = 1 if entry.kind is Kind.END else 0
-        args += (str(entry.position), entry.encode_log(), is_last)
-        if listener:
-            heard.setdefault(listener, []).append(entry)
-    for listener, entries in heard.items():
-        args += (keys.relay(listener), encode_frame(entries))
+        args += (
+            *(str(entry.position), entry.encode_value(), entry.record),
+            1 if entry.kind is Kind.END else 0,
+            *((keys.relay(listener), entry.encode_head()) if listener else ("", "")),
+        )
     return {"keys": [keys.log(entry.job_id) for entry, _ in batch], "args": args}
 
 
 class TokenLog:
-    """Reads logs, and writes their last entry for jobs that no worker holds."""
+    """Reads logs; writes first entries of later attempts, and last ones of jobs without worker."""
 
     def __init__(self, bus: Redis, settings: Settings | None = None) -> None:
         self._bus = bus
@@ -50,14 +50,29 @@ class TokenLog:
         """The entries after that position, or all of them; at most `count`."""
         start = f"({position}" if position else "-"
         reply: Any = self._bus.xrange(keys.log(job_id), start, "+", count)
-        return [Entry.decode_log(job_id, log_id, fields[LOG_FIELD]) for log_id, fields in reply]
+        return [Entry.decode_log(job_id, log_id, fields) for log_id, fields in reply]
 
     def last(self, job_id: str) -> Entry | None:
         """The newest entry, if there is one."""
         reply: Any = self._bus.xrevrange(keys.log(job_id), count=1)
         for log_id, fields in reply:
-            return Entry.decode_log(job_id, log_id, fields[LOG_FIELD])
+            return Entry.decode_log(job_id, log_id, fields)
         return None
+
+    def take_over(self, job_id: str, attempt: int, listener: str) -> list[Entry]:
+        """What earlier attempts wrote, to which they cannot add any more.
+
+        Doing it again is harmless.
+        """
+        entry = Entry(job_id, Position(attempt, 0), Kind.TAKEOVER, b"")
+        self._append(**append_arguments([Addressed(entry, listener)], self._settings))
+        written = self.read_after(job_id)
+        return [entry for entry in written if entry.position.attempt < attempt]
+
+    def end_given_up(self, claim: Claim) -> None:
+        """Ends the log of a job that has failed for the last time without an answer."""
+        end = End.failed(JobFailedError())
+        self.end(claim.job.id, claim.attempt, end, claim.job.listener)
 
     def end(self, job_id: str, attempt: int, end: End, listener: str) -> None:
         """Ends a log over the head of `attempt`, whose later entries Redis then refuses."""

@@ -9,7 +9,7 @@ from tasks import keys
 from tasks.backlog import Backlog
 from tasks.depth import depth, places
 from tasks.errors import IdempotencyError, OverloadedError
-from tasks.events import End, Entry, Kind, Position, Start, decode_frame, encode_frame
+from tasks.events import End, Entry, Kind, Position, Start, decode_frame
 from tasks.message import Job, Lane, State, Terms
 from tasks.settings import Settings
 from tasks.token_log import Addressed, TokenLog, append_arguments
@@ -109,7 +109,7 @@ def test_the_wait_is_told_from_the_mean_service_time(backlog: Backlog) -> None:
     found = [job for job in backlog.look([job.id for job in jobs[1:]]) if job]
     assert [place and place.eta_s for place in places(backlog.redis, found)] == [None, None]
     backlog.redis.sadd(keys.WORKERS, "w")
-    backlog.redis.hset(keys.worker("w"), mapping={"model": "m", "slots": 2})
+    backlog.redis.hset(keys.worker("w"), mapping={"model": "m", "slots": 2, "running": 0})
     assert [place and place.eta_s for place in places(backlog.redis, found)] == [2.0, 4.0]
 
 
@@ -193,13 +193,77 @@ def test_a_job_fails_after_its_last_attempt(backlog: Backlog) -> None:
     assert backlog.claim("m", "w") is None
 
 
-def test_released_jobs_are_reaped_at_once(backlog: Backlog) -> None:
+def test_a_job_handed_back_waits_again_at_its_place_and_has_not_failed(backlog: Backlog) -> None:
+    jobs = [_job(), _job()]
+    for job in jobs:
+        backlog.submit(job)
+    for _ in range(5):
+        claim = backlog.claim("m", "w")
+        assert claim
+        assert (claim.job, claim.failures) == (jobs[0], 0)
+        assert backlog.requeue(claim, "stopped", is_failure=False) is State.QUEUED
+        assert backlog.requeue(claim, "stopped", is_failure=False) is None
+    assert backlog.redis.llen(keys.tickets("m")) == 7
+    assert backlog.redis.zcard(keys.LEASES) == 0
+
+
+def test_a_job_that_fails_waits_its_delay_and_ends_as_a_dead_letter(backlog: Backlog) -> None:
     backlog.submit(_job())
     claim = backlog.claim("m", "w")
     assert claim
-    assert backlog.reap() == []
-    backlog.release([claim])
-    assert [job.job_id for job in backlog.reap()] == [claim.job.id]
+    assert backlog.requeue(claim, "503", is_failure=True, delay_s=0.2) is State.QUEUED
+    assert backlog.claim("m", "w") is None
+    await_that(lambda: [job.state for job in backlog.reap()] == [State.QUEUED], timeout_s=2)
+    again = backlog.claim("m", "w")
+    assert again
+    assert (again.attempt, again.failures, again.is_last) == (2, 1, True)
+    assert backlog.requeue(again, "503", is_failure=True) is State.FAILED
+    assert backlog.claim("m", "w") is None
+
+
+def test_a_delayed_job_can_be_cancelled(backlog: Backlog) -> None:
+    backlog.submit(_job())
+    claim = backlog.claim("m", "w")
+    assert claim
+    backlog.requeue(claim, "503", is_failure=True, delay_s=0.05)
+    assert backlog.cancel(claim.job.id, "m")
+    assert backlog.redis.zcard(keys.DELAYED) == 0
+
+
+def test_a_worker_runs_one_suspect_at_a_time_and_other_jobs_beside_it(backlog: Backlog) -> None:
+    suspects = [_job(), _job()]
+    for job in suspects:
+        backlog.submit(job)
+    for _ in suspects:
+        assert backlog.claim("m", "w")
+    _expire_leases(backlog)
+    assert len(backlog.reap()) == 2
+    other = _job()
+    backlog.submit(other)
+    first, second = backlog.claim("m", "w"), backlog.claim("m", "w")
+    assert first
+    assert second
+    assert (first.job, first.is_last) == (suspects[0], True)
+    assert (second.job, second.is_last) == (other, False)
+    assert backlog.claim("m", "w") is None
+    elsewhere = backlog.claim("m", "another worker")
+    assert elsewhere
+    assert elsewhere.job == suspects[1]
+    backlog.requeue(elsewhere, "stopped", is_failure=False)
+    backlog.finish(first, State.COMPLETED)
+    last = backlog.claim("m", "w")
+    assert last
+    assert last.job == suspects[1]
+
+
+def test_a_paused_model_is_left_alone(backlog: Backlog) -> None:
+    backlog.submit(_job())
+    backlog.pause("m")
+    assert backlog.paused() == {"m"}
+    assert backlog.claim("m", "w") is None
+    assert depth(backlog.redis, "m").jobs == 1
+    backlog.resume("m")
+    assert backlog.claim("m", "w")
 
 
 def test_cancelling_ends_a_job_wherever_it_is(backlog: Backlog) -> None:
@@ -249,6 +313,34 @@ def test_a_zombies_late_entries_are_refused(backlog: Backlog) -> None:
     assert 0 < redis.ttl(keys.log("job_1")) <= SETTINGS.log_retention_s
 
 
+def test_what_is_refused_is_not_published(backlog: Backlog) -> None:
+    redis = backlog.redis
+    append = redis.register_script(_append_script())
+    with redis.pubsub(ignore_subscribe_messages=True) as heard:
+        heard.subscribe(keys.relay("api"))
+        await_that(lambda: redis.pubsub_numsub(keys.relay("api"))[0][1] == 1)
+        fresh = Entry("job_2", Position(1, 0), Kind.BODY, b"seen")
+        TokenLog(redis, SETTINGS).take_over("job_1", 2, "")
+        stale = Entry("job_1", Position(1, 5), Kind.BODY, b"stale")
+        batch = [Addressed(stale, "api"), Addressed(fresh, "api")]
+        assert append(**append_arguments(batch, SETTINGS)) == [1]
+        messages: list[dict[str, bytes]] = []
+        await_that(lambda: messages.append(heard.get_message()) or messages[-1])
+        assert list(decode_frame(messages[-1]["data"])) == [fresh]
+
+
+def test_a_takeover_returns_what_was_written_before_and_fences_it(backlog: Backlog) -> None:
+    log = TokenLog(backlog.redis, SETTINGS)
+    append = backlog.redis.register_script(_append_script())
+    noted = Entry("job_1", Position(1, 1), Kind.BODY, b"x", b"[1]")
+    batch = [_entry(1, 0, Kind.START), Addressed(noted, "")]
+    append(**append_arguments(batch, SETTINGS))
+    for _ in range(2):
+        assert [entry.record for entry in log.take_over("job_1", 2, "")] == [b"", b"[1]"]
+    assert append(**append_arguments([_entry(1, 2)], SETTINGS)) == [1]
+    assert append(**append_arguments([_entry(2, 1)], SETTINGS)) == []
+
+
 def _append_script() -> str:
     return (Path(keys.__file__).parent / "lua" / "append.lua").read_text()
 
@@ -259,4 +351,5 @@ def test_frames_carry_any_bytes() -> None:
         Entry("job_2", Position(2**31, 7), Kind.BODY, bytes(range(256))),
         Entry("job_1", Position(1, 1), Kind.END, b""),
     ]
-    assert list(decode_frame(encode_frame(entries))) == entries
+    frame = b"".join(entry.encode_head() + entry.encode_value() for entry in entries)
+    assert list(decode_frame(frame)) == entries

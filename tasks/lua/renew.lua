@@ -1,6 +1,6 @@
--- Renews a worker's leases, or ends them at once so that the reaper hands its jobs on.
+-- Renews a worker's leases.
 -- KEYS: 1 leases (zset)
--- ARGV: 1 lease in us (0 or less: it ends now), 2 prefix of job keys, then id and attempt of each job
+-- ARGV: 1 lease in us, 2 prefix of job keys, then id and attempt of each job
 -- Returns the ids that this worker no longer holds: cancelled, or handed to another.
 local time = redis.call('TIME')
 local expiry_us = string.format('%d', time[1] * 1000000 + time[2] + ARGV[1])

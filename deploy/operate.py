@@ -1,0 +1,156 @@
+"""The operator's commands: drain, pause, resume, dead. They need Redis and SQL, not the API."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from tasks.errors import DatabaseUnavailableError, QueueUnavailableError
+from tasks.settings import get_settings
+
+if TYPE_CHECKING:
+    from tasks.jobs import Jobs
+
+
+@contextmanager
+def _queue() -> Iterator["Jobs"]:
+    """The queue; and one sentence instead of a traceback when Redis or SQL is away.
+
+    Raises:
+        QueueUnavailableError, DatabaseUnavailableError: that.
+    """
+    from redis.exceptions import RedisError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from tasks.connections import connect
+    from tasks.jobs import Jobs
+
+    settings = get_settings()
+    try:
+        yield Jobs(connect(settings.redis_url), connect(settings.bus_url))
+    except RedisError as away:
+        raise QueueUnavailableError(
+            f"no Redis answers at {settings.redis_url} ({away}); start it, or set SLUICE_REDIS_URL"
+        ) from None
+    except SQLAlchemyError as away:
+        raise DatabaseUnavailableError(
+            f"the database does not answer ({away}); start it, or set SLUICE_DATABASE_URL"
+        ) from None
+
+
+@click.command()
+@click.argument("worker", required=False)
+def drain(worker: str | None) -> None:
+    """Have WORKER take no more jobs, finish, and end; without WORKER: list the workers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from tasks import control
+
+    with _queue() as queue:
+        if worker is not None:
+            control.drain(queue.backlog.redis, queue.bus, worker)
+            click.echo(f"{worker} drains; what it has not finished in time others go on with")
+            return
+        table = Table("worker", "model", "state", "running", "slots", box=None)
+        for found in control.workers(queue.backlog.redis):
+            table.add_row(found.id, found.model, found.state, str(found.running), str(found.slots))
+        Console(highlight=False).print(table)
+
+
+@click.command()
+@click.argument("model")
+def pause(model: str) -> None:
+    """Have no worker take jobs of MODEL; its backlog goes on growing."""
+    from tasks.models import get_catalog
+
+    with _queue() as queue:
+        name = get_catalog().resolve(model).name
+        queue.backlog.pause(name)
+    click.echo(f"{name} is paused; `sluice resume {name}` ends that")
+
+
+@click.command()
+@click.argument("model")
+def resume(model: str) -> None:
+    """End the pause of MODEL."""
+    from tasks.models import get_catalog
+
+    with _queue() as queue:
+        name = get_catalog().resolve(model).name
+        queue.backlog.resume(name)
+    click.echo(f"{name} is served again")
+
+
+@click.group(name="dead")
+def dead_letters() -> None:
+    """Look after jobs that were given up: each of their attempts failed."""
+
+
+@dead_letters.command("list")
+@click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+def list_dead(limit: int, as_json: bool) -> None:
+    """List dead letters, the latest first."""
+    import orjson
+    from rich.console import Console
+    from rich.table import Table
+
+    from db import dead as letters
+    from tasks import dead
+
+    with _queue():
+        found = letters.letters(get_settings().database_url, limit)
+    if as_json:
+        for job in found:
+            click.echo(orjson.dumps(dead.describe(job)))
+        return
+    table = Table("id", "model", "died at", "attempts", box=None)
+    table.columns[0].no_wrap = True
+    for job in found:
+        died_at = f"{job.died_at:%Y-%m-%d %H:%M:%S}" if job.died_at else ""
+        table.add_row(job.id, job.model, died_at, str(job.attempts))
+    Console(highlight=False).print(table)
+
+
+@dead_letters.command("show")
+@click.argument("job")
+def show_dead(job: str) -> None:
+    """Show a dead letter with the reason of each failure, as JSON."""
+    import orjson
+
+    from tasks import dead
+
+    with _queue():
+        view = dead.show(get_settings().database_url, job)
+    click.echo(orjson.dumps(view, option=orjson.OPT_INDENT_2))
+
+
+@dead_letters.command("retry")
+@click.argument("job", nargs=-1, required=True)
+def retry_dead(job: tuple[str, ...]) -> None:
+    """Queue each JOB again, as a new job."""
+    from tasks import dead
+
+    with _queue() as queue:
+        for job_id in job:
+            again = dead.retry(queue, get_settings().database_url, job_id)
+            click.echo(f"{job_id} is queued again as {again}")
+
+
+@dead_letters.command("purge")
+@click.argument("job", nargs=-1)
+@click.option("--all", "every", is_flag=True, help="Delete every dead letter.")
+def purge_dead(job: tuple[str, ...], every: bool) -> None:
+    """Delete each JOB with all that is known of it."""
+    from db import dead as letters
+
+    if bool(job) == every:
+        raise click.UsageError("name the jobs, or give --all")
+    with _queue():
+        deleted = letters.purge(get_settings().database_url, None if every else job)
+    click.echo(f"{deleted} deleted")
+
+
+COMMANDS = (drain, pause, resume, dead_letters)

@@ -1,0 +1,42 @@
+"""What an engine notes of a job while it answers, so that another worker's engine can go on.
+
+An engine that can be continued notes what it is about to send; the note goes into the job's log
+beside the next event, in one write with it. After a failover the engine is given all notes of the
+events that are in the log: it makes the same events of them once more, which are dropped, and goes
+on by itself. Without notes an answer that has begun cannot be continued.
+"""
+
+from collections.abc import Iterable
+from contextvars import ContextVar
+
+import orjson
+
+
+class Tape:
+    """The notes of one job; each is a JSON value."""
+
+    def __init__(self, records: Iterable[bytes] = ()) -> None:
+        self.earlier: list[object] = [note for record in records for note in orjson.loads(record)]
+        """Notes of earlier attempts, to begin with."""
+        self.streams = 0
+        """How many streams of tokens the engine makes for the job; only one can be continued."""
+        self._new: list[object] = []
+
+    def note(self, note: object) -> None:
+        """Notes what the next events are made of."""
+        self._new.append(note)
+
+    def take(self) -> bytes:
+        """The notes since the last call, as they go into the log; b"" for none."""
+        if not self._new:
+            return b""
+        record, self._new = orjson.dumps(self._new), []
+        return record
+
+
+current_tape: ContextVar[Tape | None] = ContextVar("current_tape", default=None)
+
+
+def get_tape() -> Tape:
+    """The tape of the job that the current task answers; one that nobody keeps outside of jobs."""
+    return current_tape.get() or Tape()
