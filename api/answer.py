@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import orjson
 from flask import Response
 
-from api.job_stream import ClientGoneError, JobStream
+from api.job_stream import ClientGoneError, JobStream, ServerStoppingError
 from api.services import Services
 from tasks.errors import RequestTimeoutError, StreamBrokenError
 from tasks.events import End, Entry, Kind, Start
@@ -134,6 +134,8 @@ class Answer:
                     yield KEEP_ALIVE
         except ClientGoneError:
             return
+        except ServerStoppingError as stopping:
+            self.end = End.failed(stopping)
         if self.end.error:
             yield error_event(orjson.dumps(self.end.error))
 
@@ -152,7 +154,7 @@ class Answer:
                 yield error_event(first + self._rest())
         except ClientGoneError:
             return
-        except RequestTimeoutError as late:
+        except (RequestTimeoutError, ServerStoppingError) as late:
             yield error_event(orjson.dumps(late.body()))
 
     def _take(self, timeout_s: float) -> tuple[bytes, bool]:

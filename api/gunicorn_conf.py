@@ -1,4 +1,6 @@
-"""gunicorn's settings (its own names)."""
+"""gunicorn's settings (its own names). Imports nothing: gevent's patches must come first."""
+
+from typing import Any
 
 worker_class = "gevent"
 # One per open stream; the operating system's limit of open files comes first.
@@ -11,3 +13,17 @@ accesslog = None
 errorlog = "-"
 loglevel = "info"
 control_socket_disable = True
+
+
+def post_worker_init(worker: Any) -> None:
+    """Has the streams that can be resumed end as soon as this process is asked to stop."""
+    import gevent
+
+    def watch() -> None:
+        while worker.alive:
+            gevent.sleep(0.2)
+        # Not before this process has stopped accepting: clients come back at once.
+        gevent.sleep(1.5)
+        worker.wsgi.extensions["sluice"].relay.stop()
+
+    gevent.spawn(watch)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from api.job_stream import ClientGoneError, JobStream
+from api.job_stream import ClientGoneError, JobStream, ServerStoppingError
 from api.job_view import describe, find_queued, places_of
 from api.services import TENANT, Services
 from tasks.depth import Place
@@ -186,9 +186,11 @@ def _place_event(place: Place) -> Event:
 
 
 def encode(events: Iterator[Event]) -> Iterator[bytes]:
-    """Server-sent events; a keep-alive is a comment."""
+    """Server-sent events; a keep-alive is a comment. When this process ends, clients come back."""
     try:
         for event in events:
             yield b": keep-alive\n\n" if event is KEEP_ALIVE else event.encode()
     except ClientGoneError:
         return
+    except ServerStoppingError:
+        yield b"retry: 500\n\n"

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from gevent.event import Event
 from redis.exceptions import RedisError
 
+from tasks.errors import OverloadedError
 from tasks.events import Entry, Position
 from tasks.token_log import TokenLog
 
@@ -20,6 +21,13 @@ class ClientGoneError(Exception):
     """The client closed its connection, or has stopped reading."""
 
 
+class ServerStoppingError(OverloadedError):
+    """The server restarts; go on with the job by its id, or send the request again."""
+
+    code = "server_restarting"
+    retry_after_s = 1.0
+
+
 class JobStream:
     """The entries of one job in order, without gaps or repetitions, as they come."""
 
@@ -31,6 +39,7 @@ class JobStream:
         self._wake = Event()
         self._is_behind = False
         self._is_gone = False
+        self._is_left = False
         self._is_nudged = False
 
     @property
@@ -68,11 +77,17 @@ class JobStream:
         self._is_gone = True
         self._wake.set()
 
+    def leave(self) -> None:
+        """The process is about to end: ends the wait of `take`."""
+        self._is_left = True
+        self._wake.set()
+
     def take(self, timeout_s: float) -> list[Entry]:
         """Everything that came since the last call; [] after that time without any, or a nudge.
 
         Raises:
             ClientGoneError: the client closed its connection.
+            ServerStoppingError: the process is about to end.
         """
         deadline_s = time.monotonic() + timeout_s
         while True:
@@ -83,6 +98,8 @@ class JobStream:
             self._wake.clear()
             if self._is_gone:
                 raise ClientGoneError
+            if self._is_left:
+                raise ServerStoppingError
             self._catch_up()
             if self._ready or self._is_nudged or not is_awake:
                 break

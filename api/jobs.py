@@ -1,6 +1,7 @@
 """The jobs API: every request by its id, whoever submitted it, wherever it is."""
 
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,6 +16,7 @@ from api import schemas
 from api.answer import event_stream
 from api.calls import Call, Preference, fingerprint, read_key, read_object
 from api.job_events import Follower, encode
+from api.job_stream import ServerStoppingError
 from api.job_view import describe, describe_all, find_queued, of_record
 from api.services import TENANT, Services, get_services
 from db import jobs as records
@@ -239,7 +241,7 @@ def _await_end(services: Services, job_id: str, wait_s: int) -> None:
     """Waits until the log and the queue both say that the job has ended, in whatever order."""
     deadline_s = time.monotonic() + wait_s
     has_log_ended = False
-    with services.relay.follow(job_id) as stream:
+    with suppress(ServerStoppingError), services.relay.follow(job_id) as stream:
         while (left_s := deadline_s - time.monotonic()) > 0:
             job = find_queued(services, TENANT, job_id)
             if job is None or (has_log_ended and job.state.is_final):

@@ -67,6 +67,11 @@ class Relay:
         finally:
             self._followed.discard(stream)
 
+    def stop(self) -> None:
+        """Tells who follows a job that this process ends; the job goes on."""
+        for stream in list(self._followed):
+            stream.leave()
+
     def start(self) -> None:
         """Starts feeding the streams."""
         gevent.spawn(self._for_ever, self._listen)

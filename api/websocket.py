@@ -21,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from api.calls import Call
 from api.generation import AnsweredError, Generation
 from api.job_events import KEEP_ALIVE, Follower
-from api.job_stream import ClientGoneError
+from api.job_stream import ClientGoneError, ServerStoppingError
 from api.job_view import stored_response
 from api.services import TENANT, Services, get_services
 from tasks.errors import QueueUnavailableError, SluiceError
@@ -193,6 +193,8 @@ def _job_events(ws: Any, job_id: str) -> None:
                 conversation.send(event.encode_frame())
     except ClientGoneError:
         return
+    except ServerStoppingError:
+        ws.close(TRY_AGAIN_LATER, "this server restarts; go on after the last id")
     except SluiceError as error:
         with contextlib.suppress(ClientGoneError):
             conversation.refuse(error)

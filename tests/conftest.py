@@ -12,6 +12,14 @@ from tests import vllm_server as vllm
 from tests.postgres import Postgres, running_postgres
 from tests.stack import Stack, running
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--repeat", type=int, default=1, help="rounds of each test of tests/faults")
+    parser.addoption(
+        "--outage-s", type=float, default=10, help="how long those tests keep a server away"
+    )
+
+
 SIM: dict[str, Any] = {
     "name": "sim",
     "engine": "sim",

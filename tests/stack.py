@@ -1,6 +1,7 @@
 """A whole Sluice in processes of its own, on loopback: real Redis, gunicorn and Celery."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -126,6 +127,32 @@ class Stack:
 
     def start_worker(self, model: str) -> Process:
         return self._spawn("worker", _sluice("worker", "--model", model))
+
+    @property
+    def workers(self) -> list[Process]:
+        """The workers that were started and have not ended."""
+        started = (p for p in self.processes if p.log.name.startswith("worker"))
+        return [process for process in started if process.popen.poll() is None]
+
+    def part(self, name: str) -> Process:
+        """The latest process of that part."""
+        return next(p for p in reversed(self.processes) if p.log.name.startswith(name))
+
+    def jobs_of(self, worker: Process) -> list[str]:
+        """The running jobs that the worker has claimed."""
+        leased = [job.decode() for job in self.redis.zrange(keys.LEASES, 0, -1)]
+        suffix = f"-{worker.pid}".encode()
+        return [job for job in leased if self._claimer(job).endswith(suffix)]
+
+    def _claimer(self, job_id: str) -> bytes:
+        return self.redis.hget(keys.job(job_id), "worker") or b""  # type: ignore[return-value]
+
+    def wipe_redis(self) -> None:
+        """Kills Redis and starts it again without its data."""
+        self.part("redis").kill()
+        for directory in ("redis", "valkey"):
+            shutil.rmtree(self.home / directory, ignore_errors=True)
+        self.start_redis()
 
     def await_workers(self, number: int, timeout_s: float = 180) -> None:
         def count() -> bool:

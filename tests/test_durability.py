@@ -2,7 +2,6 @@
 
 import random
 import re
-import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -123,7 +122,7 @@ def test_every_accepted_job_completes_once_whatever_dies(
     stack.start_api(port=stack.api_ports[0])
     stack.api_ports.pop()
     await_that(lambda: accepted() > JOBS * 0.4, 60)
-    _wipe_redis(stack)
+    stack.wipe_redis()
     maintenance = next(p for p in reversed(stack.processes) if "maintenance" in p.log.name)
     await_that(lambda: accepted() > JOBS * 0.7, 60)
     maintenance.kill()
@@ -134,14 +133,6 @@ def test_every_accepted_job_completes_once_whatever_dies(
     await_that(lambda: len(_completed(url)) >= JOBS, 90, stack.logs)
     _assert_each_once(url, clients)
     get_engine(url).dispose()
-
-
-def _wipe_redis(stack: Stack) -> None:
-    redis = next(p for p in stack.processes if p.log.name.startswith("redis"))
-    redis.kill()
-    for directory in ("redis", "valkey"):
-        shutil.rmtree(stack.home / directory, ignore_errors=True)
-    stack.start_redis()
 
 
 def _assert_each_once(url: str, clients: list[Client]) -> None:

@@ -1,0 +1,91 @@
+"""Repeats the tests of the suite, and tells at the end what was done and what came of it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from tests.conftest import SIM
+from tests.stack import Stack, running
+
+LEASE_S = 3.0
+# Between the reaper's rounds, and the moment that a claim takes.
+REAP_S = 2.0
+SLOW_SIM = SIM | {"args": {"tokens-per-s": 25, "first-token-s": 0.05}}
+
+
+@dataclass
+class Fault:
+    """What one test did, how often, and what came of it."""
+
+    test: str
+    rounds: int = 0
+    inflicted: list[str] = field(default_factory=list)
+    recovery_s: list[float] = field(default_factory=list)
+    tokens: int = 0
+    """Tokens that clients received, each compared with an undisturbed run."""
+
+    def inflict(self, what: str) -> None:
+        self.inflicted.append(what)
+
+    def row(self) -> str:
+        what = ", ".join(f"{n} {w}" for w, n in _counted(self.inflicted))
+        p50, most = (
+            (f"{median(self.recovery_s):.1f} s", f"{max(self.recovery_s):.1f} s")
+            if self.recovery_s
+            else ("", "")
+        )
+        return f"{self.test:58} {self.rounds:>6} {p50:>7} {most:>7} {self.tokens:>8}  {what}"
+
+
+def _counted(names: list[str]) -> list[tuple[str, int]]:
+    return [(name, names.count(name)) for name in dict.fromkeys(names)]
+
+
+_FAULTS: dict[str, Fault] = {}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "fault" in metafunc.fixturenames:
+        metafunc.fixturenames.append("round_number")
+        rounds = range(metafunc.config.getoption("repeat"))
+        metafunc.parametrize("round_number", rounds, ids=[f"round{n}" for n in rounds])
+
+
+@pytest.fixture
+def fault(request: pytest.FixtureRequest) -> Fault:
+    """Where a test notes what it does."""
+    name = str(request.node.originalname).removeprefix("test_")
+    fault = _FAULTS.setdefault(name, Fault(name))
+    fault.rounds += 1
+    return fault
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not _FAULTS:
+        return
+    terminalreporter.section("faults")
+    head = f"{'':58} {'rounds':>6} {'p50':>7} {'max':>7} {'tokens':>8}  inflicted"
+    terminalreporter.write_line(head)
+    for each in _FAULTS.values():
+        terminalreporter.write_line(each.row())
+    terminalreporter.write_line(
+        "p50, max: from the fault to the next token, or to the answer; "
+        "tokens: received by clients and equal to an undisturbed run"
+    )
+
+
+@pytest.fixture
+def stack(home: Path) -> Iterator[Stack]:
+    """API, maintenance and one slow worker; leases at their shortest."""
+    with running(Stack(home, [SLOW_SIM], lease_s=LEASE_S, keep_alive_s=1)) as stack:
+        yield stack
+
+
+@pytest.fixture
+def two_workers(home: Path) -> Iterator[Stack]:
+    """The same with two workers."""
+    with running(Stack(home, [SLOW_SIM], lease_s=LEASE_S, keep_alive_s=1), 2) as stack:
+        yield stack
