@@ -1,5 +1,5 @@
 # Needs Python 3.11+ and make, nothing else; all that it installs goes to .venv.
-.PHONY: up test lint bench clean
+.PHONY: up test lint faults bench clean
 
 # 3.11 is what Sluice is developed with; vLLM has CPU builds for it.
 PYTHON ?= $(firstword $(shell command -v python3.11) python3)
@@ -18,6 +18,13 @@ lint: .venv/installed-test  ## style, types and who may import whom
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+
+REPEAT ?= 1
+OUTAGE_S ?= 60
+
+faults: .venv/installed-test  ## kills every part in every way; REPEAT=20 does it more often
+	$(BIN)/pytest tests/faults --repeat $(REPEAT) --outage-s $(OUTAGE_S)
 
 bench: .venv/installed-test  ## Sluice against vLLM's own server, on this machine
 	$(BIN)/python -m bench

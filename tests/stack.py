@@ -29,6 +29,7 @@ class Process:
 
     def __init__(self, command: list[str], env: dict[str, str], log: Path) -> None:
         self.log = log
+        self._is_asked = False
         with log.open("ab") as output:
             self.popen = subprocess.Popen(
                 command,
@@ -55,10 +56,15 @@ class Process:
         self._kill_group()
         self.popen.wait()
 
+    def ask_to_stop(self) -> None:
+        """SIGTERM, once: a second one has Celery drop what it does."""
+        if self.popen.poll() is None and not self._is_asked:
+            self._is_asked = True
+            self.popen.terminate()
+
     def stop(self) -> int:
         """SIGTERM, and the exit code; the group is killed when it takes too long."""
-        if self.popen.poll() is None:
-            self.popen.terminate()
+        self.ask_to_stop()
         try:
             return self.popen.wait(STOP_S)
         finally:
@@ -100,10 +106,11 @@ class Stack:
     def start(self, workers: int = 1) -> None:
         """Redis, one API process, maintenance, and that many workers of each model."""
         self.start_redis()
-        self.start_api()
+        api = self._spawn_api(redis_server.free_port())
         self.start_maintenance()
         for model in self.models * workers:
             self.start_worker(model)
+        self._await_api(api)
         self.await_workers(len(self.models) * workers)
 
     def start_redis(self) -> Process:
@@ -116,9 +123,16 @@ class Stack:
 
     def start_api(self, port: int | None = None) -> Process:
         port = port or redis_server.free_port()
+        return self._await_api(self._spawn_api(port))
+
+    def _spawn_api(self, port: int) -> Process:
         process = self._spawn("api", _sluice("api", "--bind", f"127.0.0.1:{port}"))
         self.api_ports.append(port)
         self.api_processes.append(process)
+        return process
+
+    def _await_api(self, process: Process) -> Process:
+        port = self.api_ports[-1]
         await_that(lambda: _is_up(f"http://127.0.0.1:{port}/health/live"))
         return process
 
@@ -173,7 +187,11 @@ class Stack:
         return "\n".join(f"{p.log.name}:\n{p.log.read_text()[-3000:]}" for p in self.processes)
 
     def stop(self) -> None:
-        for process in reversed(self.processes):
+        """Ends all parts at once, and Redis after them."""
+        parts = [process for process in self.processes if not process.log.name.startswith("redis")]
+        for process in parts:
+            process.ask_to_stop()
+        for process in [*parts, *self.processes]:
             process.stop()
 
     def _spawn(self, name: str, command: list[str]) -> Process:

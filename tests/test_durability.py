@@ -1,13 +1,11 @@
 """What was accepted is done once, whatever dies; and a stream goes on where it was."""
 
 import random
-import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
@@ -19,7 +17,7 @@ from tasks import keys
 from tests.conftest import SIM
 from tests.postgres import Postgres
 from tests.stack import Stack, await_that, running
-from tests.test_jobs import CHAT, ENDPOINT, STREAM, call, events, ids, submit, wait
+from tests.test_jobs import CHAT, ENDPOINT, STREAM, call, submit, wait
 
 JOBS = 500
 
@@ -29,36 +27,6 @@ def stack(home: Path) -> Iterator[Stack]:
     slow = SIM | {"args": {"tokens-per-s": 40, "first-token-s": 0.05}}
     with running(Stack(home, [slow], lease_s=3, keep_alive_s=1)) as stack:
         yield stack
-
-
-@pytest.mark.parametrize("path", ["job", "chat"])
-def test_a_stream_resumes_on_another_api_process_byte_for_byte(stack: Stack, path: str) -> None:
-    stack.start_api()
-    first, other = (f"http://127.0.0.1:{port}" for port in stack.api_ports)
-    body = STREAM | {"max_tokens": 60}
-    if path == "job":
-        job_id = submit(stack, body)["id"]
-    else:
-        chat = requests.post(first + ENDPOINT, json=body, stream=True, timeout=30)
-        job_id = chat.headers["x-sluice-job"]
-    seen = b""
-    with requests.get(f"{first}/v1/jobs/{job_id}/events", stream=True, timeout=30) as stream:
-        for line in stream.iter_lines(chunk_size=1, delimiter=b"\n\n"):
-            seen += line + b"\n\n" if line.startswith(b"id: ") else b""
-            if seen.count(b"id: ") == 10:
-                break
-        stack.api_processes[0].kill_all()
-    last = ids(seen.decode())[-1]
-    path = f"{other}/v1/jobs/{job_id}/events"
-    rest = requests.get(path, headers={"Last-Event-ID": last}, timeout=30).text
-    whole = requests.get(path, timeout=30).text
-    assert seen.decode() + rest == whole
-    undisturbed = requests.post(other + ENDPOINT, json=body, timeout=30)
-    assert _text(whole) == _text(undisturbed.text)
-
-
-def _text(stream: str) -> list[str]:
-    return re.findall(r'"delta":\{"content":("[^"]*")', stream)
 
 
 class Client(threading.Thread):
@@ -175,28 +143,3 @@ def test_a_client_that_waits_learns_that_redis_has_lost_its_request(stack: Stack
         assert '"code":"job_lost"' in streamed.result().text
         assert waiting.result().status_code == 503
         assert waiting.result().json()["error"]["code"] == "job_lost"
-
-
-def test_submissions_get_503_while_the_database_is_away_and_streams_go_on(
-    home: Path, postgres: Postgres
-) -> None:
-    url = postgres.create_database()
-    with running(Stack(home, [SIM], database_url=url)) as stack:
-        kept: Any = submit(stack, CHAT)
-        wait(stack, kept["id"])
-        postgres.stop()
-        try:
-            job = {"endpoint": ENDPOINT, "body": CHAT}
-            refused = call(stack, "POST", "/v1/jobs", json=job)
-            assert refused.status_code == 503
-            assert refused.json()["error"]["code"] == "database_unavailable"
-            assert int(refused.headers["retry-after"]) >= 1
-            streamed = call(stack, "POST", ENDPOINT, json=STREAM)
-            assert streamed.text.endswith("[DONE]\n\n")
-            assert "[DONE]" in events(stack, streamed.headers["x-sluice-job"])
-        finally:
-            postgres.start()
-        await_that(lambda: call(stack, "POST", "/v1/jobs", json=job).status_code == 202, 20)
-        with postgres.paused():
-            assert call(stack, "POST", "/v1/jobs", json=job).status_code == 503
-            assert call(stack, "POST", ENDPOINT, json=STREAM).text.endswith("[DONE]\n\n")

@@ -1,20 +1,14 @@
 """The real engine behind the whole path: what only vLLM can show."""
 
 import asyncio
-import signal
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import openai
-import psutil
 import pytest
-import requests
 
 from gpu_worker.demo.texts import read
 from tasks import keys
-from tasks.models import Model
-from tests.stack import Process, Stack, await_that, running, send
+from tests.stack import Stack, await_that, send
 
 # The load of an engine counts for the first test that needs it.
 pytestmark = pytest.mark.timeout(300)
@@ -99,55 +93,3 @@ def test_64_streams_share_one_engine_and_leaving_frees_it(vllm_stack: Stack) -> 
             client.close()
     await_that(lambda: _load(vllm_stack) == 0, timeout_s=30)
     assert vllm_stack.redis.zcard(keys.LEASES) == 0
-
-
-@pytest.fixture(scope="module")
-def own_stack(tmp_path_factory: pytest.TempPathFactory, demo_model: Model) -> Iterator[Stack]:
-    """A deployment whose worker is killed, again and again."""
-    home: Path = tmp_path_factory.mktemp("killed")
-    with running(Stack(home, [demo_model.model_dump(mode="json")], lease_s=3)) as stack:
-        yield stack
-
-
-def _engine(worker: Process) -> tuple[psutil.Process, list[psutil.Process]]:
-    """EngineCore of a worker, and all processes that the worker started."""
-    started = psutil.Process(worker.pid).children(recursive=True)
-    (core,) = [process for process in started if "EngineCore" in process.cmdline()[0]]
-    return core, started
-
-
-def _all_gone(processes: list[psutil.Process]) -> bool:
-    return not psutil.wait_procs(processes, timeout=0)[1]
-
-
-def test_a_killed_engine_ends_its_worker_and_a_killed_worker_its_engine(own_stack: Stack) -> None:
-    stack = own_stack
-    first = stack.processes[-1]
-    with ThreadPoolExecutor(1) as clients:
-        body = LONG | {"max_tokens": 1000}
-        url = f"{stack.url}/v1/chat/completions"
-        waiting = clients.submit(requests.post, url, json=body, timeout=200)
-        await_that(lambda: stack.redis.zcard(keys.LEASES) == 1)
-        core, started = _engine(first)
-        core.kill()
-        assert first.popen.wait(30) == 1
-        await_that(lambda: _all_gone(started))
-        stack.processes.remove(first)
-        second = stack.start_worker("sluice-demo")
-        answer = waiting.result()
-        assert answer.headers["x-sluice-attempts"] == "2"
-        assert answer.json()["usage"]["completion_tokens"] == 1000
-    _, started = _engine(second)
-    second.kill()
-    await_that(lambda: _all_gone(started), timeout_s=10)
-
-
-def test_sigterm_ends_a_worker_and_its_engine(own_stack: Stack) -> None:
-    stack = own_stack
-    await_that(lambda: not stack.redis.keys(keys.worker("*")))
-    worker = stack.start_worker("sluice-demo")
-    stack.await_workers(1)
-    _, started = _engine(worker)
-    worker.signal(signal.SIGTERM)
-    assert worker.popen.wait(10) == 0
-    await_that(lambda: _all_gone(started), timeout_s=5)

@@ -1,0 +1,103 @@
+"""Real vLLM that is killed, stopped or hung in the middle of answers."""
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tasks import keys
+from tasks.models import Model
+from tests.faults.clients import Client, ask, chat, compare
+from tests.faults.conftest import LEASE_S, Fault
+from tests.stack import Process, Stack, await_that, running
+
+# An engine's load takes half a minute.
+pytestmark = pytest.mark.timeout(300)
+
+MODEL = "sluice-demo"
+LONG = {"stream": True, "max_tokens": 200, "ignore_eos": True}
+STALL_S = 6.0
+
+
+@pytest.fixture(scope="module")
+def own_stack(tmp_path_factory: pytest.TempPathFactory, demo_model: Model) -> Iterator[Stack]:
+    """A deployment whose workers are killed, again and again."""
+    home: Path = tmp_path_factory.mktemp("killed")
+    models = [demo_model.model_dump(mode="json")]
+    with running(Stack(home, models, lease_s=LEASE_S, engine_stall_s=STALL_S)) as stack:
+        yield stack
+
+
+def _engine(worker: Process) -> tuple[psutil.Process, list[psutil.Process]]:
+    """EngineCore of a worker, and all processes that the worker started."""
+    started = psutil.Process(worker.pid).children(recursive=True)
+    (core,) = [process for process in started if "EngineCore" in process.cmdline()[0]]
+    return core, started
+
+
+def _await_gone(processes: list[psutil.Process]) -> None:
+    await_that(lambda: not psutil.wait_procs(processes, timeout=0)[1], 10)
+
+
+def _only_worker(stack: Stack) -> Process:
+    """A worker that serves, and no other."""
+    if not stack.workers:
+        stack.start_worker(MODEL)
+    stack.await_workers(1)
+    (worker,) = stack.workers
+    return worker
+
+
+def test_2_real_streams_of_a_killed_worker_go_on_token_for_token(
+    own_stack: Stack, fault: Fault
+) -> None:
+    stack = own_stack
+    _only_worker(stack)
+    bodies = [chat(n, **LONG, return_token_ids=n % 2 == 0) for n in range(16)]
+    expected = ask(stack, bodies)
+    stack.start_worker(MODEL)
+    stack.await_workers(2)
+    clients = [Client(stack, body) for body in bodies]
+    await_that(lambda: all(client.tokens >= 20 for client in clients), 120)
+    victim = max(stack.workers, key=lambda worker: len(stack.jobs_of(worker)))
+    _, started = _engine(victim)
+    fault.inflict("SIGKILL vLLM worker")
+    victim.kill()
+    killed_s = time.monotonic()
+    _await_gone(started)  # 14: no engine is left that holds the memory
+    compare(fault, clients, expected, killed_s)
+    assert max(fault.recovery_s) < LEASE_S + 5
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_15_the_jobs_of_a_lost_enginecore_go_on_with_the_replacement(
+    own_stack: Stack, fault: Fault, how: signal.Signals
+) -> None:
+    stack = own_stack
+    worker = _only_worker(stack)
+    bodies = [chat(n, **LONG) for n in range(8)]
+    expected = ask(stack, bodies)
+    clients = [Client(stack, body) for body in bodies]
+    await_that(lambda: all(client.tokens >= 20 for client in clients), 60)
+    core, started = _engine(worker)
+    fault.inflict(f"{how.name} EngineCore")
+    lost_s = time.monotonic()
+    core.send_signal(how)
+    assert worker.popen.wait(30) == 1
+    assert time.monotonic() - lost_s < STALL_S + 12
+    _await_gone(started)
+    stack.processes.remove(worker)
+    stack.start_worker(MODEL)
+    compare(fault, clients, expected, lost_s)
+
+
+def test_sigterm_ends_a_worker_and_its_engine(own_stack: Stack) -> None:
+    worker = _only_worker(own_stack)
+    _, started = _engine(worker)
+    worker.signal(signal.SIGTERM)
+    assert worker.popen.wait(10) == 0
+    _await_gone(started)
+    await_that(lambda: not own_stack.redis.keys(keys.worker("*")))
