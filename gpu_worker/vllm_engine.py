@@ -99,15 +99,20 @@ async def open_engine(model: Model) -> AsyncIterator[VllmEngine]:
 
 
 def _make_way() -> None:
-    """Keeps this process off the processors that vLLM has bound its CPU engine to."""
+    """Keeps this process off the processors that vLLM has bound its CPU engine to.
+
+    Those of the engine's processes that are not bound share what is left, and step back there.
+    """
     if not affinity.IS_SUPPORTED:
         return
     everywhere = affinity.processors(0)
-    engine = psutil.Process().children(recursive=True)
-    bound = [cpus for cpus in (affinity.processors(p.pid) for p in engine) if cpus < everywhere]
+    engine = {p.pid: affinity.processors(p.pid) for p in psutil.Process().children(recursive=True)}
+    bound = [cpus for cpus in engine.values() if cpus < everywhere]
     free = everywhere.difference(*bound)
     if bound and free:
         affinity.confine(os.getpid(), free)
+        for pid in (pid for pid, cpus in engine.items() if cpus == everywhere):
+            affinity.step_back(pid)
 
 
 def resolve_source(source: str) -> str:

@@ -7,6 +7,7 @@ else runs there takes time from every token: kept off, 64 streams got 30 request
 import os
 from contextlib import suppress
 
+SPINNER_NICENESS = 10
 # Elsewhere there is no such call, and no CPU build of vLLM either.
 IS_SUPPORTED = hasattr(os, "sched_setaffinity")
 
@@ -22,7 +23,23 @@ def processors(pid: int) -> set[int]:
 
 def confine(pid: int, allowed: set[int]) -> None:
     """Has all threads of the process, and those that they start, run there only."""
-    with suppress(ProcessLookupError, FileNotFoundError):
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            with suppress(ProcessLookupError):
-                os.sched_setaffinity(int(thread), allowed)
+    for thread in _threads(pid):
+        with suppress(ProcessLookupError):
+            os.sched_setaffinity(thread, allowed)
+
+
+def step_back(pid: int) -> None:
+    """Has the process's threads let others run first that want the same processor.
+
+    vLLM's EngineCore spins while it waits for its worker. Beside it Redis waited up to 300 ms for
+    the processor, and so did every token; with it stepped back less than 15 ms.
+    """
+    for thread in _threads(pid):
+        with suppress(ProcessLookupError):
+            os.setpriority(os.PRIO_PROCESS, thread, SPINNER_NICENESS)
+
+
+def _threads(pid: int) -> list[int]:
+    with suppress(FileNotFoundError):
+        return [int(thread) for thread in os.listdir(f"/proc/{pid}/task")]
+    return []
