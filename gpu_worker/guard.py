@@ -28,16 +28,12 @@ def drain(worker: "Worker") -> None:
     deadline_s = time.monotonic() + worker.settings.drain_s
     while (left := worker.claims()) and (left_s := deadline_s - time.monotonic()) > 0:
         log.info("draining: %d jobs run, %.0f s left for them", len(left), left_s)
-        _await_idle(worker, min(left_s, PROGRESS_LINE_S))
+        with worker.idle:
+            worker.idle.wait_for(lambda: not worker.claims(), min(left_s, PROGRESS_LINE_S))
     for claim in left:
         worker.hand_back(claim, "its worker was stopped", is_failure=False)
         worker.stop_job(claim.job.id)
     worker.shut_down(0)
-
-
-def _await_idle(worker: "Worker", timeout_s: float) -> None:
-    with worker.idle:
-        worker.idle.wait_for(lambda: not worker._held, timeout_s)  # noqa: SLF001 (its own half)
 
 
 def watch(worker: "Worker", engine: Engine) -> None:

@@ -10,8 +10,6 @@ from tasks.jobs import Jobs
 from tasks.message import new_id
 from tasks.reconciler import queued, terms
 
-MOST_LETTERS = 1000
-
 
 def describe(job: JobRecord, reasons: list[JobEvent] | None = None) -> dict[str, Any]:
     """A dead letter; with its reasons if they are given. Never what it asked for."""
