@@ -11,6 +11,7 @@ from typing import Any
 from celery import Celery
 from celery.app.amqp import AMQP
 from kombu.connection import Connection
+from kombu.transport.virtual import Message
 from kombu.utils.json import dumps
 
 from tasks import keys
@@ -23,6 +24,20 @@ MAINTENANCE_QUEUE = "maintenance"
 _ID = b"@ticket-id@"
 
 
+class _Ticket(Message):
+    """A message that the broker has forgotten once it is taken.
+
+    Kombu asks Redis for every acknowledgement, `no_ack` or not, and when Redis went away between
+    the taking and the asking, the error ended the worker.
+    """
+
+    def ack(self, multiple: bool = False) -> None:
+        """Nothing to tell."""
+
+    def reject(self, requeue: bool = False) -> None:
+        """Nothing to tell: the reaper issues another."""
+
+
 class TicketAMQP(AMQP):  # type: ignore[misc]
     """Celery's messaging without acknowledgements: a lost ticket is issued again anyway.
 
@@ -31,7 +46,9 @@ class TicketAMQP(AMQP):  # type: ignore[misc]
     """
 
     def TaskConsumer(self, channel: Any, **options: Any) -> Any:  # noqa: N802 (Celery's name)
-        return super().TaskConsumer(channel, **options, no_ack=True)
+        consumer = super().TaskConsumer(channel, **options, no_ack=True)
+        consumer.channel.Message = _Ticket
+        return consumer
 
 
 @functools.cache

@@ -1,11 +1,16 @@
 """The scripts in tasks/lua against a real Redis: every step of a job's life, and every fence."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from celery import Celery
+from kombu import Queue
+from kombu.message import Message
 
 from tasks import keys
+from tasks.app import TICKET, TicketAMQP
 from tasks.backlog import Backlog
 from tasks.depth import depth, places
 from tasks.errors import IdempotencyError, OverloadedError
@@ -353,3 +358,16 @@ def test_frames_carry_any_bytes() -> None:
     ]
     frame = b"".join(entry.encode_head() + entry.encode_value() for entry in entries)
     assert list(decode_frame(frame)) == entries
+
+
+def test_a_ticket_that_was_taken_outlives_its_connection(server: Stack) -> None:
+    app = Celery(broker=server.env["SLUICE_REDIS_URL"], amqp=TicketAMQP)
+    taken: list[Message] = []
+    with app.connection_for_write() as connection:
+        queue = Queue("tickets")
+        with app.amqp.TaskConsumer(connection, queues=[queue], on_message=taken.append):
+            app.send_task(TICKET, ("m",), queue=queue, connection=connection)
+            connection.drain_events(timeout=10)
+    # What Celery does with it next may come after Redis has gone; an error would end the worker.
+    taken[0].ack_log_error(logging.getLogger(__name__), connection.connection_errors)
+    taken[0].reject_log_error(logging.getLogger(__name__), connection.connection_errors)
