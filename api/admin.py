@@ -78,6 +78,7 @@ def list_targets() -> Response:
     targets = [
         {"targets": [worker.metrics_address], "labels": {"worker": worker.id}}
         for worker in control.workers(get_services().redis)
+        if worker.metrics_address
     ]
     return Response(orjson.dumps(targets), content_type="application/json")
 

@@ -37,14 +37,20 @@ class WorkerView(NamedTuple):
 
     @classmethod
     def decode(cls, worker_id: str, fields: dict[bytes, bytes]) -> "WorkerView":
-        """Reads the hash that gpu_worker/keeper.py writes."""
+        """Reads the hash that gpu_worker/keeper.py writes; older workers write less."""
         text = {name.decode(): value.decode() for name, value in fields.items()}
-        p50_ms, p95_ms = text["ttft_p50_ms"], text["ttft_p95_ms"]
+        p50_ms, p95_ms = text.get("ttft_p50_ms"), text.get("ttft_p95_ms")
         return cls(
-            *(worker_id, text["model"], int(text["slots"]), WorkerState(text["state"])),
-            *(int(text["running"]), int(text["waiting"]), float(text["kv_cache_usage"])),
-            *(float(p50_ms) if p50_ms else None, float(p95_ms) if p95_ms else None),
-            text["metrics_address"],
+            id=worker_id,
+            model=text["model"],
+            slots=int(text["slots"]),
+            state=WorkerState(text.get("state", WorkerState.SERVING)),
+            running=int(text.get("running", 0)),
+            waiting=int(text.get("waiting", 0)),
+            kv_cache_usage=float(text.get("kv_cache_usage", 0)),
+            ttft_p50_ms=float(p50_ms) if p50_ms else None,
+            ttft_p95_ms=float(p95_ms) if p95_ms else None,
+            metrics_address=text.get("metrics_address", ""),
         )
 
 
