@@ -12,7 +12,7 @@ from celery.beat import EmbeddedService
 from sqlalchemy.exc import SQLAlchemyError
 
 from db.jobs import delete_old
-from tasks import counts
+from tasks import counts, logs
 from tasks.app import MAINTENANCE_QUEUE, get_celery
 from tasks.connections import connect
 from tasks.counts import Counted
@@ -112,10 +112,8 @@ def deliver_webhooks() -> None:
 
 def run() -> int:
     """Runs maintenance until a signal; returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    # Celery raises the level of the root.
-    logging.getLogger("tasks").setLevel(logging.INFO)
     settings = get_settings()
+    logs.configure(settings)
     celery = get_celery()
     schedule = {}
     for task, interval_s in (

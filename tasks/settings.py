@@ -7,7 +7,7 @@ import base64
 import os
 from functools import cache
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -50,6 +50,8 @@ class Settings(BaseSettings):
     job_ttl_s: int = Field(86_400, ge=60, description="the longest life of a job in Redis")
     log_retention_s: int = Field(3600, ge=1, description="a finished job's time in Redis")
 
+    log_format: Literal["console", "json"] = Field("console", description="how log lines look")
+    log_content: bool = Field(False, description="log what is asked and answered, too")
     metrics_bind: str = Field(
         "127.0.0.1:0",
         pattern=r"^\S+:\d+$",
