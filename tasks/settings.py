@@ -17,7 +17,7 @@ from tasks.errors import ConfigurationError
 PREFIX = "SLUICE_"
 
 # Values that no error or log may show.
-SECRET_FIELDS = frozenset({"webhook_secrets", "api_key", "admin_key"})
+SECRET_FIELDS = frozenset({"webhook_secrets", "alert_webhook", "api_key", "admin_key"})
 
 
 class Settings(BaseSettings):
@@ -57,6 +57,15 @@ class Settings(BaseSettings):
         pattern=r"^\S+:\d+$",
         description="HOST:PORT of a worker's /metrics; port 0: any free one",
     )
+
+    alert_webhook: str = Field(
+        "",
+        pattern=r"^(https?://\S+)?$",
+        repr=False,
+        description="gets alerts in Alertmanager's form, from maintenance; empty: off",
+    )
+    alert_depth: int = Field(1000, ge=1, description="more queued jobs of a model are an alert")
+    alert_oldest_s: float = Field(60, gt=0, description="a job that waits longer is an alert")
 
     admin_key: str = Field(
         "", repr=False, description="bearer token of /v1/admin; empty: these endpoints are off"
