@@ -232,6 +232,19 @@ def test_a_continued_answer_counts_its_tokens_once(stack: Stack) -> None:
     assert seen.total("sluice_inter_token_latency_seconds_count") <= 50
 
 
+def test_restarted_workers_leave_no_series_behind(home: Path) -> None:
+    with running(Stack(home, [SIM], lease_s=3)) as stack:
+        Metrics(stack.url + "/metrics")
+        before = Metrics(stack.url + "/metrics").samples.keys()
+        for _ in range(3):
+            stack.workers[0].kill()
+            name = f"*-{stack.start_worker('sim').pid}"
+            await_that(lambda: stack.redis.keys(keys.worker(name)))  # noqa: B023 (awaited at once)
+        await_that(lambda: len(stack.redis.keys(keys.worker("*"))) == 1)
+        assert Metrics(stack.url + "/metrics").samples.keys() - before == set()
+        assert stack.redis.scard(keys.WORKERS) == 1
+
+
 def _targets(stack: Stack) -> list[str]:
     found = requests.get(stack.url + "/v1/admin/targets", headers=ADMIN, timeout=10).json()
     return [target["targets"][0] for target in found]
