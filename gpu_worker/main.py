@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import uvloop
 from celery.app.trace import setup_worker_optimizations
@@ -23,7 +24,7 @@ from celery.worker import WorkController
 from celery.worker import state as celery_state
 from redis.exceptions import RedisError
 
-from gpu_worker import guard, keeper, orphans
+from gpu_worker import guard, keeper, metrics, orphans
 from gpu_worker.engine import Engine, open_engine
 from gpu_worker.pool import SlotPool
 from gpu_worker.publisher import Publisher
@@ -33,8 +34,8 @@ from tasks.app import TICKET, get_celery
 from tasks.backlog import Backlog
 from tasks.connections import connect, connect_async
 from tasks.control import WorkerState
-from tasks.errors import SluiceError
-from tasks.message import Claim, State
+from tasks.errors import ConfigurationError, SluiceError
+from tasks.message import Cause, Claim, State
 from tasks.models import Model, get_catalog
 from tasks.settings import get_settings
 from tasks.token_log import TokenLog
@@ -76,6 +77,7 @@ class Worker:
         self.log = TokenLog(connect(self.settings.bus_url))
         self.runner: Runner
         self.loop = uvloop.new_event_loop()
+        self.metrics_address = self._serve_metrics()
         self.state = WorkerState.SERVING
         self.closing = threading.Event()
         self.idle = threading.Condition()
@@ -85,6 +87,17 @@ class Worker:
         self._exit_code = 0
         self._load_failure: BaseException | None = None
         self._stop_engine = asyncio.Event()
+
+    def _serve_metrics(self) -> str:
+        try:
+            redis_host = urlsplit(self.settings.redis_url).hostname or "127.0.0.1"
+            return metrics.serve(self.settings.metrics_bind, redis_host)
+        except OSError as taken:
+            bind = self.settings.metrics_bind
+            raise ConfigurationError(
+                f"the worker's metrics cannot be served on {bind} ({taken}); "
+                "set SLUICE_METRICS_BIND to another address, with port 0 for any free one"
+            ) from None
 
     def run(self) -> int:
         """Loads the engine, works on tickets until told to stop, then closes everything."""
@@ -126,11 +139,11 @@ class Worker:
             state = None if history is None else self._on_loop(self.runner.run(claim, history))
         except EngineDiedError:
             self.state = WorkerState.DRAINING
-            self.hand_back(claim, "the engine died", is_failure=True)
+            self.hand_back(claim, Cause.ENGINE_DIED, "the engine died")
             return
         except EngineFailedError as failed:
             pause_s = ENGINE_RETRY_S * 2**claim.failures * random.uniform(1, 1.5)  # noqa: S311
-            self.hand_back(claim, str(failed), is_failure=True, delay_s=pause_s)
+            self.hand_back(claim, Cause.ENGINE_ERROR, str(failed), pause_s)
             return
         if state is None:
             return
@@ -152,12 +165,9 @@ class Worker:
         entries = self.persist(take_over)
         return None if entries is None else History.read(entries)
 
-    def hand_back(self, claim: Claim, reason: str, *, is_failure: bool, delay_s: float = 0) -> None:
+    def hand_back(self, claim: Claim, cause: Cause, reason: str, delay_s: float = 0) -> None:
         """Gives the job to other workers, at once or later; it may be its end as a dead letter."""
-        requeue = lambda: self.backlog.requeue(
-            claim, reason, is_failure=is_failure, delay_s=delay_s
-        )
-        state = self.persist(requeue)
+        state = self.persist(lambda: self.backlog.requeue(claim, cause, reason, delay_s))
         log.warning("job %s: %s, now %s", claim.job.id, reason, state)
         if state is State.FAILED:
             self.persist(lambda: self.log.end_given_up(claim))

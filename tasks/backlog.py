@@ -14,7 +14,7 @@ from redis import Redis
 from tasks import keys
 from tasks.app import make_ticket
 from tasks.errors import IdempotencyError, OverloadedError
-from tasks.message import Claim, Job, Lane, Snapshot, State, Terms, new_id
+from tasks.message import Cause, Claim, Job, Lane, Snapshot, State, Terms, new_id
 from tasks.settings import Settings, get_settings
 
 LUA = Path(__file__).parent / "lua"
@@ -23,7 +23,8 @@ REAPED_AT_ONCE = 1000
 
 def load_script(client: Any, *names: str) -> Callable[..., Any]:
     """The files lua/<name>.lua as one script, run by its hash, by a blocking or asyncio client."""
-    text = "".join((LUA / f"{name}.lua").read_text() for name in names)
+    files = ((LUA / f"{name}.lua").read_text() for name in names)
+    text = "".join([f"local COUNTS = '{keys.COUNTS}'\n", *files])
     script: Callable[..., Any] = client.register_script(text)
     return script
 
@@ -52,7 +53,7 @@ class Backlog:
     def __init__(self, redis: Redis, settings: Settings | None = None) -> None:
         self.redis = redis
         self._settings = settings or get_settings()
-        self._submit = load_script(redis, "submit")
+        self._submit = load_script(redis, "record", "submit")
         self._claim = load_script(redis, "record", "claim")
         self._renew = load_script(redis, "renew")
         self._requeue = load_script(redis, "record", "requeue")
@@ -147,9 +148,7 @@ class Backlog:
         lost = self._renew(keys=[keys.LEASES], args=[lease_us, keys.JOB_PREFIX, *pairs])
         return [job_id.decode() for job_id in lost]
 
-    def requeue(
-        self, claim: Claim, reason: str, *, is_failure: bool, delay_s: float = 0
-    ) -> State | None:
+    def requeue(self, claim: Claim, cause: Cause, reason: str, delay_s: float = 0) -> State | None:
         """Hands a claimed job back, for another worker or a later try; or ends it as a dead letter.
 
         Returns:
@@ -163,7 +162,7 @@ class Backlog:
             ],
             args=[
                 *(claim.job.id, claim.attempt, keys.BACKLOG_PREFIX),
-                *(self._settings.log_retention_s, reason, int(is_failure), int(delay_s * 1e6)),
+                *(self._settings.log_retention_s, reason, cause, int(delay_s * 1e6)),
                 make_ticket(model, new_id()),
             ],
         )

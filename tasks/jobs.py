@@ -6,8 +6,9 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import RedisError
 
-from tasks import keys
+from tasks import counts, keys
 from tasks.backlog import Backlog
+from tasks.counts import Counted
 from tasks.depth import depth
 from tasks.errors import (
     JobCancelledError,
@@ -102,4 +103,5 @@ class Jobs:
             if waiting.oldest_age_s >= OLD_ENOUGH_S and missing > 0:
                 self.backlog.send_tickets(model, missing)
                 issued += missing
+                counts.add(self.backlog.redis, Counted.TICKETS, "reissued", model, missing)
         return issued

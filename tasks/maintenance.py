@@ -12,8 +12,10 @@ from celery.beat import EmbeddedService
 from sqlalchemy.exc import SQLAlchemyError
 
 from db.jobs import delete_old
+from tasks import counts
 from tasks.app import MAINTENANCE_QUEUE, get_celery
 from tasks.connections import connect
+from tasks.counts import Counted
 from tasks.jobs import Jobs
 from tasks.ledger import Recorder
 from tasks.reconciler import reconcile
@@ -104,7 +106,8 @@ def delete_old_jobs() -> None:
 
 def deliver_webhooks() -> None:
     """Task: calls the webhooks that are due."""
-    _deliverer().deliver()
+    for state, calls in _deliverer().deliver().items():
+        counts.add(_jobs().backlog.redis, Counted.WEBHOOKS, state, times=calls)
 
 
 def run() -> int:

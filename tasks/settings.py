@@ -50,6 +50,12 @@ class Settings(BaseSettings):
     job_ttl_s: int = Field(86_400, ge=60, description="the longest life of a job in Redis")
     log_retention_s: int = Field(3600, ge=1, description="a finished job's time in Redis")
 
+    metrics_bind: str = Field(
+        "127.0.0.1:0",
+        pattern=r"^\S+:\d+$",
+        description="HOST:PORT of a worker's /metrics; port 0: any free one",
+    )
+
     admin_key: str = Field(
         "", repr=False, description="bearer token of /v1/admin; empty: these endpoints are off"
     )

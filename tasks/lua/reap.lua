@@ -18,7 +18,8 @@ for _, id in due(KEYS[1]) do
     redis.call('ZREM', KEYS[1], id)
     if job[1] == 'in_progress' then
         local reason = 'worker ' .. (job[9] or '') .. ' fell silent'
-        local state = requeue(key, id, {unpack(job, 2)}, keys, at_us, ARGV[3], reason, true, 0)
+        local state = requeue(key, id, {unpack(job, 2)}, keys, at_us, ARGV[3],
+            reason, 'lease_expired', 0)
         reaped[#reaped + 1] = {id, job[3], job[2], job[8], state}
     end
 end
