@@ -76,7 +76,7 @@ def _now() -> list[Panel]:
             "Workers serving",
             "Workers that take jobs: without any, all jobs wait.",
             "short",
-            or_zero(f"sum({SERVING})"),
+            or_zero(f"sum({SERVING})", while_there="sluice_leases"),
             good_from(1),
         ),
     ]

@@ -4,8 +4,6 @@ Queue, jobs and workers are the same from each API: the greatest of the APIs cou
 API's own, latencies and `vllm:*` are each worker's own: these are added up.
 """
 
-MODEL = 'model=~"$model"'
-
 
 def same(metric: str, labels: str, by: str | None = None) -> str:
     """What every API tells alike, summed up to the labels `by`; by default to all of its own."""
@@ -20,7 +18,9 @@ def own(metric: str, by: str) -> str:
 
 def of(metric: str, *more: str) -> str:
     """The metric of the chosen models, narrowed by more matchers."""
-    return f"{metric}{{{', '.join([MODEL, *more])}}}"
+    label = "model_name" if metric.startswith("vllm:") else "model"
+    matchers = ", ".join([f'{label}=~"$model"', *more])
+    return f"{metric}{{{matchers}}}"
 
 
 def rate(metric: str) -> str:
@@ -45,9 +45,9 @@ def quantiles(histogram: str, *shares: float, by: str = "") -> dict[str, str]:
     return {f"{legend}{share * 100:g}": quantile(share, histogram, by) for share in shares}
 
 
-def or_zero(query: str, label: str = "") -> str:
-    """0 for what never happened, as long as an API answers: its silence is no good news."""
-    zero = "0 * max(sluice_leases)"
+def or_zero(query: str, label: str = "", while_there: str = "sluice_redis_up") -> str:
+    """0 for what has not happened yet, unless the other metric is gone too: silence is no news."""
+    zero = f"0 * max({while_there})"
     if label:
         zero = f'label_replace({zero}, "{label}", "none", "", "")'
     return f"{query} or on() {zero}"

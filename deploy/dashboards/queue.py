@@ -3,7 +3,7 @@
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from deploy.dashboards.panels import Panel, bad_from, board, graph, number
-from deploy.dashboards.promql import increase, of, or_zero, quantiles, rate, same
+from deploy.dashboards.promql import increase, of, quantiles, rate, same
 
 LANES = "model, lane"
 DEPTH = same(of("sluice_queue_depth"), LANES)
@@ -64,7 +64,7 @@ def _now() -> list[Panel]:
             "Dead letters",
             "Jobs given up in the time that is shown: `sluice dead list` says why.",
             "short",
-            or_zero(f"sum({same(f'increase({DEAD}[$__range])', LANES)})"),
+            f"sum({same(f'increase({DEAD}[$__range])', LANES)})",
             bad_from(1, 10),
         ),
         number(
@@ -115,9 +115,9 @@ def _jobs() -> list[Panel]:
             "ended means that jobs run twice.",
             "short",
             {
-                "accepted": or_zero(f"sum({jobs('queued')})"),
-                "claimed": or_zero(f"sum({jobs('in_progress')})"),
-                "ended": or_zero(f"sum({ended})"),
+                "accepted": f"sum({jobs('queued')})",
+                "claimed": f"sum({jobs('in_progress')})",
+                "ended": f"sum({ended})",
             },
         ),
         graph(
@@ -125,7 +125,7 @@ def _jobs() -> list[Panel]:
             "Failed is ours or the engine's, cancelled the client's, expired a deadline that "
             "passed in the queue.",
             "short",
-            {"{{status}}": or_zero(f"sum by (status) ({ended})", "status")},
+            {"{{status}}": f"sum by (status) ({ended})"},
         ),
         graph(
             "Running and delayed",
@@ -146,20 +146,20 @@ def _failures() -> list[Panel]:
             "lease_expired and engine_died are failovers, see the workers' logs; engine_error is "
             "a 5xx of the engine; handed_back is a worker that was stopped, which is normal.",
             "short",
-            {"{{cause}}": or_zero(requeues, "cause")},
+            {"{{cause}}": requeues},
         ),
         graph(
             "Dead letters",
             "Jobs given up after their last failure: each one deserves a `sluice dead show JOB`.",
             "short",
-            {"{{model}} {{lane}}": or_zero(same(increase(DEAD), LANES), "model")},
+            {"{{model}} {{lane}}": same(increase(DEAD), LANES)},
         ),
         graph(
             "Tickets issued again",
             "Celery's tickets that were lost: a few after a worker was killed are normal, a "
             "steady flow is not.",
             "short",
-            {"{{model}}": or_zero(tickets, "model")},
+            {"{{model}}": tickets},
         ),
         graph(
             "Paused",
@@ -176,17 +176,24 @@ def _beside() -> list[Panel]:
         graph(
             "Changes not in SQL",
             "It grows while the database or all maintenance processes are away, and shrinks "
-            "afterwards; nothing is lost meanwhile.",
+            "when they are back.",
             "short",
             {"records": LEDGER},
             bad_from(1000, 10_000),
         ),
         graph(
             "Webhook calls",
-            "failed is tried again for a day; given_up means that a receiver was away for longer "
-            "and has to ask for the job.",
+            "pending is tried again; failed is a receiver that was away for a day and has to ask for "
+            "the job, disabled one that said 410.",
             "short",
-            {"{{outcome}}": or_zero(webhooks, "outcome")},
+            {"{{outcome}}": webhooks},
+        ),
+        graph(
+            "Redis answers",
+            "0 while the APIs cannot reach the queue's Redis: all requests get 503, and all that "
+            "is read from it is missing here.",
+            "short",
+            {"up": "min(sluice_redis_up)"},
         ),
         graph(
             "Redis memory",

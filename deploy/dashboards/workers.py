@@ -28,9 +28,14 @@ def made() -> Dashboard:
     )
 
 
+def _or_none(query: str) -> str:
+    """0 when no worker lives and Redis says so."""
+    return or_zero(query, while_there="sluice_leases")
+
+
 def _of_state(state: str) -> str:
     workers = same(of("sluice_workers", f'state="{state}"'), "model, state")
-    return or_zero(f"sum({workers})")
+    return _or_none(f"sum({workers})")
 
 
 def _now() -> list[Panel]:
@@ -51,7 +56,7 @@ def _now() -> list[Panel]:
             "Slots",
             "Requests that the serving workers take at once: what you have to give.",
             "short",
-            or_zero(f"sum({SLOTS})"),
+            _or_none(f"sum({SLOTS})"),
         ),
         number(
             "Slots used",
@@ -65,7 +70,7 @@ def _now() -> list[Panel]:
             "Requests that a worker has taken and its engine has no room for: above 0 for long, "
             "set fewer slots.",
             "short",
-            or_zero(f"sum({WAITING})"),
+            _or_none(f"sum({WAITING})"),
             bad_from(1, 20),
         ),
         number(
