@@ -183,8 +183,8 @@ def _beside() -> list[Panel]:
         ),
         graph(
             "Webhook calls",
-            "pending is tried again; failed is a receiver that was away for a day and has to ask for "
-            "the job, disabled one that said 410.",
+            "pending is tried again; failed is a receiver that was away for a day and has to ask "
+            "for the job, disabled one that said 410.",
             "short",
             {"{{outcome}}": webhooks},
         ),
