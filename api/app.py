@@ -8,6 +8,7 @@ from flask_openapi3 import Info, OpenAPI
 
 from api import admin, errors, health, instruments, jobs, metrics, routes, websocket
 from api.services import Services
+from tasks import logs
 
 
 def create_app() -> OpenAPI:
@@ -19,6 +20,7 @@ def create_app() -> OpenAPI:
         validation_error_callback=errors.refuse_parameters,
     )
     services = Services.start()
+    logs.configure(services.settings)
     app.config["MAX_CONTENT_LENGTH"] = services.settings.max_body_bytes
     app.extensions["sluice"] = services
     app.register_api(routes.blueprint)

@@ -75,6 +75,11 @@ class Job:
         ]
 
 
+def about_job(job: Job) -> dict[str, object]:
+    """What each log line about the job has in `extra`."""
+    return {"job": job.id, "tenant": job.tenant, "model": job.model}
+
+
 @dataclass(frozen=True, slots=True)
 class Terms:
     """How a job is queued, beside its place at the end of its lane."""
