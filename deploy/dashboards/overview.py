@@ -70,7 +70,7 @@ def _now() -> list[Panel]:
             "Share of calls of /v1 answered with 5xx: when it is not 0, see the errors below.",
             "percentunit",
             FAILED_SHARE,
-            bad_from(0.001, 0.01),
+            bad_from(0.01, 0.05),
         ),
         number(
             "Workers serving",
@@ -91,7 +91,7 @@ def _latency() -> list[Panel]:
             "queue's wait does too, workers are missing; when only it rises, prompts are long.",
             "s",
             quantiles(ttft, 0.5, 0.95, 0.99),
-            bad_from(2, 10),
+            bad_from(2, 8),
         ),
         graph(
             "Time per output token",
@@ -151,7 +151,7 @@ def _errors() -> list[Panel]:
             "step is a fault of ours.",
             "percentunit",
             {"5xx": FAILED_SHARE},
-            bad_from(0.001, 0.01),
+            bad_from(0.01, 0.05),
         ),
         graph(
             "Calls answered with an error, by status",

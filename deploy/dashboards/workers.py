@@ -192,7 +192,7 @@ def _vllm_latency() -> list[Panel]:
             "engine is full.",
             "s",
             _p95("vllm:time_to_first_token_seconds"),
-            bad_from(2, 10),
+            bad_from(2, 8),
         ),
         graph(
             "Between two tokens in vLLM, p95",
