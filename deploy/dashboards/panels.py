@@ -135,7 +135,8 @@ def board(uid: str, title: str, about: str, rows: dict[str, list[Panel]]) -> das
     for panel_id, each in enumerate(made.panels or [], start=1):
         each.id_val = panel_id
     for link in made.links or []:
-        link.placement = None  # the SDK hides links in a menu
+        # The SDK would hide them in a menu.
+        link.placement = None  # type: ignore[assignment]
     return made
 
 
