@@ -67,7 +67,9 @@ class Settings(BaseSettings):
         description="gets alerts in Alertmanager's form, from maintenance; empty: off",
     )
     alert_depth: int = Field(1000, ge=1, description="more queued jobs of a model are an alert")
-    alert_oldest_s: float = Field(60, gt=0, description="a job that waits longer is an alert")
+    alert_oldest_s: float = Field(
+        60, gt=0, description="an interactive job that waits longer is an alert"
+    )
 
     admin_key: str = Field(
         "", repr=False, description="bearer token of /v1/admin; empty: these endpoints are off"
