@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from deploy.findings import without_password
 from tasks.errors import DatabaseUnavailableError, QueueUnavailableError
 from tasks.settings import get_settings
 
@@ -31,7 +32,8 @@ def _queue() -> Iterator["Jobs"]:
         yield Jobs(connect(settings.redis_url), connect(settings.bus_url))
     except RedisError as away:
         raise QueueUnavailableError(
-            f"no Redis answers at {settings.redis_url} ({away}); start it, or set SLUICE_REDIS_URL"
+            f"no Redis answers at {without_password(settings.redis_url)} ({away}); "
+            "start it, or set SLUICE_REDIS_URL"
         ) from None
     except SQLAlchemyError as away:
         raise DatabaseUnavailableError(

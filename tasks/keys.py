@@ -14,6 +14,7 @@
 | paused                 | set     | models whose backlog is not served    | `sluice resume`       |
 | suspect:{worker}       | string  | job that may kill that worker         | TTL                   |
 | ledger                 | stream  | changes not yet in SQL (ledger.py)    | maintenance           |
+| maintenance            | string  | process that reaped last              | TTL                   |
 | workers                | set     | workers that may be alive             | whoever finds it dead |
 | worker:{id}            | hash    | model, slots, running, waiting        | TTL                   |
 | log:{id}               | stream  | what the worker sent back (events.py) | TTL                   |
@@ -33,6 +34,7 @@ DEADLINES = f"{PREFIX}deadlines"
 DELAYED = f"{PREFIX}delayed"
 PAUSED = f"{PREFIX}paused"
 LEDGER = f"{PREFIX}ledger"
+MAINTENANCE = f"{PREFIX}maintenance"
 WORKERS = f"{PREFIX}workers"
 BACKLOG_PREFIX = f"{PREFIX}backlog:"
 JOB_PREFIX = f"{PREFIX}job:"

@@ -5,6 +5,9 @@ Two may run: every task is atomic in Redis or SQL, and doing it twice changes no
 
 import functools
 import logging
+import math
+import os
+import socket
 import threading
 from collections.abc import Callable
 
@@ -12,6 +15,7 @@ from celery.beat import EmbeddedService
 from sqlalchemy.exc import SQLAlchemyError
 
 from db.jobs import delete_old
+from tasks import keys
 from tasks.app import MAINTENANCE_QUEUE, get_celery
 from tasks.connections import connect
 from tasks.jobs import Jobs
@@ -27,6 +31,10 @@ LEDGER_INTERVAL_S = 1.0
 RECONCILE_INTERVAL_S = 5.0
 RETENTION_INTERVAL_S = 60.0
 WEBHOOK_INTERVAL_S = 1.0
+
+# How long maintenance counts as alive after a round of the reaper.
+SHOWN_ROUNDS = 5
+LEAST_SHOWN_S = 10
 
 # Up to four may wait, for the database and for receivers; that must not stop the reaper.
 THREADS = 6
@@ -51,8 +59,11 @@ def _deliverer() -> Deliverer:
 
 
 def reap() -> None:
-    """Task: hands on jobs whose lease has expired."""
+    """Task: hands on jobs whose lease has expired, and shows that maintenance lives."""
     _jobs().reap()
+    process = f"{socket.gethostname()}-{os.getpid()}"
+    shown_s = math.ceil(SHOWN_ROUNDS * get_settings().reap_interval_s)
+    _jobs().backlog.redis.set(keys.MAINTENANCE, process, ex=max(shown_s, LEAST_SHOWN_S))
 
 
 def reissue_tickets() -> None:
