@@ -72,6 +72,17 @@ def list_workers() -> Response:
     return _json({"object": "list", "data": [worker._asdict() for worker in found]})
 
 
+@blueprint.get("/v1/admin/targets", tags=ADMIN, summary="List workers for Prometheus")
+def list_targets() -> Response:
+    """In the form of Prometheus's `http_sd`: where the /metrics of the living workers are."""
+    targets = [
+        {"targets": [worker.metrics_address], "labels": {"worker": worker.id}}
+        for worker in control.workers(get_services().redis)
+        if worker.metrics_address
+    ]
+    return Response(orjson.dumps(targets), content_type="application/json")
+
+
 @blueprint.post("/v1/admin/workers/<string:worker_id>/drain", tags=ADMIN, summary="Drain a worker")
 def drain(path: schemas.WorkerPath) -> Response:
     """It takes no more jobs, finishes what it can, hands on the rest, and ends."""

@@ -6,8 +6,9 @@ from importlib.metadata import version
 from flask import Response, request
 from flask_openapi3 import Info, OpenAPI
 
-from api import admin, errors, health, jobs, routes, websocket
+from api import admin, errors, health, instruments, jobs, metrics, routes, websocket
 from api.services import Services
+from tasks import logs
 
 
 def create_app() -> OpenAPI:
@@ -19,13 +20,16 @@ def create_app() -> OpenAPI:
         validation_error_callback=errors.refuse_parameters,
     )
     services = Services.start()
+    logs.configure(services.settings)
     app.config["MAX_CONTENT_LENGTH"] = services.settings.max_body_bytes
     app.extensions["sluice"] = services
     app.register_api(routes.blueprint)
     app.register_api(jobs.blueprint)
     app.register_api(health.blueprint)
+    app.register_api(metrics.blueprint)
     app.register_api(admin.blueprint)
     websocket.register(app)
+    instruments.register(app)
     app.after_request(_add_request_id)
     errors.register(app)
     # What is there now stays: a full collection over it would hold up every stream for 50 ms.

@@ -11,6 +11,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from werkzeug.exceptions import HTTPException
 
+from api.instruments import ERRORS
 from api.schemas import refusal
 from tasks.errors import DatabaseUnavailableError, QueueUnavailableError, SluiceError
 
@@ -28,6 +29,7 @@ def register(app: Flask) -> None:
 
 
 def _answer(error: SluiceError) -> Response:
+    ERRORS.labels(str(error.status), error.code).inc()
     response = Response(
         orjson.dumps(error.body()), status=error.status, content_type="application/json"
     )

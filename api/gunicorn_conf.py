@@ -1,5 +1,6 @@
-"""gunicorn's settings (its own names). Imports nothing: gevent's patches must come first."""
+"""gunicorn's settings (its own names). Imports next to nothing: gevent's patches come first."""
 
+import os
 from typing import Any
 
 worker_class = "gevent"
@@ -11,7 +12,8 @@ graceful_timeout = 5
 timeout = 60
 accesslog = None
 errorlog = "-"
-loglevel = "info"
+# Its lines are no JSON.
+loglevel = "warning" if os.environ.get("SLUICE_LOG_FORMAT") == "json" else "info"
 control_socket_disable = True
 
 

@@ -6,8 +6,8 @@ import orjson
 from flask import Response
 from flask_openapi3 import APIBlueprint, Tag
 
-from api.services import Services, get_services
-from tasks import keys
+from api.services import get_services
+from tasks import control
 
 blueprint = APIBlueprint("health", __name__)
 HEALTH = [Tag(name="Health")]
@@ -24,7 +24,7 @@ def live() -> Response:
 def ready() -> Response:
     """200 when Redis answers and at least one worker lives, else 503."""
     services = get_services()
-    workers = _live_workers(services)
+    workers = len(control.workers(services.redis))
     if workers:
         return _json({"status": "ok", "workers": workers})
     response = _json({"status": "no worker lives yet", "workers": 0}, status=503)
@@ -36,15 +36,6 @@ def ready() -> Response:
 def get_version() -> Response:
     """The version of the package."""
     return _json({"version": version("sluice")})
-
-
-def _live_workers(services: Services) -> int:
-    """Counts workers with a heartbeat, and forgets those without."""
-    known: list[bytes] = list(services.redis.smembers(keys.WORKERS))  # type: ignore[arg-type]
-    dead = [name for name in known if not services.redis.exists(keys.worker(name.decode()))]
-    if dead:
-        services.redis.srem(keys.WORKERS, *dead)
-    return len(known) - len(dead)
 
 
 def _json(document: dict[str, object], status: int = 200) -> Response:

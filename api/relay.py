@@ -17,6 +17,7 @@ from gevent.event import Event
 from redis.client import PubSub
 from redis.exceptions import RedisError
 
+from api.instruments import STREAMS
 from api.job_stream import ENTRIES_AT_ONCE, JobStream
 from tasks import keys
 from tasks.connections import connect_listener
@@ -51,7 +52,8 @@ class Relay:
         """The stream of a job, fed from now until exit; open it before the job is submitted."""
         stream = self._streams[job_id] = JobStream(job_id, self._log)
         try:
-            yield stream
+            with STREAMS.track_inprogress():
+                yield stream
         finally:
             del self._streams[job_id]
 
@@ -63,7 +65,8 @@ class Relay:
         self._followed.add(stream)
         self._has_followed.set()
         try:
-            yield stream
+            with STREAMS.track_inprogress():
+                yield stream
         finally:
             self._followed.discard(stream)
 

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import re
+import shutil
 import sys
 from typing import NoReturn
 
@@ -28,7 +30,16 @@ def serve(bind: str) -> NoReturn:
         migrate(get_settings().database_url)
     except (SQLAlchemyError, OSError) as away:
         log.warning("the database is away, background jobs get 503 until it is back: %s", away)
+    _make_metrics_directory(bind)
     processes = str(get_settings().api_processes)
     command = ["-m", "gunicorn", "-c", "python:api.gunicorn_conf", "--bind", bind]
     command += ["--workers", processes, "api.app:create_app()"]
     os.execv(sys.executable, [sys.executable, *command])
+
+
+def _make_metrics_directory(bind: str) -> None:
+    """An empty place for the numbers of this API's processes (metrics.py)."""
+    directory = get_settings().home / "metrics" / re.sub(r"[^\w.]", "-", bind)
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)

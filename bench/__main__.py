@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import click
 from rich.console import Console
 
-from bench import jobs, memory, report
+from bench import cost, jobs, memory, report
 from bench.processes import largest_rss_mb, niceness
 from bench.rounds import Round, compare
 from bench.stacks import Stack, StackError, sluice, vllm_server
@@ -66,6 +66,19 @@ def main(
     except (SluiceError, StackError) as wrong:
         raise click.ClickException(str(wrong)) from None
     _end(console, json_path, document, errors)
+
+
+@main.command("cost")
+@click.option("--rounds", default=6, show_default=True, type=click.IntRange(1))
+@click.option("--scale", default=1.0, show_default=True, help="Multiplies the requests per round.")
+def run_cost(rounds: int, scale: float) -> None:
+    """What leases, token logs and metrics cost: Sluice beside copies of itself without them."""
+    console = _console()
+    try:
+        errors = cost.run(console, get_catalog().default, rounds, scale)
+    except (SluiceError, StackError) as wrong:
+        raise click.ClickException(str(wrong)) from None
+    _end(console, None, {}, errors)
 
 
 @main.command("jobs")

@@ -22,7 +22,7 @@ import requests
 from redis.exceptions import RedisError
 from rich.console import Console
 
-from bench import deep_queue
+from bench import deep_queue, scrape
 from bench.figures import Report
 from bench.processes import cpu_between_s, largest_rss_mb, snapshot
 from bench.stacks import StackError
@@ -81,6 +81,7 @@ def _measure_all(report: Report, home: Path, scale: float) -> None:
         backlog = Backlog(stack.redis, Settings(max_backlog=NO_LIMIT))
         jobs = max(round(DEEP_JOBS * scale), deep_queue.SHALLOW_JOBS)
         deep_queue.measure(report, stack, backlog, jobs)
+    scrape.measure(report)
 
 
 def _allow_many_files() -> None:

@@ -53,8 +53,13 @@ def vllm_server(model: Model, home: Path) -> Iterator[Stack]:
 
 
 @contextmanager
-def sluice(model: Model, home: Path) -> Iterator[Stack]:
-    """`sluice up` with this model only, and with its own Redis and database."""
+def sluice(
+    model: Model, home: Path, source: Path | None = None, name: str = "Sluice"
+) -> Iterator[Stack]:
+    """`sluice up` with this model only, and with its own Redis and database.
+
+    The packages in `source` are run, if that is given.
+    """
     port = _free_port()
     models = home / "models.yaml"
     models.write_text(yaml.safe_dump({"models": [model.model_dump(mode="json")]}))
@@ -65,7 +70,7 @@ def sluice(model: Model, home: Path) -> Iterator[Stack]:
         "SLUICE_MODELS": str(models),
     }
     command = [sys.executable, "-m", "deploy.cli", "up"]
-    with _running("Sluice", command, env, port, "/health/ready", home) as stack:
+    with _running(name, command, env, port, "/health/ready", home, source) as stack:
         yield stack
 
 
@@ -77,13 +82,19 @@ def _free_port() -> int:
 
 @contextmanager
 def _running(
-    name: str, command: list[str], env: dict[str, str], port: int, ready_path: str, home: Path
+    name: str,
+    command: list[str],
+    env: dict[str, str],
+    port: int,
+    ready_path: str,
+    home: Path,
+    directory: Path | None = None,
 ) -> Iterator[Stack]:
     log = home / f"{name}.log"
     started_s = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, env=env, stdout=output, stderr=output, start_new_session=True
+            command, cwd=directory, env=env, stdout=output, stderr=output, start_new_session=True
         )
     try:
         _wait_until_ready(process, f"http://127.0.0.1:{port}{ready_path}", log)

@@ -26,10 +26,12 @@ ENGINES = {
 
 
 class Load(NamedTuple):
-    """Requests inside the engine: in the running batch, and waiting for it."""
+    """Requests inside the engine, in the running batch and waiting for it; and its KV cache."""
 
     running: int
     waiting: int
+    kv_cache_usage: float = 0.0
+    """0 to 1."""
 
 
 class Engine(Protocol):

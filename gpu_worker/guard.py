@@ -10,6 +10,7 @@ import psutil
 
 from gpu_worker.engine import Engine
 from tasks.control import WorkerState
+from tasks.message import Cause
 
 if TYPE_CHECKING:
     from gpu_worker.main import Worker
@@ -31,7 +32,7 @@ def drain(worker: "Worker") -> None:
         with worker.idle:
             worker.idle.wait_for(lambda: not worker.claims(), min(left_s, PROGRESS_LINE_S))
     for claim in left:
-        worker.hand_back(claim, "its worker was stopped", is_failure=False)
+        worker.hand_back(claim, Cause.HANDED_BACK, "its worker was stopped")
         worker.stop_job(claim.job.id)
     worker.shut_down(0)
 
@@ -60,7 +61,7 @@ def _abandon(worker: "Worker", reason: str) -> None:
     worker.stop_consuming()
     threading.Thread(target=_end_at_last, daemon=True).start()
     for claim in worker.claims():
-        worker.hand_back(claim, reason, is_failure=True)
+        worker.hand_back(claim, Cause.ENGINE_DIED, reason)
     worker.loop.call_soon_threadsafe(worker.runner.stop_all)
     _kill_children()
     worker.shut_down(1)

@@ -9,6 +9,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from gpu_worker.engine import Engine
+from gpu_worker.metrics import recent_ttft
 from tasks import keys
 from tasks.backlog import Backlog
 from tasks.connections import connect_listener
@@ -28,6 +29,7 @@ class Kept(Protocol):
     id: str
     model: Model
     backlog: Backlog
+    metrics_address: str
 
     @property
     def state(self) -> WorkerState: ...
@@ -63,12 +65,14 @@ def keep(worker: Kept, engine: Engine, closing: threading.Event) -> None:
 def beat(redis: Redis, worker: Kept, engine: Engine) -> bool:
     """Writes the worker's heartbeat, which lasts as long as a lease; whether it is to drain."""
     key = keys.worker(worker.id)
-    fields: dict[str, str | int] = {
+    told = engine.load()._asdict() | recent_ttft()._asdict()
+    fields = {
         "model": worker.model.name,
         "slots": worker.model.slots,
         "state": worker.state,
+        "metrics_address": worker.metrics_address,
+        **{name: "" if value is None else value for name, value in told.items()},
     }
-    fields |= engine.load()._asdict()
     pipeline = redis.pipeline(transaction=False)
     pipeline.hset(key, mapping=fields)  # type: ignore[arg-type]
     pipeline.expire(key, int(get_settings().lease_s) + 1)

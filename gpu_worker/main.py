@@ -14,8 +14,10 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import uvloop
 from celery.app.trace import setup_worker_optimizations
@@ -23,19 +25,20 @@ from celery.worker import WorkController
 from celery.worker import state as celery_state
 from redis.exceptions import RedisError
 
-from gpu_worker import guard, keeper, orphans
+from gpu_worker import guard, keeper, metrics, orphans
 from gpu_worker.engine import Engine, open_engine
 from gpu_worker.pool import SlotPool
 from gpu_worker.publisher import Publisher
 from gpu_worker.runner import EngineDiedError, EngineFailedError, History, Runner
-from tasks import keys
+from tasks import keys, logs
 from tasks.app import TICKET, get_celery
 from tasks.backlog import Backlog
 from tasks.connections import connect, connect_async
 from tasks.control import WorkerState
-from tasks.errors import SluiceError
-from tasks.message import Claim, State
+from tasks.errors import ConfigurationError, SluiceError
+from tasks.message import Cause, Claim, State, about_job
 from tasks.models import Model, get_catalog
+from tasks.response import assemble
 from tasks.settings import get_settings
 from tasks.token_log import TokenLog
 
@@ -56,10 +59,7 @@ def run(model_name: str) -> int:
     Raises:
         SluiceError: the model or a setting is wrong, or the engine cannot be loaded.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    # One line per job is the runner's; Celery's two per ticket say nothing of it.
-    for chatty in ("celery.worker.strategy", "celery.app.trace"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logs.configure(get_settings())
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     orphans.refuse_orphans()
     return Worker(get_catalog().resolve(model_name)).run()
@@ -76,6 +76,7 @@ class Worker:
         self.log = TokenLog(connect(self.settings.bus_url))
         self.runner: Runner
         self.loop = uvloop.new_event_loop()
+        self.metrics_address = self._serve_metrics()
         self.state = WorkerState.SERVING
         self.closing = threading.Event()
         self.idle = threading.Condition()
@@ -85,6 +86,17 @@ class Worker:
         self._exit_code = 0
         self._load_failure: BaseException | None = None
         self._stop_engine = asyncio.Event()
+
+    def _serve_metrics(self) -> str:
+        try:
+            redis_host = urlsplit(self.settings.redis_url).hostname or "127.0.0.1"
+            return metrics.serve(self.settings.metrics_bind, redis_host)
+        except OSError as taken:
+            bind = self.settings.metrics_bind
+            raise ConfigurationError(
+                f"the worker's metrics cannot be served on {bind} ({taken}); "
+                "set SLUICE_METRICS_BIND to another address, with port 0 for any free one"
+            ) from None
 
     def run(self) -> int:
         """Loads the engine, works on tickets until told to stop, then closes everything."""
@@ -111,6 +123,8 @@ class Worker:
         claim = self.backlog.claim(self.model.name, self.id)
         if claim is None:
             return
+        about = {"attempt": claim.attempt, "queue_ms": claim.queue_ms}
+        log.info("job claimed", extra=about_job(claim.job) | about)
         with self.idle:
             self._held[claim.job.id] = claim
         try:
@@ -121,16 +135,17 @@ class Worker:
                 self.idle.notify_all()
 
     def _see_through(self, claim: Claim) -> None:
+        begun_s = time.monotonic()
         try:
             history = self._take_over(claim) if claim.attempt > 1 else History()
             state = None if history is None else self._on_loop(self.runner.run(claim, history))
         except EngineDiedError:
             self.state = WorkerState.DRAINING
-            self.hand_back(claim, "the engine died", is_failure=True)
+            self.hand_back(claim, Cause.ENGINE_DIED, "the engine died")
             return
         except EngineFailedError as failed:
             pause_s = ENGINE_RETRY_S * 2**claim.failures * random.uniform(1, 1.5)  # noqa: S311
-            self.hand_back(claim, str(failed), is_failure=True, delay_s=pause_s)
+            self.hand_back(claim, Cause.ENGINE_ERROR, str(failed), pause_s)
             return
         if state is None:
             return
@@ -140,10 +155,18 @@ class Worker:
         if claim.is_last:
             # Others like it may have waited for this one to end (lua/claim.lua).
             self.persist(lambda: self.backlog.send_tickets(self.model.name))
-        log.info(
-            "job %s: %s model=%s attempt=%d queue_ms=%d",
-            *(claim.job.id, state, claim.job.model, claim.attempt, claim.queue_ms),
-        )
+        self._log_end(claim, state, time.monotonic() - begun_s)
+
+    def _log_end(self, claim: Claim, state: State, ran_s: float) -> None:
+        about: dict[str, object] = {
+            "attempt": claim.attempt,
+            "queue_ms": claim.queue_ms,
+            "run_ms": round(ran_s * 1000),
+        }
+        if self.settings.log_content:
+            outcome = self.persist(lambda: assemble(self.log.read_after(claim.job.id)))
+            about["answer"] = outcome and outcome.body and outcome.body.decode(errors="replace")
+        log.info("job %s", state, extra=about_job(claim.job) | about)
 
     def _take_over(self, claim: Claim) -> History | None:
         """What earlier attempts wrote; from now on they can write no more."""
@@ -152,13 +175,11 @@ class Worker:
         entries = self.persist(take_over)
         return None if entries is None else History.read(entries)
 
-    def hand_back(self, claim: Claim, reason: str, *, is_failure: bool, delay_s: float = 0) -> None:
+    def hand_back(self, claim: Claim, cause: Cause, reason: str, delay_s: float = 0) -> None:
         """Gives the job to other workers, at once or later; it may be its end as a dead letter."""
-        requeue = lambda: self.backlog.requeue(
-            claim, reason, is_failure=is_failure, delay_s=delay_s
-        )
-        state = self.persist(requeue)
-        log.warning("job %s: %s, now %s", claim.job.id, reason, state)
+        state = self.persist(lambda: self.backlog.requeue(claim, cause, reason, delay_s))
+        about = {"attempt": claim.attempt, "cause": cause, "state": state}
+        log.warning("job handed back: %s", reason, extra=about_job(claim.job) | about)
         if state is State.FAILED:
             self.persist(lambda: self.log.end_given_up(claim))
 

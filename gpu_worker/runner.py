@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gpu_worker.engine import Engine, Message
+from gpu_worker.metrics import Meter
 from gpu_worker.publisher import Publisher
 from gpu_worker.tape import Tape, current_tape
 from tasks.errors import JobFailedError, StreamBrokenError
@@ -71,6 +72,7 @@ class Running:
     engine: Engine
     history: History
     tape: Tape = field(init=False)
+    meter: Meter = field(init=False)
     task: "asyncio.Task[None] | None" = None
     head: Start | None = None
     has_ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -83,6 +85,7 @@ class Running:
 
     def __post_init__(self) -> None:
         self.tape = Tape(self.history.records)
+        self.meter = Meter(self.claim)
         # The first entry of a later attempt is its takeover.
         self._next_seq = 0 if self.claim.attempt == 1 else 1
 
@@ -139,6 +142,7 @@ class Running:
 
     async def end(self, end: End) -> State:
         """Ends the log. Whoever sees the job in its final state then finds the end there."""
+        self.meter.end(self.tape.input_tokens, self.tape.output_tokens)
         self._put((Kind.END, end.encode()))
         await self.publisher.written()
         return end.state
@@ -162,6 +166,7 @@ class Running:
                 raise DivergedError
             self._repeated += 1
             return
+        self.meter.output(self.tape.output_tokens)
         self._put((Kind.BODY, event))
 
     def _put(self, *pieces: tuple[Kind, bytes]) -> None:

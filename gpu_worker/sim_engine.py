@@ -139,6 +139,7 @@ class SimEngine:
     async def _token(self, answer: Answer, failure: Failure, number: int) -> None:
         """Returns when the token of that number is made, or fails as told."""
         tape = get_tape()
+        tape.count(answer.prompt_tokens, len(answer.choices))
         if number < len(tape.earlier):
             return  # made before, by a worker that has died
         if number == 0:

@@ -20,7 +20,14 @@ class Tape:
         """Notes of earlier attempts, to begin with."""
         self.streams = 0
         """How many streams of tokens the engine makes for the job; only one can be continued."""
+        self.input_tokens = self.output_tokens = 0
+        """Of the whole answer, what earlier attempts made of it included."""
         self._new: list[object] = []
+
+    def count(self, input_tokens: int, new_tokens: int) -> None:
+        """Counts tokens that the next events are made of, and those that were asked with."""
+        self.input_tokens = input_tokens
+        self.output_tokens += new_tokens
 
     def note(self, note: object) -> None:
         """Notes what the next events are made of."""

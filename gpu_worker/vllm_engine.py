@@ -34,13 +34,15 @@ class VllmEngine:
     def load(self) -> Load:
         from prometheus_client import REGISTRY
 
-        names = ["vllm:num_requests_running", "vllm:num_requests_waiting"]
+        counts = ["vllm:num_requests_running", "vllm:num_requests_waiting"]
+        usage = "vllm:kv_cache_usage_perc"  # 0 to 1, despite its name
         samples = {
-            sample.name: int(sample.value)
-            for metric in REGISTRY.restricted_registry(names).collect()
+            sample.name: sample.value
+            for metric in REGISTRY.restricted_registry([*counts, usage]).collect()
             for sample in metric.samples
         }
-        return Load(*(samples.get(name, 0) for name in names))
+        running, waiting = (int(samples.get(name, 0)) for name in counts)
+        return Load(running, waiting, samples.get(usage, 0.0))
 
     def is_dead(self) -> bool:
         return bool(self._client.errored)

@@ -119,6 +119,7 @@ async def _generate(
     is_continuable = tape.streams == 1 and _is_continuable(prompt, params)
     known = [Note(*note) for note in tape.earlier] if is_continuable else []  # type: ignore[misc]
     for note in known:
+        tape.count(len(prompt["prompt_token_ids"]), len(note.token_ids))
         yield note.output(prompt, request_id)
         if note.finish_reason is not None:
             return
@@ -128,6 +129,8 @@ async def _generate(
         async for output in outputs:
             if is_continuable:
                 tape.note(tuple(Note.of(output)))
+            new_tokens = sum(len(choice.token_ids) for choice in output.outputs)
+            tape.count(len(output.prompt_token_ids or ()), new_tokens)
             yield output
 
 

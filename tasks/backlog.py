@@ -5,6 +5,7 @@ What waits, where and for how long is in depth.py.
 The scripts in lua/ make every step atomic, and take the time from Redis, never from a host's clock.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +15,10 @@ from redis import Redis
 from tasks import keys
 from tasks.app import make_ticket
 from tasks.errors import IdempotencyError, OverloadedError
-from tasks.message import Claim, Job, Lane, Snapshot, State, Terms, new_id
+from tasks.message import Cause, Claim, Job, Lane, Snapshot, State, Terms, about_job, new_id
 from tasks.settings import Settings, get_settings
+
+log = logging.getLogger(__name__)
 
 LUA = Path(__file__).parent / "lua"
 REAPED_AT_ONCE = 1000
@@ -23,7 +26,8 @@ REAPED_AT_ONCE = 1000
 
 def load_script(client: Any, *names: str) -> Callable[..., Any]:
     """The files lua/<name>.lua as one script, run by its hash, by a blocking or asyncio client."""
-    text = "".join((LUA / f"{name}.lua").read_text() for name in names)
+    files = ((LUA / f"{name}.lua").read_text() for name in names)
+    text = "".join([f"local COUNTS = '{keys.COUNTS}'\n", *files])
     script: Callable[..., Any] = client.register_script(text)
     return script
 
@@ -33,6 +37,7 @@ class Reaped(NamedTuple):
 
     job_id: str
     model: str
+    tenant: str
     attempt: int
     listener: str
     state: State
@@ -41,6 +46,7 @@ class Reaped(NamedTuple):
 class Cancelled(NamedTuple):
     """A job that was cancelled, and the worker that must stop it, if any."""
 
+    tenant: str
     attempt: int
     worker: str
     listener: str
@@ -52,7 +58,7 @@ class Backlog:
     def __init__(self, redis: Redis, settings: Settings | None = None) -> None:
         self.redis = redis
         self._settings = settings or get_settings()
-        self._submit = load_script(redis, "submit")
+        self._submit = load_script(redis, "record", "submit")
         self._claim = load_script(redis, "record", "claim")
         self._renew = load_script(redis, "renew")
         self._requeue = load_script(redis, "record", "requeue")
@@ -91,7 +97,15 @@ class Backlog:
         job_id, *known = (value.decode() for value in reply)
         if known and known != [fingerprint]:
             raise IdempotencyError
+        if job_id == job.id:
+            self._log_accepted(job)
         return str(job_id)
+
+    def _log_accepted(self, job: Job) -> None:
+        about = {"lane": job.lane, "endpoint": job.endpoint}
+        if self._settings.log_content:
+            about["request"] = job.body.decode(errors="replace")
+        log.info("job accepted", extra=about_job(job) | about)
 
     def holder(self, tenant: str, idempotency_key: str, fingerprint: str) -> str | None:
         """The job that holds the key, if there is one.
@@ -147,9 +161,7 @@ class Backlog:
         lost = self._renew(keys=[keys.LEASES], args=[lease_us, keys.JOB_PREFIX, *pairs])
         return [job_id.decode() for job_id in lost]
 
-    def requeue(
-        self, claim: Claim, reason: str, *, is_failure: bool, delay_s: float = 0
-    ) -> State | None:
+    def requeue(self, claim: Claim, cause: Cause, reason: str, delay_s: float = 0) -> State | None:
         """Hands a claimed job back, for another worker or a later try; or ends it as a dead letter.
 
         Returns:
@@ -163,7 +175,7 @@ class Backlog:
             ],
             args=[
                 *(claim.job.id, claim.attempt, keys.BACKLOG_PREFIX),
-                *(self._settings.log_retention_s, reason, int(is_failure), int(delay_s * 1e6)),
+                *(self._settings.log_retention_s, reason, cause, int(delay_s * 1e6)),
                 make_ticket(model, new_id()),
             ],
         )
@@ -197,8 +209,8 @@ class Backlog:
         )
         if reply is None:
             return None
-        attempt, worker, listener = (value.decode() for value in reply)
-        return Cancelled(int(attempt), worker, listener)
+        tenant, attempt, worker, listener = (value.decode() for value in reply)
+        return Cancelled(tenant, int(attempt), worker, listener)
 
     def reap(self) -> list[Reaped]:
         """Takes the jobs whose lease has expired from their workers, and ends those too late.
@@ -213,8 +225,9 @@ class Backlog:
             ],
         )
         return [
-            Reaped(job_id, model, int(attempt), listener, State(state))
-            for job_id, model, attempt, listener, state in (map(bytes.decode, row) for row in reply)
+            Reaped(job_id, model, tenant, int(attempt), listener, State(state))
+            for row in reply
+            for job_id, model, tenant, attempt, listener, state in [map(bytes.decode, row)]
         ]
 
     def send_tickets(self, model: str, number: int = 1) -> None:

@@ -23,26 +23,49 @@ class WorkerView(NamedTuple):
     id: str
     model: str
     slots: int
-    running: int
     state: WorkerState
+    running: int
+    waiting: int
+    """Inside the engine."""
+    kv_cache_usage: float
+    """0 to 1."""
+    ttft_p50_ms: float | None
+    """Of its latest streams."""
+    ttft_p95_ms: float | None
+    metrics_address: str
+    """HOST:PORT of its /metrics."""
+
+    @classmethod
+    def decode(cls, worker_id: str, fields: dict[bytes, bytes]) -> "WorkerView":
+        """Reads the hash that gpu_worker/keeper.py writes; older workers write less."""
+        text = {name.decode(): value.decode() for name, value in fields.items()}
+        p50_ms, p95_ms = text.get("ttft_p50_ms"), text.get("ttft_p95_ms")
+        return cls(
+            id=worker_id,
+            model=text["model"],
+            slots=int(text["slots"]),
+            state=WorkerState(text.get("state", WorkerState.SERVING)),
+            running=int(text.get("running", 0)),
+            waiting=int(text.get("waiting", 0)),
+            kv_cache_usage=float(text.get("kv_cache_usage", 0)),
+            ttft_p50_ms=float(p50_ms) if p50_ms else None,
+            ttft_p95_ms=float(p95_ms) if p95_ms else None,
+            metrics_address=text.get("metrics_address", ""),
+        )
 
 
 def workers(redis: Redis) -> list[WorkerView]:
-    """The workers that live."""
+    """The workers that live; those that do not are forgotten."""
     names: Any = redis.smembers(keys.WORKERS)
     ids = sorted(name.decode() for name in names)
     pipeline = redis.pipeline(transaction=False)
     for worker_id in ids:
-        pipeline.hmget(keys.worker(worker_id), "model", "slots", "running", "state")
-    return [
-        WorkerView(
-            worker_id,
-            *(model.decode(), int(slots), int(running)),
-            WorkerState((state or b"serving").decode()),
-        )
-        for worker_id, (model, slots, running, state) in zip(ids, pipeline.execute(), strict=True)
-        if model is not None
-    ]
+        pipeline.hgetall(keys.worker(worker_id))
+    found = dict(zip(ids, pipeline.execute(), strict=True))
+    alive = {worker_id: fields for worker_id, fields in found.items() if b"model" in fields}
+    if dead := found.keys() - alive.keys():
+        redis.srem(keys.WORKERS, *dead)
+    return [WorkerView.decode(*worker) for worker in alive.items()]
 
 
 def drain(redis: Redis, bus: Redis, worker_id: str) -> None:

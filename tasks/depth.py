@@ -4,14 +4,14 @@ A job's score in its lane is the order of service: priority x 1e13 + the ms at w
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from redis import Redis
 
 from tasks import keys
-from tasks.backlog import lanes
+from tasks.backlog import load_script
 from tasks.control import WorkerState, workers
 from tasks.message import LOWEST_PRIORITY, Lane, Snapshot
 
@@ -20,7 +20,7 @@ ONE_PRIORITY = 1e13
 
 @dataclass(frozen=True)
 class Depth:
-    """How much work waits for a model."""
+    """How much work waits."""
 
     jobs: int
     oldest_age_s: float
@@ -35,30 +35,32 @@ class Place(NamedTuple):
     """Until it starts, as the model was served lately; None: not known, or no worker lives."""
 
 
+def depths(redis: Redis, models: Iterable[str]) -> dict[tuple[str, Lane], Depth]:
+    """What waits in each lane of the models, all at one moment."""
+    models = list(models)
+    return read_depths(models, ask_depths(redis, models))
+
+
+def ask_depths(redis: Any, models: Sequence[str]) -> Any:
+    """Sends the question for `depths`, through a pipeline too; `read_depths` reads the reply."""
+    lanes = [keys.backlog(model, lane) for model in models for lane in Lane]
+    script = load_script(redis, "depths")
+    return script(keys=lanes, args=[LOWEST_PRIORITY, int(ONE_PRIORITY)])
+
+
+def read_depths(models: Sequence[str], reply: Sequence[int]) -> dict[tuple[str, Lane], Depth]:
+    """What waits, of the models that were asked for."""
+    places = [(model, lane) for model in models for lane in Lane]
+    return {
+        place: Depth(jobs, max(age_ms, 0) / 1000)
+        for place, jobs, age_ms in zip(places, reply[::2], reply[1::2], strict=True)
+    }
+
+
 def depth(redis: Redis, model: str) -> Depth:
     """Jobs that wait for the model, and the age of the oldest one."""
-    seconds, micros = redis.time()
-    now_ms = seconds * 1000 + micros / 1000
-    jobs, oldest_ms = 0, now_ms
-    for lane in lanes(model):
-        jobs += int(redis.zcard(lane))
-        oldest_ms = min([oldest_ms, *_heads_ms(redis, lane)])
-    return Depth(jobs, max(now_ms - oldest_ms, 0) / 1000)
-
-
-def _heads_ms(redis: Redis, lane: str) -> list[float]:
-    """When the first job of each priority in the lane was queued."""
-    heads: list[float] = []
-    level: float = -LOWEST_PRIORITY
-    while True:
-        head: Any = redis.zrange(
-            lane, level * ONE_PRIORITY, "+inf", byscore=True, offset=0, num=1, withscores=True
-        )
-        if not head:
-            return heads
-        level, queued_ms = divmod(head[0][1], ONE_PRIORITY)
-        heads.append(queued_ms)
-        level += 1
+    lanes = depths(redis, [model]).values()
+    return Depth(sum(lane.jobs for lane in lanes), max(lane.oldest_age_s for lane in lanes))
 
 
 def places(redis: Redis, queued: Sequence[Snapshot]) -> list[Place | None]:

@@ -6,8 +6,9 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import RedisError
 
-from tasks import keys
+from tasks import counts, keys
 from tasks.backlog import Backlog
+from tasks.counts import Counted
 from tasks.depth import depth
 from tasks.errors import (
     JobCancelledError,
@@ -55,7 +56,15 @@ class Jobs:
         self.log.end(job_id, cancelled.attempt, end, cancelled.listener)
         if cancelled.worker:
             self.bus.publish(keys.control(cancelled.worker), job_id)
-        log.info("job %s: cancelled model=%s", job_id, model)
+        log.info(
+            "job cancelled",
+            extra={
+                "job": job_id,
+                "tenant": cancelled.tenant,
+                "model": model,
+                "attempt": cancelled.attempt,
+            },
+        )
         return True
 
     def outcome(self, job_id: str) -> Outcome | None:
@@ -82,7 +91,16 @@ class Jobs:
         """Hands on the jobs of workers that fell silent, ends those too late; returns how many."""
         reaped = self.backlog.reap()
         for job in reaped:
-            log.warning("job %s: lease, deadline or delay over, now %s", job.job_id, job.state)
+            log.warning(
+                "job taken back: its lease, deadline or delay is over",
+                extra={
+                    "job": job.job_id,
+                    "tenant": job.tenant,
+                    "model": job.model,
+                    "attempt": job.attempt,
+                    "state": job.state,
+                },
+            )
             if job.state is State.QUEUED:
                 self.backlog.send_tickets(job.model)
             else:
@@ -102,4 +120,5 @@ class Jobs:
             if waiting.oldest_age_s >= OLD_ENOUGH_S and missing > 0:
                 self.backlog.send_tickets(model, missing)
                 issued += missing
+                counts.add(self.backlog.redis, Counted.TICKETS, "reissued", model, missing)
         return issued

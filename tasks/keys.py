@@ -15,6 +15,9 @@
 | suspect:{worker}       | string  | job that may kill that worker         | TTL                   |
 | ledger                 | stream  | changes not yet in SQL (ledger.py)    | maintenance           |
 | maintenance            | string  | process that reaped last              | TTL                   |
+| counts                 | hash    | what happened -> how often (counts.py)| nobody: few fields    |
+| alerts                 | string  | conditions that hold (alerts.py)      | nobody: a few         |
+| alerts:lock            | string  | which maintenance looks at them now   | TTL                   |
 | workers                | set     | workers that may be alive             | whoever finds it dead |
 | worker:{id}            | hash    | model, slots, running, waiting        | TTL                   |
 | log:{id}               | stream  | what the worker sent back (events.py) | TTL                   |
@@ -35,6 +38,9 @@ DELAYED = f"{PREFIX}delayed"
 PAUSED = f"{PREFIX}paused"
 LEDGER = f"{PREFIX}ledger"
 MAINTENANCE = f"{PREFIX}maintenance"
+COUNTS = f"{PREFIX}counts"
+ALERTS = f"{PREFIX}alerts"
+ALERTS_LOCK = f"{PREFIX}alerts:lock"
 WORKERS = f"{PREFIX}workers"
 BACKLOG_PREFIX = f"{PREFIX}backlog:"
 JOB_PREFIX = f"{PREFIX}job:"

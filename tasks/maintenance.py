@@ -15,11 +15,14 @@ from celery.beat import EmbeddedService
 from sqlalchemy.exc import SQLAlchemyError
 
 from db.jobs import delete_old
-from tasks import keys
+from tasks import counts, keys, logs
+from tasks.alerts import Alerter
 from tasks.app import MAINTENANCE_QUEUE, get_celery
 from tasks.connections import connect
+from tasks.counts import Counted
 from tasks.jobs import Jobs
 from tasks.ledger import Recorder
+from tasks.models import get_catalog
 from tasks.reconciler import reconcile
 from tasks.settings import get_settings
 from tasks.webhooks import Deliverer
@@ -31,6 +34,7 @@ LEDGER_INTERVAL_S = 1.0
 RECONCILE_INTERVAL_S = 5.0
 RETENTION_INTERVAL_S = 60.0
 WEBHOOK_INTERVAL_S = 1.0
+ALERT_INTERVAL_S = 5.0
 
 # How long maintenance counts as alive after a round of the reaper.
 SHOWN_ROUNDS = 5
@@ -56,6 +60,11 @@ def _recorder() -> Recorder:
 def _deliverer() -> Deliverer:
     settings = get_settings()
     return Deliverer(settings.database_url, settings)
+
+
+@functools.cache
+def _alerter() -> Alerter:
+    return Alerter(_jobs().backlog.redis, get_catalog(), get_settings())
 
 
 def reap() -> None:
@@ -113,17 +122,22 @@ def delete_old_jobs() -> None:
         log.info("deleted %d old jobs", deleted)
 
 
+def look_for_alerts() -> None:
+    """Task: tells the operator's webhook what is wrong, and when it is over."""
+    if get_settings().alert_webhook:
+        _alerter().look()
+
+
 def deliver_webhooks() -> None:
     """Task: calls the webhooks that are due."""
-    _deliverer().deliver()
+    for state, calls in _deliverer().deliver().items():
+        counts.add(_jobs().backlog.redis, Counted.WEBHOOKS, state, times=calls)
 
 
 def run() -> int:
     """Runs maintenance until a signal; returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    # Celery raises the level of the root.
-    logging.getLogger("tasks").setLevel(logging.INFO)
     settings = get_settings()
+    logs.configure(settings)
     celery = get_celery()
     schedule = {}
     for task, interval_s in (
@@ -133,6 +147,7 @@ def run() -> int:
         (reconcile_jobs, RECONCILE_INTERVAL_S),
         (delete_old_jobs, RETENTION_INTERVAL_S),
         (deliver_webhooks, WEBHOOK_INTERVAL_S),
+        (look_for_alerts, ALERT_INTERVAL_S),
     ):
         name = f"sluice.{task.__name__}"
         celery.task(task, name=name, shared=False)

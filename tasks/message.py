@@ -29,6 +29,15 @@ class State(StrEnum):
         return self not in (State.QUEUED, State.IN_PROGRESS)
 
 
+class Cause(StrEnum):
+    """Why a job was taken from its worker; each but the last is a failure of the job."""
+
+    LEASE_EXPIRED = "lease_expired"
+    ENGINE_DIED = "engine_died"
+    ENGINE_ERROR = "engine_error"
+    HANDED_BACK = "handed_back"
+
+
 def new_id() -> str:
     """A job's id; later ones are greater."""
     return f"job_{uuid7().hex}"
@@ -64,6 +73,11 @@ class Job:
             *("listener", self.listener),
             *("metadata", self.metadata),
         ]
+
+
+def about_job(job: Job) -> dict[str, object]:
+    """What each log line about the job has in `extra`."""
+    return {"job": job.id, "tenant": job.tenant, "model": job.model}
 
 
 @dataclass(frozen=True, slots=True)

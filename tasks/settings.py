@@ -7,7 +7,7 @@ import base64
 import os
 from functools import cache
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -17,7 +17,7 @@ from tasks.errors import ConfigurationError
 PREFIX = "SLUICE_"
 
 # Values that no error or log may show.
-SECRET_FIELDS = frozenset({"webhook_secrets", "api_key", "admin_key"})
+SECRET_FIELDS = frozenset({"webhook_secrets", "alert_webhook", "api_key", "admin_key"})
 
 
 class Settings(BaseSettings):
@@ -49,6 +49,23 @@ class Settings(BaseSettings):
     job_retention_s: int = Field(2_592_000, ge=1, description="an ended job's time in SQL")
     job_ttl_s: int = Field(86_400, ge=60, description="the longest life of a job in Redis")
     log_retention_s: int = Field(3600, ge=1, description="a finished job's time in Redis")
+
+    log_format: Literal["console", "json"] = Field("console", description="how log lines look")
+    log_content: bool = Field(False, description="log what is asked and answered, too")
+    metrics_bind: str = Field(
+        "127.0.0.1:0",
+        pattern=r"^\S+:\d+$",
+        description="HOST:PORT of a worker's /metrics; port 0: any free one",
+    )
+
+    alert_webhook: str = Field(
+        "",
+        pattern=r"^(https?://\S+)?$",
+        repr=False,
+        description="gets alerts in Alertmanager's form, from maintenance; empty: off",
+    )
+    alert_depth: int = Field(1000, ge=1, description="more queued jobs of a model are an alert")
+    alert_oldest_s: float = Field(60, gt=0, description="a job that waits longer is an alert")
 
     admin_key: str = Field(
         "", repr=False, description="bearer token of /v1/admin; empty: these endpoints are off"

@@ -10,6 +10,7 @@ import logging
 import random
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -181,25 +182,25 @@ class Deliverer:
         self._is_migrated = False
         self._is_away = False
 
-    def deliver(self) -> int:
-        """Makes a round of calls; returns how many.
+    def deliver(self) -> Counter[str]:
+        """Makes a round of calls; returns what came of them (`decide`), how often.
 
         A database that is away is worth one warning: what is due waits there. A round that finds
         another one under way (receivers may be slow) does nothing.
         """
         if not self._busy.acquire(blocking=False):
-            return 0
+            return Counter()
         try:
             return self._deliver()
         except (SQLAlchemyError, OSError) as away:
             if not self._is_away:
                 log.warning("webhooks: the database is away, calls wait: %s", away)
             self._is_away = True
-            return 0
+            return Counter()
         finally:
             self._busy.release()
 
-    def _deliver(self) -> int:
+    def _deliver(self) -> Counter[str]:
         if not self._is_migrated:
             migrate(self._url)
             self._is_migrated = True
@@ -207,12 +208,12 @@ class Deliverer:
         if self._is_away:
             log.info("webhooks: the database is back")
         self._is_away = False
-        if due:
-            with ThreadPoolExecutor(THREADS) as pool:
-                list(pool.map(self._attempt, due))
-        return len(due)
+        if not due:
+            return Counter()
+        with ThreadPoolExecutor(THREADS) as pool:
+            return Counter(pool.map(self._attempt, due))
 
-    def _attempt(self, delivery: WebhookDelivery) -> None:
+    def _attempt(self, delivery: WebhookDelivery) -> str:
         at = datetime.now(UTC)
         event_id, body = make_event(delivery.job_id, delivery.type, delivery.created_at)
         outcome = self._sender.send(event_id, delivery.url, body, at)
@@ -231,6 +232,7 @@ class Deliverer:
         details = (event_id, outcome.summary, attempt.attempt, outcome.duration_ms, state)
         log.info(form, *details)
         note_attempt(self._url, attempt, state, next_at)
+        return state
 
 
 def decide(outcome: Outcome, attempt: int) -> tuple[str, float | None]:

@@ -15,7 +15,7 @@ from tasks.backlog import Backlog
 from tasks.depth import depth, places
 from tasks.errors import IdempotencyError, OverloadedError
 from tasks.events import End, Entry, Kind, Position, Start, decode_frame
-from tasks.message import Job, Lane, State, Terms
+from tasks.message import Cause, Job, Lane, State, Terms
 from tasks.settings import Settings
 from tasks.token_log import Addressed, TokenLog, append_arguments
 from tests.stack import Stack, await_that
@@ -206,8 +206,8 @@ def test_a_job_handed_back_waits_again_at_its_place_and_has_not_failed(backlog: 
         claim = backlog.claim("m", "w")
         assert claim
         assert (claim.job, claim.failures) == (jobs[0], 0)
-        assert backlog.requeue(claim, "stopped", is_failure=False) is State.QUEUED
-        assert backlog.requeue(claim, "stopped", is_failure=False) is None
+        assert backlog.requeue(claim, Cause.HANDED_BACK, "stopped") is State.QUEUED
+        assert backlog.requeue(claim, Cause.HANDED_BACK, "stopped") is None
     assert backlog.redis.llen(keys.tickets("m")) == 7
     assert backlog.redis.zcard(keys.LEASES) == 0
 
@@ -216,13 +216,13 @@ def test_a_job_that_fails_waits_its_delay_and_ends_as_a_dead_letter(backlog: Bac
     backlog.submit(_job())
     claim = backlog.claim("m", "w")
     assert claim
-    assert backlog.requeue(claim, "503", is_failure=True, delay_s=0.2) is State.QUEUED
+    assert backlog.requeue(claim, Cause.ENGINE_ERROR, "503", delay_s=0.2) is State.QUEUED
     assert backlog.claim("m", "w") is None
     await_that(lambda: [job.state for job in backlog.reap()] == [State.QUEUED], timeout_s=2)
     again = backlog.claim("m", "w")
     assert again
     assert (again.attempt, again.failures, again.is_last) == (2, 1, True)
-    assert backlog.requeue(again, "503", is_failure=True) is State.FAILED
+    assert backlog.requeue(again, Cause.ENGINE_ERROR, "503") is State.FAILED
     assert backlog.claim("m", "w") is None
 
 
@@ -230,7 +230,7 @@ def test_a_delayed_job_can_be_cancelled(backlog: Backlog) -> None:
     backlog.submit(_job())
     claim = backlog.claim("m", "w")
     assert claim
-    backlog.requeue(claim, "503", is_failure=True, delay_s=0.05)
+    backlog.requeue(claim, Cause.ENGINE_ERROR, "503", delay_s=0.05)
     assert backlog.cancel(claim.job.id, "m")
     assert backlog.redis.zcard(keys.DELAYED) == 0
 
@@ -254,7 +254,7 @@ def test_a_worker_runs_one_suspect_at_a_time_and_other_jobs_beside_it(backlog: B
     elsewhere = backlog.claim("m", "another worker")
     assert elsewhere
     assert elsewhere.job == suspects[1]
-    backlog.requeue(elsewhere, "stopped", is_failure=False)
+    backlog.requeue(elsewhere, Cause.HANDED_BACK, "stopped")
     backlog.finish(first, State.COMPLETED)
     last = backlog.claim("m", "w")
     assert last

@@ -137,7 +137,7 @@ def send(url: str, sender: Sender = SENDER) -> Outcome:
 
 def test_each_of_two_secrets_verifies_a_call(database: str, receiver: Receiver) -> None:
     add(database, receiver.url + "?a=b", "job_1")
-    assert Deliverer(database, SETTINGS).deliver() == 1
+    assert Deliverer(database, SETTINGS).deliver() == {"delivered": 1}
     ((path, headers, body),) = receiver.requests
     event = {
         "id": "evt_1",
@@ -163,12 +163,12 @@ def test_a_call_that_fails_is_made_again_under_the_same_id(database: str) -> Non
     deliverer = Deliverer(database, SETTINGS)
     with receiving(500, 302, 200) as receiver:
         add(database, receiver.url, "job_1")
-        assert [deliverer.deliver(), deliverer.deliver()] == [1, 0]
+        assert [deliverer.deliver(), deliverer.deliver()] == [{"pending": 1}, {}]
         assert states(database, "job_1") == ("pending", True, [(1, 500)])
         make_due(database)
-        assert deliverer.deliver() == 1
+        assert deliverer.deliver() == {"pending": 1}
         make_due(database)
-        assert [deliverer.deliver(), deliverer.deliver()] == [1, 0]
+        assert [deliverer.deliver(), deliverer.deliver()] == [{"delivered": 1}, {}]
         assert receiver.ids() == {"evt_1": 3}
     assert states(database, "job_1") == ("delivered", False, [(1, 500), (2, 302), (3, 200)])
 
@@ -176,14 +176,14 @@ def test_a_call_that_fails_is_made_again_under_the_same_id(database: str) -> Non
 def test_a_receiver_that_is_gone_is_not_called_again(database: str) -> None:
     with receiving(410) as receiver:
         add(database, receiver.url, "job_1")
-        assert Deliverer(database, SETTINGS).deliver() == 1
+        assert Deliverer(database, SETTINGS).deliver() == {"disabled": 1}
     assert states(database, "job_1") == ("disabled", False, [(1, 410)])
 
 
 def test_a_port_where_nobody_listens_is_tried_again(database: str) -> None:
     add(database, f"http://127.0.0.1:{free_port()}/", "job_1")
     before = datetime.now(UTC)
-    assert Deliverer(database, SETTINGS).deliver() == 1
+    assert Deliverer(database, SETTINGS).deliver() == {"pending": 1}
     delivery, (attempt,) = attempts_of(database, "job_1")
     assert delivery
     assert delivery.next_at
@@ -278,7 +278,7 @@ def test_tls_is_verified_for_the_name(
 
 def test_a_stored_name_that_is_private_is_not_called(database: str, receiver: Receiver) -> None:
     add(database, f"http://localhost:{receiver.server_port}/hook", "job_1")
-    assert Deliverer(database, Settings(webhook_secrets=OLD)).deliver() == 1
+    assert Deliverer(database, Settings(webhook_secrets=OLD)).deliver() == {"pending": 1}
     _, (attempt,) = attempts_of(database, "job_1")
     assert "not public" in str(attempt.error)
     assert states(database, "job_1") == ("pending", True, [(1, None)])
@@ -297,7 +297,7 @@ def test_nothing_is_sent_unsigned(database: str, receiver: Receiver) -> None:
     with pytest.raises(InvalidRequestError, match="SLUICE_WEBHOOK_SECRETS"):
         check_webhook(receiver.url, settings)
     add(database, receiver.url, "job_1")
-    assert Deliverer(database, settings).deliver() == 1
+    assert Deliverer(database, settings).deliver() == {"pending": 1}
     assert states(database, "job_1") == ("pending", True, [(1, None)])
     assert receiver.requests == []
 
@@ -309,8 +309,8 @@ def test_two_deliverers_at_once_call_once(database: str, receiver: Receiver) -> 
 
     def work(deliverer: Deliverer) -> int:
         total = 0
-        while number := deliverer.deliver():
-            total += number
+        while states := deliverer.deliver():
+            total += states.total()
         return total
 
     with ThreadPoolExecutor() as pool:
@@ -337,10 +337,10 @@ def test_what_is_read_at_once_is_claimed_once(database: str) -> None:
 
 def test_the_claim_of_a_dead_process_comes_back(database: str, receiver: Receiver) -> None:
     deliverer = Deliverer(database, SETTINGS)
-    assert deliverer.deliver() == 0
+    assert deliverer.deliver() == {}
     add(database, receiver.url, "job_1")
     assert len(claim_due(database, 5, 1.0)) == 1
-    assert deliverer.deliver() == 0
+    assert deliverer.deliver() == {}
     await_that(deliverer.deliver, 10)
     assert receiver.ids() == {"evt_1": 1}
 
@@ -375,9 +375,9 @@ def test_a_round_under_way_keeps_others_out(database: str, receiver: Receiver) -
         first = pool.submit(deliverer.deliver)
         await_that(lambda: receiver.requests)
         make_due(database)
-        assert deliverer.deliver() == 0
+        assert deliverer.deliver() == {}
         is_over.set()
-        assert first.result(10) == 1
+        assert first.result(10) == {"delivered": 1}
 
 
 def test_calls_wait_while_the_database_is_away(
@@ -386,14 +386,14 @@ def test_calls_wait_while_the_database_is_away(
     caplog.set_level(logging.INFO, "tasks.webhooks")
     url = postgres.create_database()
     deliverer = Deliverer(url, SETTINGS)
-    assert deliverer.deliver() == 0
+    assert deliverer.deliver() == {}
     add(url, receiver.url, "job_1")
     postgres.stop()
     try:
-        assert [deliverer.deliver() for _ in range(3)] == [0, 0, 0]
+        assert [deliverer.deliver() for _ in range(3)] == [{}, {}, {}]
     finally:
         postgres.start()
-    assert deliverer.deliver() == 1
+    assert deliverer.deliver() == {"delivered": 1}
     messages = [r.getMessage() for r in caplog.records if r.name == "tasks.webhooks"]
     assert [re.sub(r"\d+ ms", "0 ms", message[:64]) for message in messages] == [
         "webhooks: the database is away, calls wait: (psycopg.Operational",

@@ -17,19 +17,29 @@ local function record(key, ledger, id, state, at_us, reason)
         'reason', reason or '', 'is_dead', job[10] or '')
 end
 
+-- Counts what happened to a job (counts.py has the names).
+local function count(what, value, model, lane)
+    redis.call('HINCRBY', COUNTS, what .. ' ' .. value .. ' ' .. lane .. ' ' .. model, 1)
+end
+
 local function end_job(key, ledger, id, state, at_us, retention_s, reason)
     redis.call('HSET', key, 'state', state, 'ended_us', at_us)
     -- What did not succeed may be asked for once more.
     if state == 'completed' then redis.call('HDEL', key, 'body') end
     redis.call('EXPIRE', key, retention_s)
     record(key, ledger, id, state, at_us, reason)
+    local job = redis.call('HMGET', key, 'model', 'lane', 'is_dead')
+    count('jobs', state, job[1], job[2])
+    if job[3] then count('dead', 'letter', job[1], job[2]) end
 end
 
 -- Takes a running job from its worker: back to where it stood in the backlog, now or after a delay;
 -- or to its end as a dead letter, when it has failed too often. Returns its new state.
--- `job` is its {attempt, model, lane, order, failures, max_failures}.
-local function requeue(key, id, job, keys, at_us, retention_s, reason, is_failure, delay_us)
+-- `job` is its {attempt, model, lane, order, failures, max_failures}; `cause` is one of counts.py's.
+local function requeue(key, id, job, keys, at_us, retention_s, reason, cause, delay_us)
+    local is_failure = cause ~= 'handed_back'
     redis.call('ZREM', keys.leases, id)
+    count('requeues', cause, job[2], job[3])
     local failures = tonumber(job[5] or 0) + (is_failure and 1 or 0)
     redis.call('HSET', key, 'failures', failures)
     if is_failure and failures >= tonumber(job[6]) then

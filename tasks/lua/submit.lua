@@ -25,6 +25,7 @@ redis.call('EXPIRE', KEYS[1], ARGV[4])
 redis.call('ZADD', KEYS[2], order, ARGV[1])
 redis.call('SADD', KEYS[3], ARGV[2])
 redis.call('LPUSH', KEYS[5], ARGV[10])
+count('jobs', 'queued', ARGV[2], string.match(KEYS[2], '[^:]+$'))
 if ARGV[6] ~= '' then
     local deadline_us = string.format('%d', now_us + ARGV[6])
     redis.call('HSET', KEYS[1], 'deadline_us', deadline_us)

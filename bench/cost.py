@@ -1,0 +1,135 @@
+"""What durability and metrics cost: Sluice beside copies of itself without them.
+
+They cannot be switched off, so each copy is the source with a few lines changed, in a directory of
+its own. All stacks stay up, with the same model on vLLM, and take turns.
+"""
+
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.load import Load
+from bench.rounds import REQUESTS, Round, run_round
+from bench.stacks import Stack, StackError, sluice
+from tasks.models import Model
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("api", "tasks", "gpu_worker", "db", "deploy")
+STREAMS = 64
+WHOLE = "Sluice"
+
+# What each copy lacks: file, lines there, lines instead.
+COPIES = {
+    "without leases and logs": (
+        ("tasks/lua/append.lua", "local reply = redis.pcall(unpack(command))", "local reply = id"),
+        (
+            "tasks/lua/claim.lua",
+            "redis.call('ZADD', KEYS[1], string.format('%d', at_us + ARGV[2]), id)",
+            "",
+        ),
+        (
+            "gpu_worker/keeper.py",
+            "for job_id in worker.backlog.renew(worker.claims()):",
+            "for job_id in ():",
+        ),
+        ("gpu_worker/tape.py", "self._new.append(note)", "pass"),
+    ),
+    "without metrics": (
+        (
+            "tasks/lua/record.lua",
+            "local function count(what, value, model, lane)",
+            "local function count(what, value, model, lane) if true then return end",
+        ),
+        ("gpu_worker/runner.py", "self.meter.output(self.tape.output_tokens)", "pass"),
+        (
+            "gpu_worker/runner.py",
+            "self.meter.end(self.tape.input_tokens, self.tape.output_tokens)",
+            "pass",
+        ),
+        ("api/instruments.py", "app.after_request(_note_answer)", "pass"),
+        ("api/instruments.py", "app.before_request(_note_begin)", "pass"),
+    ),
+}
+
+
+def run(console: Console, model: Model, rounds: int, scale: float) -> list[str]:
+    """Runs and prints the comparison; returns what went wrong."""
+    with TemporaryDirectory(prefix="sluice-bench-cost-") as home, ExitStack() as running:
+        stacks = []
+        for number, name in enumerate((WHOLE, *COPIES)):
+            directory = Path(home) / str(number)
+            source = _make_copy(directory / "source", name)
+            with console.status(f"starting {name}"):
+                stack = running.enter_context(sluice(model, directory, source, name))
+            console.print(f"{name}: ready after {stack.load_s:.0f} s")
+            stacks.append(stack)
+        done = _take_turns(stacks, model.name, rounds, scale, console)
+    _show(console, done)
+    return [
+        f"{one.stack}, round {one.number}: {count} x {what}"
+        for one in done
+        for what, count in one.measurement.errors.items()
+    ]
+
+
+def _make_copy(source: Path, name: str) -> Path:
+    """The source, with the lines of that copy changed.
+
+    Raises:
+        StackError: a line is not there any more; COPIES must follow the source.
+    """
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, source / package)
+    for path, old, new in COPIES.get(name, ()):
+        text = (source / path).read_text()
+        if text.count(old) != 1:
+            raise StackError(f"{path} has {old!r} {text.count(old)} times, not once")
+        (source / path).write_text(text.replace(old, new))
+    return source
+
+
+def _take_turns(
+    stacks: list[Stack], model: str, rounds: int, scale: float, console: Console
+) -> list[Round]:
+    """A warm-up round, then the counted rounds; another stack begins in each."""
+    done = []
+    requests = max(round(REQUESTS[STREAMS] * scale), STREAMS)
+    for number in range(rounds + 1):
+        first = number % len(stacks)
+        for stack in stacks[first:] + stacks[:first]:
+            console.print(f"round {number} of {rounds}: {stack.name}")
+            load = Load(stack.port, model, STREAMS, requests, seed=number)
+            others = [other for other in stacks if other is not stack]
+            done.append(run_round(number, stack, others, load))
+    return [one for one in done if one.number]
+
+
+def _show(console: Console, done: list[Round]) -> None:
+    whole = [one for one in done if one.stack == WHOLE]
+    table = Table("64 streams", "req/s", "of Sluice's", "CPU s per 1,000 tokens", "of Sluice's")
+    for name in (WHOLE, *COPIES):
+        rounds = sorted((one for one in done if one.stack == name), key=lambda one: one.number)
+        rates = [one.measurement.requests_per_s for one in rounds]
+        costs = [_cpu_s(one) for one in rounds]
+        table.add_row(
+            *(name, f"{median(rates):.1f}"),
+            _spread(rates, [one.measurement.requests_per_s for one in whole]),
+            *(f"{median(costs):.3f}", _spread(costs, [_cpu_s(one) for one in whole])),
+        )
+    console.print(table)
+
+
+def _cpu_s(one: Round) -> float:
+    """CPU per 1,000 tokens of all but the client and EngineCore, which spins."""
+    costs = one.cpu_s_per_1000_tokens
+    return sum(s for role, s in costs.items() if not role.startswith(("EngineCore", "client")))
+
+
+def _spread(values: list[float], of: list[float]) -> str:
+    ratios = [value / whole for value, whole in zip(values, of, strict=True)]
+    return f"{median(ratios):.3f} ({min(ratios):.3f}…{max(ratios):.3f})"

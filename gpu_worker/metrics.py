@@ -1,0 +1,126 @@
+"""What a worker measures of its jobs, served with vLLM's own metrics on a port of its own.
+
+Events of a stream stand for tokens: several tokens may share one, and tell so in the counter only.
+"""
+
+import socket
+import time
+from collections import deque
+from statistics import quantiles
+from typing import NamedTuple
+
+from prometheus_client import Counter, Histogram, disable_created_metrics, start_http_server
+
+from tasks.message import Claim
+
+# A second series for each of ours and vLLM's that nobody reads.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+_LABELS = ["model", "lane"]
+_TO_FIRST_TOKEN_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 0.75, 1, 2, 4, 8, 15, 30, 60)
+_BETWEEN_TOKENS_S = (0.001, 0.002, 0.004, 0.008, 0.015, 0.025, 0.04, 0.06, 0.1, 0.2, 0.5, 1, 2)
+_WHOLE_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600, 1800)
+
+QUEUE_WAIT = Histogram(
+    "sluice_queue_wait_seconds", "From acceptance to the claim.", _LABELS, buckets=_WHOLE_S
+)
+TTFT = Histogram(
+    "sluice_time_to_first_token_seconds",
+    "From acceptance to the first output of a stream.",
+    _LABELS,
+    buckets=_TO_FIRST_TOKEN_S,
+)
+INTER_TOKEN = Histogram(
+    "sluice_inter_token_latency_seconds",
+    "Between two outputs of a stream.",
+    _LABELS,
+    buckets=_BETWEEN_TOKENS_S,
+)
+TPOT = Histogram(
+    "sluice_time_per_output_token_seconds",
+    "Of a stream: (last output - first) / (tokens - 1).",
+    _LABELS,
+    buckets=_BETWEEN_TOKENS_S,
+)
+DURATION = Histogram(
+    "sluice_request_duration_seconds", "From acceptance to the end.", _LABELS, buckets=_WHOLE_S
+)
+TOKENS = Counter("sluice_tokens", "Tokens, by type: input or output.", [*_LABELS, "type"])
+
+_RECENT = 200
+_recent_ttft_ms: deque[float] = deque(maxlen=_RECENT)
+
+
+class RecentTtft(NamedTuple):
+    """The times to first token of this worker's latest streams; None without any."""
+
+    ttft_p50_ms: float | None
+    ttft_p95_ms: float | None
+
+
+class Meter:
+    """The clock of one job on this worker."""
+
+    def __init__(self, claim: Claim) -> None:
+        self._labels = claim.job.model, claim.job.lane
+        self._accepted_s = time.monotonic() - claim.queue_ms / 1000
+        self._is_continued = claim.attempt > 1
+        self._first_s = self._last_s = 0.0
+        self._tokens = 0
+        self._gaps = INTER_TOKEN.labels(*self._labels)
+        if not self._is_continued:
+            QUEUE_WAIT.labels(*self._labels).observe(claim.queue_ms / 1000)
+
+    def output(self, tokens: int) -> None:
+        """An event goes out, and the engine has made so many tokens; 0: it counts none.
+
+        Events that only begin or end a stream bring no new ones, and are not timed.
+        """
+        if tokens and tokens == self._tokens:
+            return
+        now_s, self._tokens = time.monotonic(), tokens
+        if self._last_s:
+            self._gaps.observe(now_s - self._last_s)
+        elif not self._is_continued:
+            self._first_s = now_s
+            TTFT.labels(*self._labels).observe(now_s - self._accepted_s)
+            _recent_ttft_ms.append((now_s - self._accepted_s) * 1000)
+        self._last_s = now_s
+
+    def end(self, input_tokens: int, output_tokens: int) -> None:
+        """The job has ended, with so many tokens in all its attempts."""
+        DURATION.labels(*self._labels).observe(time.monotonic() - self._accepted_s)
+        if self._first_s and output_tokens > 1:
+            spent_s = self._last_s - self._first_s
+            TPOT.labels(*self._labels).observe(spent_s / (output_tokens - 1))
+        TOKENS.labels(*self._labels, "input").inc(input_tokens)
+        TOKENS.labels(*self._labels, "output").inc(output_tokens)
+
+
+def recent_ttft() -> RecentTtft:
+    """For the heartbeat: what `sluice status` shows without Prometheus."""
+    if len(_recent_ttft_ms) < 2:
+        lone = next(iter(_recent_ttft_ms), None)
+        return RecentTtft(lone, lone)
+    cuts = quantiles(list(_recent_ttft_ms), n=20, method="inclusive")
+    return RecentTtft(cuts[9], cuts[18])
+
+
+def serve(bind: str, redis_host: str) -> str:
+    """Serves /metrics on HOST:PORT, in a thread; returns the address where others find it.
+
+    Raises:
+        OSError: the address cannot be bound.
+    """
+    host, _, port = bind.rpartition(":")
+    server, _ = start_http_server(int(port), host)
+    if host in ("0.0.0.0", "::"):  # noqa: S104 (compared)
+        host = _own_address(redis_host)
+    return f"{host}:{server.server_port}"
+
+
+def _own_address(peer: str) -> str:
+    """The address of this machine on the way to the peer; no packet is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((peer, 9))
+        return str(probe.getsockname()[0])

@@ -1,0 +1,61 @@
+"""The state of the whole queue at one moment: for metrics, alerts and `sluice status`."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from redis import Redis
+
+from tasks import counts, keys
+from tasks.backlog import Backlog
+from tasks.control import WorkerView, workers
+from tasks.counts import Happening
+from tasks.depth import Depth, ask_depths, read_depths
+from tasks.message import Lane
+
+
+@dataclass(frozen=True)
+class Vitals:
+    """What waits, what runs, who works, and what has happened."""
+
+    depths: dict[tuple[str, Lane], Depth]
+    leases: int
+    delayed: int
+    counts: Counter[Happening]
+    """At the same moment as the three above: accepted = depth + leases + delayed + ended."""
+    paused: set[str]
+    workers: list[WorkerView]
+    ledger_records: int
+    memory_bytes: int
+    memory_limit_bytes: int
+    """0: none."""
+
+
+def look(redis: Redis, models: Iterable[str]) -> Vitals:
+    """The vitals, with these models and all that have had a job.
+
+    Raises:
+        RedisError: Redis does not answer.
+    """
+    backlog = Backlog(redis)
+    names = sorted({*models, *backlog.models()})
+    moment = redis.pipeline(transaction=True)
+    ask_depths(moment, names)
+    moment.zcard(keys.LEASES)
+    moment.zcard(keys.DELAYED)
+    moment.hgetall(keys.COUNTS)
+    moment.xlen(keys.LEDGER)
+    depths, leases, delayed, counted, records = moment.execute()
+    memory: Any = redis.info("memory")
+    return Vitals(
+        depths=read_depths(names, depths),
+        leases=leases,
+        delayed=delayed,
+        counts=counts.read(counted),
+        paused=backlog.paused(),
+        workers=workers(redis),
+        ledger_records=records,
+        memory_bytes=memory["used_memory"],
+        memory_limit_bytes=memory["maxmemory"],
+    )

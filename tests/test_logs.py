@@ -1,0 +1,108 @@
+"""What stands in the logs of all parts, and what must not."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import requests
+
+from tasks import keys
+from tests.conftest import SIM
+from tests.stack import Stack, await_that, running
+
+SLOW = SIM | {"args": {"tokens-per-s": 40, "first-token-s": 0.05}}
+PROMPT = "an unmistakable question"
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 10}
+
+
+@pytest.fixture
+def stack(home: Path) -> Iterator[Stack]:
+    settings: dict[str, Any] = {"log_format": "json", "lease_s": 3}
+    with running(Stack(home, [SLOW], **settings)) as stack:
+        yield stack
+
+
+def lines(stack: Stack, job_id: str) -> list[dict[str, Any]]:
+    """All lines about the job, in the order of time. Each line of the parts' logs is JSON."""
+    logs = [p.log for p in stack.processes if not p.log.name.startswith("redis")]
+    parsed = [orjson.loads(line) for log in dict.fromkeys(logs) for line in _written(log)]
+    about = [line for line in parsed if line.get("job") == job_id]
+    return sorted(about, key=lambda line: str(line["timestamp"]))
+
+
+def _written(log: Path) -> list[str]:
+    # Celery's warning about the superuser is Python's, and goes past all logging.
+    text = log.read_text().splitlines()
+    return [line for line in text if line.startswith("{")]
+
+
+def chat(stack: Stack, **more: Any) -> requests.Response:
+    return requests.post(stack.url + "/v1/chat/completions", json=CHAT | more, timeout=30)
+
+
+def test_each_transition_is_a_line_without_what_was_asked_or_answered(stack: Stack) -> None:
+    answer = chat(stack)
+    job_id = answer.headers["x-sluice-job"]
+    await_that(lambda: len(lines(stack, job_id)) == 3)
+    accepted, claimed, completed = lines(stack, job_id)
+    assert [line["event"] for line in (accepted, claimed, completed)] == [
+        *("job accepted", "job claimed", "job completed"),
+    ]
+    for line in (accepted, claimed, completed):
+        assert (line["tenant"], line["model"], line["level"]) == ("default", "sim", "info")
+    assert accepted["lane"] == "interactive"
+    assert claimed["attempt"] == completed["attempt"] == 1
+    assert claimed["queue_ms"] < 1000
+    assert 200 < completed["run_ms"] < 3000
+    text = answer.json()["choices"][0]["message"]["content"]
+    written = "".join(process.log.read_text() for process in stack.processes)
+    assert PROMPT not in written
+    assert text not in written
+
+
+def test_what_goes_wrong_is_told_with_the_same_fields(stack: Stack) -> None:
+    body = CHAT | {"max_tokens": 200, "stream": True}
+    url = stack.url + "/v1/chat/completions"
+    with requests.post(url, json=body, stream=True, timeout=30) as answer:
+        job_id = answer.headers["x-sluice-job"]
+        stack.workers[0].kill()
+        await_that(lambda: len(lines(stack, job_id)) == 3)
+        requests.post(f"{stack.url}/v1/jobs/{job_id}/cancel", timeout=10).raise_for_status()
+    await_that(lambda: len(lines(stack, job_id)) == 4)
+    taken, cancelled = lines(stack, job_id)[2:]
+    assert taken["event"].startswith("job taken back")
+    assert (taken["state"], taken["attempt"], taken["level"]) == ("queued", 1, "warning")
+    assert (cancelled["event"], cancelled["attempt"]) == ("job cancelled", 1)
+    assert taken["tenant"] == cancelled["tenant"] == "default"
+    assert taken["model"] == cancelled["model"] == "sim"
+
+
+def test_errors_are_lines_of_the_same_form(stack: Stack) -> None:
+    stack.redis.lpush(keys.job("job_1"), "not a hash")
+    assert requests.get(f"{stack.url}/v1/jobs/job_1", timeout=10).status_code == 503
+    parsed = [orjson.loads(line) for line in _written(stack.api_processes[0].log)]
+    (error,) = [line for line in parsed if line["level"] == "error"]
+    assert "WRONGTYPE" in error["event"]
+    assert error["logger"] == "api.errors"
+
+
+def test_content_is_logged_when_that_is_switched_on(home: Path) -> None:
+    with running(Stack(home, [SIM], log_format="json", log_content=True)) as stack:
+        answer = chat(stack)
+        job_id = answer.headers["x-sluice-job"]
+        await_that(lambda: len(lines(stack, job_id)) == 3)
+        accepted, _, completed = lines(stack, job_id)
+        assert orjson.loads(accepted["request"]) == CHAT
+        assert orjson.loads(completed["answer"]) == answer.json()
+
+
+def test_people_read_lines_of_words(sim_stack: Stack) -> None:
+    job_id = chat(sim_stack).headers["x-sluice-job"]
+    worker = sim_stack.part("worker").log
+    await_that(lambda: f"job={job_id}" in worker.read_text())
+    line = next(line for line in worker.read_text().splitlines() if job_id in line)
+    assert "job claimed" in line
+    assert "model=sim" in line
+    assert not line.startswith("{")
