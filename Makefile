@@ -1,5 +1,5 @@
 # Needs Python 3.11+ and make, nothing else; all that it installs goes to .venv.
-.PHONY: up test lint faults bench clean
+.PHONY: up test lint faults bench dashboards clean
 
 # 3.11 is what Sluice is developed with; vLLM has CPU builds for it.
 PYTHON ?= $(firstword $(shell command -v python3.11) python3)
@@ -28,6 +28,9 @@ faults: .venv/installed-test  ## kills every part in every way; REPEAT=20 does i
 
 bench: .venv/installed-test  ## Sluice against vLLM's own server, on this machine
 	$(BIN)/python -m bench
+
+dashboards: .venv/installed-test  ## Grafana's dashboards, from deploy/dashboards to deploy/grafana
+	$(BIN)/python -m deploy.dashboards
 
 clean:  ## removes what the other targets made here; data stays in SLUICE_HOME
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -79,11 +79,16 @@ def check_vllm_builds() -> None:
 
 def install_servers() -> None:
     """Installs the servers that the tests run against, unless they are here or cannot be had."""
-    servers = {"redis-server": has_redis(), "postgresql": has_postgresql()}
+    servers = {
+        "redis-server": has_redis(),
+        "postgresql": has_postgresql(),
+        "prometheus": bool(shutil.which("prometheus") and shutil.which("promtool")),
+        "prometheus-alertmanager": bool(shutil.which("prometheus-alertmanager")),
+    }
     packages = [package for package, is_here in servers.items() if not is_here]
     if not packages:
         return
-    names = " and ".join(packages)
+    names = ", ".join(packages)
     if not shutil.which("apt-get"):
         say(f"the tests run against {names}: no apt-get here, install what you miss yourself")
         return
@@ -96,7 +101,7 @@ def install_servers() -> None:
         run([*apt, "update"])
         run([*apt, "install", "-y", "--no-install-recommends", *packages])
     except (OSError, subprocess.CalledProcessError) as failed:
-        say(f"that failed ({failed}); install them yourself: Redis can be missed, PostgreSQL not")
+        say(f"that failed ({failed}); install them yourself; only Redis can be missed")
 
 
 def has_redis() -> bool:

@@ -1,5 +1,9 @@
 """What `sluice up` shows once everything runs."""
 
+import os
+import sys
+from pathlib import Path
+
 from deploy.install import GPU_INSTALL
 from tasks.models import Catalog
 from tasks.settings import Settings
@@ -20,6 +24,7 @@ _TEXT = """
   Your own    SLUICE_MODEL=Qwen/Qwen3-0.6B make up      (a Hub id or a directory)
   On a GPU    {gpu}
   Logs        {home}/logs
+  Status      {sluice} status      (also: doctor, jobs, submit, watch, drain, pause, dead)
   Stop        Ctrl-C
 """
 
@@ -32,5 +37,7 @@ def welcome(settings: Settings, catalog: Catalog) -> str:
         "sim": ": simulated, no model at all",
     }
     note = notes.get(model.engine, "") or notes.get(model.source, "")
+    sluice = os.path.relpath(Path(sys.executable).with_name("sluice"))
     values = {"model": model.name, "note": note, "home": settings.home, "gpu": GPU_INSTALL}
+    values |= {"sluice": sluice}
     return _TEXT.format(url=f"http://127.0.0.1:{settings.port}", **values)

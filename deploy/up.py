@@ -21,7 +21,7 @@ from tasks import keys
 from tasks.connections import connect
 from tasks.errors import SluiceError
 from tasks.models import Catalog, get_catalog
-from tasks.settings import Settings, get_settings
+from tasks.settings import Settings, get_settings, redis_url_file
 
 LOG_LINES_SHOWN = 15
 LOG_WIDTH = 110
@@ -77,6 +77,8 @@ class Deployment:
             self._say("stopping")
         finally:
             started = time.monotonic()
+            if self._redis:
+                redis_url_file(self._settings.home).unlink(missing_ok=True)
             stop_all(self._parts, self._redis)
         self._say(f"stopped in {time.monotonic() - started:.1f} s")
 
@@ -108,6 +110,7 @@ class Deployment:
         self._wait("starting Redis", self._redis, lambda: redis_server.answers(url))
         # Workers of an earlier run that were killed: they must not pass for ours.
         connect(url).delete(keys.WORKERS)
+        redis_url_file(self._settings.home).write_text(url)
         self._say(f"Redis: {server} on port {port}")
 
     def _migrate(self) -> None:

@@ -18,6 +18,7 @@ from redis import Redis
 
 from tasks import keys, vitals
 from tasks.control import WorkerState
+from tasks.message import Lane
 from tasks.models import Catalog
 from tasks.settings import Settings
 from tasks.vitals import Vitals
@@ -74,17 +75,15 @@ def conditions(seen: Vitals, settings: Settings, now_s: float) -> Iterator[Alert
     """What holds now and should not."""
     serving = {w.model for w in seen.workers if w.state is WorkerState.SERVING}
     for model in dict.fromkeys(model for model, _ in seen.depths):
-        lanes = [waiting for (name, _), waiting in seen.depths.items() if name == model]
-        jobs = sum(lane.jobs for lane in lanes)
-        oldest_s = max(lane.oldest_age_s for lane in lanes)
+        jobs = sum(seen.depths[model, lane].jobs for lane in Lane)
+        # Batch jobs may wait for hours.
+        oldest_s = seen.depths[model, Lane.INTERACTIVE].oldest_age_s
         if jobs > settings.alert_depth:
             what = f"{jobs} jobs wait for {model}; the limit is {settings.alert_depth}."
             yield Alert("SluiceQueueDeep", model, "warning", what, now_s)
         if oldest_s > settings.alert_oldest_s and model not in seen.paused:
             limit_s = f"{settings.alert_oldest_s:g}"
-            what = (
-                f"The oldest job for {model} has waited {oldest_s:.0f} s; the limit is {limit_s}."
-            )
+            what = f"The oldest interactive job for {model} waits for {oldest_s:.0f} s; the limit is {limit_s}."
             yield Alert("SluiceQueueOld", model, "critical", what, now_s)
         if jobs and model not in serving:
             what = f"{jobs} jobs wait for {model}, and no worker serves it."

@@ -25,7 +25,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
 
-    redis_url: str = Field("redis://127.0.0.1:6379/0", description="queue and Celery broker")
+    redis_url: str = Field(
+        "", description="queue and Celery broker; empty: that of `sluice up`, or port 6379 here"
+    )
     bus_url: str = Field("", description="token logs and pub/sub; empty: the same as redis_url")
     database_url: str = Field("", description="SQLAlchemy URL; empty: SQLite in home")
     home: Path = Field(Path("~/.sluice"), description="state: database, logs, embedded Redis")
@@ -65,7 +67,9 @@ class Settings(BaseSettings):
         description="gets alerts in Alertmanager's form, from maintenance; empty: off",
     )
     alert_depth: int = Field(1000, ge=1, description="more queued jobs of a model are an alert")
-    alert_oldest_s: float = Field(60, gt=0, description="a job that waits longer is an alert")
+    alert_oldest_s: float = Field(
+        60, gt=0, description="an interactive job that waits longer is an alert"
+    )
 
     admin_key: str = Field(
         "", repr=False, description="bearer token of /v1/admin; empty: these endpoints are off"
@@ -92,15 +96,30 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _fill_defaults(self) -> Self:
         home = self.home.expanduser().absolute()
+        redis_url = self.redis_url or running_redis_url(home)
         derived = {
             "home": home,
-            "bus_url": self.bus_url or self.redis_url,
+            "redis_url": redis_url,
+            "bus_url": self.bus_url or redis_url,
             "api_url": self.api_url or f"http://127.0.0.1:{self.port}",
             "database_url": self.database_url or f"sqlite:///{home / 'sluice.db'}",
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
         return self
+
+
+def redis_url_file(home: Path) -> Path:
+    """Where a running `sluice up` says which Redis it has started."""
+    return home / "redis-url"
+
+
+def running_redis_url(home: Path) -> str:
+    """The Redis of the `sluice up` that runs in this home, or Redis's usual place."""
+    try:
+        return redis_url_file(home).read_text()
+    except FileNotFoundError:
+        return "redis://127.0.0.1:6379/0"
 
 
 def _split(secrets: str) -> tuple[str, ...]:

@@ -247,7 +247,7 @@ def running(stack: Stack, workers: int = 1) -> Iterator[Stack]:
     finally:
         stack.stop()
         groups = {process.pid for process in stack.processes}
-        left = [p for p in psutil.process_iter() if _group(p.pid) in groups and _is_alive(p)]
+        left = [p for p in psutil.process_iter() if _group(p.pid) in groups and is_alive(p)]
         assert not left, f"processes left behind: {left}"
 
 
@@ -258,7 +258,8 @@ def _group(pid: int) -> int:
         return -1
 
 
-def _is_alive(process: psutil.Process) -> bool:
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs; one that nobody has waited for does not."""
     try:
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

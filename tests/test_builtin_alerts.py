@@ -56,7 +56,7 @@ def test_a_queue_that_nobody_serves_wakes_somebody_until_it_is_served(
 ) -> None:
     (worker,) = stack.workers
     worker.stop()
-    jobs = [submit(stack, CHAT)["id"] for _ in range(8)]
+    jobs = [submit(stack, CHAT, priority="interactive")["id"] for _ in range(8)]
     names = {"SluiceQueueDeep", "SluiceQueueOld", "SluiceNoWorker"}
     await_that(lambda: all(named(receiver, name, "firing") for name in names), 60, stack.logs)
     stack.start_worker("sim")

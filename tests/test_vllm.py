@@ -2,13 +2,16 @@
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import openai
 import pytest
 
 from gpu_worker.demo.texts import read
 from tasks import keys
+from tasks.control import workers
 from tests.stack import Stack, await_that, send
+from tests.test_metrics import Metrics
 
 # The load of an engine counts for the first test that needs it.
 pytestmark = pytest.mark.timeout(300)
@@ -20,6 +23,7 @@ LONG = {
     "temperature": 0,
 }
 ANSWERED_AT_LEAST = 25
+ALL_TOKENS = {"ignore_eos": True}
 
 
 def _client(stack: Stack) -> openai.OpenAI:
@@ -93,3 +97,40 @@ def test_64_streams_share_one_engine_and_leaving_frees_it(vllm_stack: Stack) -> 
             client.close()
     await_that(lambda: _load(vllm_stack) == 0, timeout_s=30)
     assert vllm_stack.redis.zcard(keys.LEASES) == 0
+
+
+def test_the_worker_serves_vllms_metrics_beside_its_own(vllm_stack: Stack) -> None:
+    (worker,) = workers(vllm_stack.redis)
+    url = f"http://{worker.metrics_address}/metrics"
+    before = Metrics(url)
+    client = _client(vllm_stack)
+    question: Any = [{"role": "user", "content": "What is a lease?"}]
+    chat = {"model": "sluice-demo", "messages": question, "max_tokens": 30}
+    streamed = list(
+        client.chat.completions.create(
+            **chat, stream=True, stream_options={"include_usage": True}, extra_body=ALL_TOKENS
+        )
+    )
+    whole = client.chat.completions.create(**chat, n=2, extra_body=ALL_TOKENS)
+    after = Metrics(url)
+
+    def grown(name: str, **labels: str) -> float:
+        return after.total(name, **labels) - before.total(name, **labels)
+
+    usages = [usage for usage in (streamed[-1].usage, whole.usage) if usage]
+    assert [usage.completion_tokens for usage in usages] == [30, 60]
+    assert grown("sluice_tokens_total", type="output") == 90
+    assert grown("sluice_tokens_total", type="input") == sum(u.prompt_tokens for u in usages)
+    assert grown("vllm:generation_tokens_total") == 90
+    assert grown("sluice_time_to_first_token_seconds_count") == 1
+    assert grown("sluice_inter_token_latency_seconds_count") <= 29
+    assert grown("sluice_request_duration_seconds_count") == 2
+    assert grown("sluice_time_to_first_token_seconds_sum") < 10
+    for name in ("vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"):
+        assert name in {found for found, _ in after.samples}
+
+
+def test_the_heartbeat_tells_how_full_the_kv_cache_is(vllm_stack: Stack) -> None:
+    with send(vllm_stack, LONG | {"stream": True}):
+        await_that(lambda: workers(vllm_stack.redis)[0].kv_cache_usage > 0)
+    await_that(lambda: workers(vllm_stack.redis)[0].kv_cache_usage == 0)
