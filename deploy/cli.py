@@ -184,6 +184,16 @@ def doctor(as_json: bool) -> None:
     sys.exit(run(as_json=as_json))
 
 
+@main.command()
+@click.option("--once", is_flag=True, help="Print it once, as where there is no terminal.")
+@click.option("--json", "as_json", is_flag=True, help="One object, once.")
+def status(once: bool, as_json: bool) -> None:
+    """Show models, workers and totals, every second until Ctrl-C."""
+    from deploy.status import run
+
+    run(once=once, as_json=as_json)
+
+
 for _command in operate.COMMANDS:
     main.add_command(_command)
 

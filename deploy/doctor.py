@@ -18,7 +18,6 @@ from deploy import doctor_servers as servers
 from deploy.findings import Level, Remark, UnusableError, explain, warning, wrong
 from tasks.settings import Settings, get_settings
 
-# More than two tries of a Redis that accepts connections and is silent.
 LONGEST_CHECK_S = 8.0
 
 COLOURS = {Level.OK: "green", Level.WARNING: "yellow", Level.WRONG: "red"}

@@ -12,16 +12,17 @@ from urllib.parse import urlsplit
 import httpx
 
 from deploy.checks import listener, refuse_missing
+from deploy.doctor_servers import open_redis
 from deploy.findings import Remark, UnusableError, explain, ok, warning, without_password, wrong
 from deploy.install import WITHOUT_VLLM
 from tasks import keys
 from tasks.backlog import Backlog
-from tasks.connections import connect
-from tasks.control import WorkerState, workers
-from tasks.depth import depth
+from tasks.control import WorkerState
 from tasks.errors import SluiceError
+from tasks.message import Lane
 from tasks.models import BUILT_IN, get_catalog
 from tasks.settings import PREFIX, Settings
+from tasks.vitals import look
 
 API_TIMEOUT_S = 3.0
 # A record may wait for 30 s for the end of its job's log (tasks/ledger.py).
@@ -52,14 +53,15 @@ def check_models(settings: Settings) -> Iterator[Remark]:
 
 def check_workers(settings: Settings) -> Iterator[Remark]:
     """Whether each model that has work, or may get it, has a worker."""
-    redis = connect(settings.redis_url)
-    alive, listed = workers(redis), [model.name for model in get_catalog().models]
-    for model in listed:
-        states = Counter(worker.state for worker in alive if worker.model == model)
-        yield _judge_workers(model, states, depth(redis, model).jobs)
-    for model in Backlog(redis, settings).models():
-        waiting = depth(redis, model).jobs
-        if model not in listed and waiting:
+    listed = [model.name for model in get_catalog().models]
+    with open_redis(settings.redis_url) as redis:
+        seen = look(redis, listed)
+    for model in dict.fromkeys(model for model, _ in seen.depths):
+        states = Counter(worker.state for worker in seen.workers if worker.model == model)
+        waiting = sum(seen.depths[model, lane].jobs for lane in Lane)
+        if model in listed:
+            yield _judge_workers(model, states, waiting)
+        elif waiting:
             yield wrong(
                 f"{model}: {waiting} job(s) wait, and models.yaml does not name it",
                 "name it there and start a worker, or cancel them (`sluice jobs`, `sluice cancel`)",
@@ -77,7 +79,8 @@ def _judge_workers(model: str, states: Counter[WorkerState], waiting: int) -> Re
 
 def check_maintenance(settings: Settings) -> Iterator[Remark]:
     """Whether the reaper ran lately."""
-    process: Any = connect(settings.redis_url).get(keys.MAINTENANCE)
+    with open_redis(settings.redis_url) as redis:
+        process: Any = redis.get(keys.MAINTENANCE)
     if process is None:
         yield wrong(
             "no maintenance lives: jobs of dead workers and the ledger wait for it",
@@ -89,10 +92,10 @@ def check_maintenance(settings: Settings) -> Iterator[Remark]:
 
 def check_ledger(settings: Settings) -> Iterator[Remark]:
     """Whether what happens gets into SQL."""
-    redis = connect(settings.redis_url)
-    now_s, _ = redis.time()
-    oldest: Any = redis.xrange(keys.LEDGER, count=1)
-    waiting = redis.xlen(keys.LEDGER)
+    with open_redis(settings.redis_url) as redis:
+        now_s, _ = redis.time()
+        oldest: Any = redis.xrange(keys.LEDGER, count=1)
+        waiting = redis.xlen(keys.LEDGER)
     age_s = now_s - int(oldest[0][0].split(b"-")[0]) / 1000 if oldest else 0.0
     found = f"{waiting} record(s) are not in SQL yet"
     if age_s > OLD_RECORD_S:
@@ -106,7 +109,8 @@ def check_ledger(settings: Settings) -> Iterator[Remark]:
 
 def check_pauses(settings: Settings) -> Iterator[Remark]:
     """Models that somebody has paused."""
-    paused = sorted(Backlog(connect(settings.redis_url), settings).paused())
+    with open_redis(settings.redis_url) as redis:
+        paused = sorted(Backlog(redis, settings).paused())
     for model in paused:
         yield warning(f"{model} is paused", f"`sluice resume {model}` ends that")
     if not paused:

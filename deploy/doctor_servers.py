@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from redis import Redis
+from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, BusyLoadingError, NoPermissionError, RedisError
+from redis.retry import Retry
 from sqlalchemy import Connection, Engine, create_engine, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.orm import Session
@@ -16,9 +18,10 @@ from sqlalchemy.pool import NullPool
 
 from db import dead
 from db.schema import revisions
-from db.session import CONNECT_TIMEOUT_S, database_now
+from db.session import CONNECT_TIMEOUT_S as SQL_TIMEOUT_S
+from db.session import database_now
 from deploy.findings import Remark, UnusableError, explain, ok, warning, without_password, wrong
-from tasks.connections import connect
+from tasks.connections import COMMAND_TIMEOUT_S, CONNECT_TIMEOUT_S
 from tasks.settings import PREFIX, Settings
 
 # The first with all commands that tasks/ uses.
@@ -46,7 +49,7 @@ def check_bus(settings: Settings) -> Iterator[Remark]:
 def _check_redis(settings: Settings, name: str) -> Iterator[Remark]:
     url, variable = getattr(settings, name), f"{PREFIX}{name.upper()}"
     try:
-        with _open_redis(url) as redis:
+        with open_redis(url) as redis:
             info: Any = redis.info()
     except RedisError as failure:
         raise UnusableError(
@@ -65,8 +68,10 @@ def _check_redis(settings: Settings, name: str) -> Iterator[Remark]:
 
 
 @contextmanager
-def _open_redis(url: str) -> Iterator[Redis]:
-    redis = connect(url)
+def open_redis(url: str) -> Iterator[Redis]:
+    """A client that tries once: four rounds of waiting for a silent server are too long here."""
+    bounds = {"socket_connect_timeout": CONNECT_TIMEOUT_S, "socket_timeout": COMMAND_TIMEOUT_S}
+    redis = Redis.from_url(url, retry=Retry(NoBackoff(), 0), **bounds)
     try:
         yield redis
     finally:
@@ -204,7 +209,7 @@ def _make_engine(settings: Settings) -> Engine:
             "write it as postgresql+psycopg://USER:PASSWORD@HOST:PORT/NAME, odd characters as %XX",
         ) from None
     if location.get_backend_name() != "sqlite" or not location.database:
-        bounds = {"connect_timeout": CONNECT_TIMEOUT_S}
+        bounds = {"connect_timeout": SQL_TIMEOUT_S}
         return create_engine(location, poolclass=NullPool, connect_args=bounds)
     if not Path(location.database).exists():
         raise UnusableError(
@@ -231,7 +236,7 @@ def check_dead_letters(settings: Settings) -> Iterator[Remark]:
 
 def check_redis_clock(settings: Settings) -> Iterator[Remark]:
     """The clock of this machine against that of the queue's Redis."""
-    with _open_redis(settings.redis_url) as redis:
+    with open_redis(settings.redis_url) as redis:
         redis.ping()
         before_s = time.time()
         answer: Any = redis.time()

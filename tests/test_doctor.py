@@ -1,0 +1,399 @@
+"""`sluice doctor`: what it says of parts that are well, and of parts that are really broken."""
+
+import os
+import resource
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import requests
+import yaml
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import text
+
+from db import get_engine, migrate, writing
+from db.models import JobRecord
+from db.schema import MIGRATIONS
+from deploy.redis_server import answers, find_server, free_port, server_command
+from tasks import keys
+from tests.conftest import SIM
+from tests.stack import Stack, await_that, running
+
+PARTS = {
+    *("settings", "models", "redis", "bus", "database", "workers", "maintenance", "ledger"),
+    *("pauses", "dead letters", "model files", "api", "clock", "disk", "open files"),
+}
+CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
+
+
+class Diagnosis:
+    """What one run of the program said."""
+
+    def __init__(self, done: subprocess.CompletedProcess[str]) -> None:
+        assert done.stderr == ""
+        self.code = done.returncode
+        self.findings: list[dict[str, str]] = orjson.loads(done.stdout)
+
+    def of(self, check: str, level: str) -> str:
+        """All that was found at that level by the check, with what to do."""
+        return "\n".join(
+            f"{finding['found']}; {finding['do']}"
+            for finding in self.findings
+            if (finding["check"], finding["level"]) == (check, level)
+        )
+
+    @property
+    def wrong(self) -> set[str]:
+        return {finding["check"] for finding in self.findings if finding["level"] == "wrong"}
+
+
+def sluice(stack: Stack, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    api = {"SLUICE_API_URL": stack.url} if stack.api_ports else {}
+    return subprocess.run(
+        [sys.executable, "-m", "deploy.cli", *arguments],
+        env=stack.env | api | env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def diagnose(stack: Stack, **env: str) -> Diagnosis:
+    return Diagnosis(sluice(stack, "doctor", "--json", **env))
+
+
+@contextmanager
+def configured(stack: Stack, name: str, value: object) -> Iterator[None]:
+    """The stack's Redis with another setting."""
+    before: Any = stack.redis.config_get(name)
+    stack.redis.config_set(name, value)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        stack.redis.config_set(name, before[name])
+
+
+def test_a_healthy_stack_has_a_line_for_each_part_and_nothing_wrong(sim_stack: Stack) -> None:
+    seen = diagnose(sim_stack)
+    assert (seen.code, seen.wrong) == (0, set())
+    assert {finding["check"] for finding in seen.findings} == PARTS
+    assert f"127.0.0.1:{sim_stack.redis_port}/0 answers, " in seen.of("redis", "ok")
+    assert "sim: 1 serving worker(s), 0 job(s) wait" in seen.of("workers", "ok")
+    assert f"{socket.gethostname()}-{sim_stack.part('maintenance').pid} lives" in seen.of(
+        "maintenance", "ok"
+    )
+    assert "answers, and is ready" in seen.of("api", "ok")
+    assert "at migration" in seen.of("database", "ok")
+    assert "SQLite's journal is a WAL" in seen.of("database", "ok")
+
+
+def test_people_get_one_line_per_finding_and_a_sum(sim_stack: Stack) -> None:
+    seen = diagnose(sim_stack)
+    done = sluice(sim_stack, "doctor")
+    assert (done.returncode, done.stderr) == (0, "")
+    *lines, total = done.stdout.splitlines()
+    assert len(lines) == len(seen.findings)
+    for line, finding in zip(lines, seen.findings, strict=True):
+        assert line.startswith(f"{finding['level']:<8}{finding['check']}")
+    assert total.endswith(", 0 wrong")
+
+
+def test_a_redis_that_is_down_hides_nothing_else(sim_stack: Stack) -> None:
+    seen = diagnose(sim_stack, SLUICE_REDIS_URL=f"redis://127.0.0.1:{free_port()}/0")
+    assert (seen.code, seen.wrong) == (1, {"redis"})
+    assert "start it, or set SLUICE_REDIS_URL to where it runs" in seen.of("redis", "wrong")
+    for needs_it in ("workers", "maintenance", "ledger", "pauses", "clock"):
+        assert seen.of(needs_it, "warning") == "not checked without redis; mend redis first"
+    assert "at migration" in seen.of("database", "ok")
+    assert "is ready" in seen.of("api", "ok")
+
+
+def test_servers_that_accept_connections_and_are_silent_are_waited_for_seconds_only(
+    sim_stack: Stack,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        began_s = time.monotonic()
+        seen = diagnose(
+            sim_stack,
+            SLUICE_BUS_URL=f"redis://127.0.0.1:{port}/0",
+            SLUICE_DATABASE_URL=f"postgresql+psycopg://postgres@127.0.0.1:{port}/x",
+            SLUICE_API_URL=f"http://127.0.0.1:{port}",
+        )
+    assert time.monotonic() - began_s < 30
+    assert (seen.code, seen.wrong) == (1, {"bus", "database", "api"})
+    assert "start it, or set SLUICE_BUS_URL" in seen.of("bus", "wrong")
+    assert "start it, or set SLUICE_DATABASE_URL" in seen.of("database", "wrong")
+    assert "1 serving" in seen.of("workers", "ok")
+
+
+@contextmanager
+def filled(stack: Stack, share: float) -> Iterator[None]:
+    """The stack's Redis with that share of its maxmemory in use."""
+    used: Any = stack.redis.info("memory")
+    with configured(stack, "maxmemory", int(used["used_memory"] / share)):
+        yield
+
+
+def test_a_redis_that_drops_jobs_is_wrong_and_one_that_forgets_a_warning(sim_stack: Stack) -> None:
+    with configured(sim_stack, "appendonly", "no"):
+        seen = diagnose(sim_stack)
+        assert (seen.code, seen.wrong) == (0, set())
+        assert "a restart loses what waits and runs" in seen.of("redis", "warning")
+        assert "`redis-cli config set appendonly yes`" in seen.of("redis", "warning")
+        with configured(sim_stack, "maxmemory-policy", "allkeys-lru"):
+            seen = diagnose(sim_stack)
+    assert (seen.code, seen.wrong) == (1, {"redis"})
+    assert "maxmemory-policy is allkeys-lru" in seen.of("redis", "wrong")
+    assert "`redis-cli config set maxmemory-policy noeviction`" in seen.of("redis", "wrong")
+
+
+@pytest.mark.parametrize(("share", "code", "level"), [(0.9, 0, "warning"), (0.98, 1, "wrong")])
+def test_a_redis_that_is_getting_full(
+    sim_stack: Stack, share: float, code: int, level: str
+) -> None:
+    with filled(sim_stack, share):
+        seen = diagnose(sim_stack)
+    assert seen.code == code
+    assert "MiB in use" in seen.of("redis", level)
+    assert "give it a greater maxmemory" in seen.of("redis", level)
+
+
+def test_jobs_that_wait_for_a_worker_and_a_maintenance_that_died(home: Path) -> None:
+    with running(Stack(home, [SIM]), workers=0) as stack:
+        seen = diagnose(stack)
+        assert (seen.code, seen.wrong) == (0, set())
+        assert "sim: no worker(s), 0 job(s) wait; start one" in seen.of("workers", "warning")
+        assert "is not ready: no worker lives" in seen.of("api", "warning")
+
+        job = {"endpoint": "/v1/chat/completions", "body": CHAT}
+        assert requests.post(f"{stack.url}/v1/jobs", json=job, timeout=10).status_code == 202
+        stack.part("maintenance").kill()
+        stack.redis.expire(keys.MAINTENANCE, 1)  # its seconds pass faster
+        await_that(lambda: not stack.redis.exists(keys.MAINTENANCE))
+        seen = diagnose(stack)
+        assert (seen.code, seen.wrong) == (1, {"workers", "maintenance"})
+        assert "sim: no worker(s), 1 job(s) wait; start one" in seen.of("workers", "wrong")
+        assert "`sluice worker --model sim`" in seen.of("workers", "wrong")
+        assert "start it: `sluice maintenance`" in seen.of("maintenance", "wrong")
+
+        (home / "other.yaml").write_text(yaml.safe_dump({"models": [SIM | {"name": "other"}]}))
+        seen = diagnose(stack, SLUICE_MODELS=str(home / "other.yaml"))
+        assert "sim: 1 job(s) wait, and models.yaml does not name it" in seen.of("workers", "wrong")
+
+
+def test_a_paused_model_is_shown_with_the_way_back(sim_stack: Stack) -> None:
+    assert sluice(sim_stack, "pause", "sim").returncode == 0
+    try:
+        seen = diagnose(sim_stack)
+    finally:
+        assert sluice(sim_stack, "resume", "sim").returncode == 0
+    assert seen.code == 0
+    assert seen.of("pauses", "warning") == "sim is paused; `sluice resume sim` ends that"
+    assert diagnose(sim_stack).of("pauses", "ok")
+
+
+def go_back(url: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    with get_engine(url).begin() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "-1")
+
+
+def go_beyond(url: str) -> None:
+    with get_engine(url).begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+
+
+def empty(url: str) -> None:
+    with get_engine(url).begin() as connection:
+        connection.execute(text("DROP TABLE alembic_version"))
+
+
+@pytest.mark.parametrize(
+    ("change", "found", "do"),
+    [
+        (go_back, "and this version needs", "they bring it up to date"),
+        (go_beyond, "at migration 9999, which this version does not know", "update this"),
+        (empty, "has no tables", "start the API or maintenance once: they make them"),
+    ],
+)
+def test_a_database_of_another_version(
+    sim_stack: Stack, database_url: str, change: Callable[[str], None], found: str, do: str
+) -> None:
+    migrate(database_url)
+    change(database_url)
+    seen = diagnose(sim_stack, SLUICE_DATABASE_URL=database_url)
+    assert (seen.code, seen.wrong) == (1, {"database"})
+    assert found in seen.of("database", "wrong")
+    assert do in seen.of("database", "wrong")
+
+
+def test_a_database_that_is_not_there_is_not_made(sim_stack: Stack, tmp_path: Path) -> None:
+    file = tmp_path / "none.db"
+    seen = diagnose(sim_stack, SLUICE_DATABASE_URL=f"sqlite:///{file}")
+    assert (seen.code, seen.wrong) == (1, {"database"})
+    assert "start the API or maintenance once: they make it" in seen.of("database", "wrong")
+    assert not file.exists()
+
+
+def test_dead_letters_and_clocks_come_from_the_database(
+    sim_stack: Stack, database_url: str
+) -> None:
+    migrate(database_url)
+    own = {"model": "sim", "tenant": "default", "endpoint": "/", "lane": "batch", "meta": {}}
+    now = datetime.now(UTC)
+    with writing(database_url) as session:
+        session.add(JobRecord(**own, id="job_1", status="failed", created_at=now, died_at=now))
+        session.add(JobRecord(**own, id="job_2", status="queued", created_at=now))
+    seen = diagnose(sim_stack, SLUICE_DATABASE_URL=database_url)
+    assert (seen.code, seen.wrong) == (0, set())
+    assert "1 job(s) were given up; `sluice dead list`" in seen.of("dead letters", "warning")
+    is_server = database_url.startswith("postgresql")
+    assert ("that of the database" in seen.of("clock", "ok")) == is_server
+
+
+def test_an_sqlite_without_wal_is_a_warning_and_stays_so(sim_stack: Stack, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'sluice.db'}"
+    migrate(url)
+    with get_engine(url).connect() as connection:
+        connection.exec_driver_sql("ROLLBACK")
+        connection.exec_driver_sql("PRAGMA journal_mode=DELETE")
+        connection.exec_driver_sql("BEGIN")
+    get_engine(url).dispose()
+    for _ in range(2):
+        seen = diagnose(sim_stack, SLUICE_DATABASE_URL=url)
+        assert (seen.code, seen.wrong) == (0, set())
+        assert "journal_mode is delete" in seen.of("database", "warning")
+        assert "put SLUICE_HOME on a local disk" in seen.of("database", "warning")
+
+
+def test_an_api_that_is_not_there(sim_stack: Stack) -> None:
+    seen = diagnose(sim_stack, SLUICE_API_URL=f"http://127.0.0.1:{free_port()}")
+    assert (seen.code, seen.wrong) == (1, {"api"})
+    assert "start one with `sluice api`, or set SLUICE_API_URL" in seen.of("api", "wrong")
+
+
+class Stranger(BaseHTTPRequestHandler):
+    """Something else than the API."""
+
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+def test_a_port_that_something_else_has_taken(sim_stack: Stack) -> None:
+    with HTTPServer(("127.0.0.1", 0), Stranger) as stranger:
+        thread = threading.Thread(target=stranger.serve_forever)
+        thread.start()
+        seen = diagnose(sim_stack, SLUICE_API_URL=f"http://127.0.0.1:{stranger.server_port}")
+        stranger.shutdown()
+        thread.join()
+    assert (seen.code, seen.wrong) == (1, {"api"})
+    assert f"does not answer as the API does by pid {os.getpid()}" in seen.of("api", "wrong")
+    assert "end it or choose another SLUICE_PORT" in seen.of("api", "wrong")
+
+
+def test_an_api_that_cannot_reach_redis(home: Path) -> None:
+    stack = Stack(home, [SIM])
+    try:
+        stack.start_redis()
+        stack.start_api()
+        stack.part("redis").kill()
+        elsewhere = server_command(find_server(), home / "elsewhere", port := free_port())
+        stack._spawn("redis", elsewhere)
+        url = f"redis://127.0.0.1:{port}/0"
+        await_that(lambda: answers(url))
+        seen = diagnose(stack, SLUICE_REDIS_URL=url)
+    finally:
+        stack.stop()
+    assert seen.code == 1
+    assert "is not ready: it cannot reach Redis" in seen.of("api", "wrong")
+
+
+def test_a_broken_models_file_and_a_model_that_is_not_there(
+    sim_stack: Stack, tmp_path: Path
+) -> None:
+    file = tmp_path / "models.yaml"
+    file.write_text("models: [{name: a, sauce: b}]")
+    seen = diagnose(sim_stack, SLUICE_MODELS=str(file))
+    assert (seen.code, seen.wrong) == (1, {"models"})
+    assert "sauce" in seen.of("models", "wrong")
+    assert "mend the file, or set SLUICE_MODELS" in seen.of("models", "wrong")
+    assert "mend models first" in seen.of("workers", "warning")
+    gone = {"name": "gone", "source": str(tmp_path / "gone")}
+    file.write_text(yaml.safe_dump({"models": [SIM, gone]}))
+    seen = diagnose(sim_stack, SLUICE_MODELS=str(file))
+    assert (seen.code, seen.wrong) == (0, set())
+    assert f"there is no model at {tmp_path / 'gone'}" in seen.of("model files", "warning")
+
+
+def test_few_open_files_are_a_warning(sim_stack: Stack) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "deploy.cli", "doctor", "--json"],
+        env=sim_stack.env | {"SLUICE_API_URL": sim_stack.url},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (1000, 1000)),
+    )
+    seen = Diagnosis(done)
+    assert (seen.code, seen.wrong) == (0, set())
+    assert "may open 1000 files" in seen.of("open files", "warning")
+    assert "`ulimit -n 65536` before the API starts" in seen.of("open files", "warning")
+
+
+def test_no_password_is_ever_shown(home: Path) -> None:
+    stack = Stack(home, [SIM])
+    own = {
+        "SLUICE_API_KEY": "key-7f",
+        "SLUICE_ADMIN_KEY": "admin-7f",
+        "SLUICE_ALERT_WEBHOOK": "https://alerts.invalid/token-7f",
+        "SLUICE_DATABASE_URL": f"postgresql+psycopg://me:sql-7f@127.0.0.1:{free_port()}/x",
+        "SLUICE_API_URL": f"http://me:web-7f@127.0.0.1:{free_port()}",
+    }
+    command = server_command(find_server(), home, stack.redis_port)
+    try:
+        stack._spawn("redis", [*command, "--requirepass", "redis-7f"])
+        address = f"127.0.0.1:{stack.redis_port}/0"
+        urls = {
+            f"redis://:redis-7f@{address}": f"redis://:…@{address} answers",
+            f"redis://:wrong-7f@{address}": "give SLUICE_REDIS_URL a user and a password",
+            f"redis://{address}": "give SLUICE_REDIS_URL a user and a password",
+            f"redis://{address}?password=redis-7f": "?password=… answers",
+            f"redis://:odd/7f@{address}": "SLUICE_REDIS_URL is no URL of a Redis",
+        }
+        await_that(lambda: answers(next(iter(urls))))
+        for url, expected in urls.items():
+            done = sluice(stack, "doctor", **own, SLUICE_REDIS_URL=url)
+            assert (done.returncode, done.stderr) == (1, "")
+            assert expected in done.stdout
+            assert "no database answers at postgresql+psycopg://me:…@" in done.stdout
+            assert "7f" not in done.stdout
+    finally:
+        stack.stop()
+
+
+@pytest.mark.parametrize("name", ["SLUICE_PORT", "SLUICE_PRT"])
+def test_a_wrong_setting_is_one_sentence(sim_stack: Stack, name: str) -> None:
+    done = sluice(sim_stack, "doctor", "--json", **{name: "x"})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("sluice: ")
+    assert name in done.stderr
+    assert len(done.stderr.splitlines()) == 1
