@@ -1,5 +1,6 @@
 """`sluice status`: models, workers and totals on one screen, from Redis (tasks/vitals.py)."""
 
+import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -155,13 +156,13 @@ def run(*, once: bool, as_json: bool) -> None:
         QueueUnavailableError: Redis does not answer.
         ConfigurationError: a setting or models.yaml is wrong.
     """
-    console = Console(highlight=False)
-    if not console.is_terminal:
+    console, is_terminal = Console(highlight=False), sys.stdout.isatty()
+    if not is_terminal:
         console.width = PIPE_COLUMNS
     with suppress(KeyboardInterrupt):
         observer = Observer()
         status = observer.look()
-        if console.is_terminal and not (once or as_json):
+        if is_terminal and not (once or as_json):
             _watch(console, observer, status)
         time.sleep(REFRESH_S)
         status = observer.look()
@@ -184,65 +185,72 @@ def _watch(console: Console, observer: Observer, status: Status) -> NoReturn:
 
 
 def _render(status: Status) -> Group:
-    return Group(_models(status.models), Text(), _workers(status.workers), Text(), _totals(status))
+    """The totals first: a small terminal cuts the end off."""
+    tables = _queues(status.models), _engines(status.models), _workers(status.workers)
+    return Group(_totals(status), *(part for table in tables for part in (Text(), table)))
 
 
-def _models(models: list[ModelStatus]) -> Table:
-    table = _table("model")
-    for header in (
-        *("inter-\nactive", "batch", "oldest", "serving\n(drain)", "slots", "engine\nwaits"),
-        *("KV", "in/s", "done/s", "failed\n/s", "TTFT\np50", "TTFT\np95"),
-    ):
-        table.add_column(header, justify="right", no_wrap=True)
+def _queues(models: list[ModelStatus]) -> Table:
+    numbers = "interactive", "batch", "oldest", "accepted/s", "completed/s", "failed/s"
+    table = _table(["model"], numbers)
     for model in models:
+        rates = model.rates_per_s
         table.add_row(
             Text(f"{model.name} (paused)", NOTABLE) if model.is_paused else Text(model.name),
             *(str(waiting.jobs) for waiting in model.depth.values()),
             _oldest(model),
-            _worker_numbers(model),
+            *map(_rate, (rates.accepted, rates.completed)),
+            Text(_rate(rates.failed), BAD if rates.failed else ""),
+        )
+    return table
+
+
+def _engines(models: list[ModelStatus]) -> Table:
+    numbers = "serving", "draining", "slots", "waiting", "KV cache", "TTFT p50", "TTFT p95"
+    table = _table(["model"], numbers)
+    for model in models:
+        table.add_row(
+            Text(model.name),
+            Text(str(model.serving)) if model.serving else Text("none", BAD),
+            Text(str(model.draining), NOTABLE if model.draining else ""),
             f"{model.slots_used}/{model.slots}",
             str(model.engine_waiting),
             _kv_cache(model.kv_cache_usage),
-            _rate(model.rates_per_s.accepted),
-            _rate(model.rates_per_s.completed),
-            Text(_rate(model.rates_per_s.failed), BAD if model.rates_per_s.failed else ""),
             *map(_milliseconds, (model.ttft_p50_ms, model.ttft_p95_ms)),
         )
     return table
 
 
-def _oldest(model: ModelStatus) -> Text:
-    """The age of the oldest job; what makes an alert is bad."""
-    age_s = max(waiting.oldest_age_s for waiting in model.depth.values())
-    is_old = model.depth[Lane.INTERACTIVE].oldest_age_s > get_settings().alert_oldest_s
-    text = f"{age_s:.0f} s" if any(waiting.jobs for waiting in model.depth.values()) else NOT_KNOWN
-    return Text(text, BAD if is_old else "")
-
-
-def _worker_numbers(model: ModelStatus) -> Text:
-    number = f"{model.serving}" + (f" ({model.draining})" if model.draining else "")
-    if model.serving:
-        return Text(number)
-    return Text(number if model.draining else "none", BAD)
-
-
 def _workers(workers: list[WorkerView]) -> Table:
-    table = _table("worker", "model", "state")
-    for header in ("running", "waiting", "slots", "KV", "TTFT p50", "TTFT p95"):
-        table.add_column(header, justify="right", no_wrap=True)
+    numbers = "slots", "waiting", "KV cache", "TTFT p50", "TTFT p95"
+    table = _table(["worker", "model", "state"], numbers)
     for worker in workers:
         table.add_row(
             *map(Text, (worker.id, worker.model)),
             Text(worker.state, "" if worker.state is WorkerState.SERVING else NOTABLE),
-            *map(str, (worker.running, worker.waiting, worker.slots)),
+            f"{worker.running + worker.waiting}/{worker.slots}",
+            str(worker.waiting),
             _kv_cache(worker.kv_cache_usage),
             *map(_milliseconds, (worker.ttft_p50_ms, worker.ttft_p95_ms)),
         )
     return table
 
 
-def _table(*names: str) -> Table:
-    return Table(*names, box=None, padding=(0, 1, 0, 0))
+def _table(names: Iterable[str], numbers: Iterable[str]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for header in names:
+        table.add_column(header, overflow="fold")
+    for header in numbers:
+        table.add_column(header, justify="right", no_wrap=True)
+    return table
+
+
+def _oldest(model: ModelStatus) -> Text:
+    """The age of the oldest job; what alerts is bad: batch jobs may wait."""
+    age_s = max(waiting.oldest_age_s for waiting in model.depth.values())
+    text = f"{age_s:.0f} s" if any(waiting.jobs for waiting in model.depth.values()) else NOT_KNOWN
+    is_bad = model.depth[Lane.INTERACTIVE].oldest_age_s > get_settings().alert_oldest_s
+    return Text(text, BAD if is_bad else "")
 
 
 def _totals(status: Status) -> Text:

@@ -20,13 +20,17 @@ import requests
 import yaml
 from alembic import command
 from alembic.config import Config
+from click.testing import CliRunner, Result
 from sqlalchemy import text
 
 from db import get_engine, migrate, writing
 from db.models import JobRecord
 from db.schema import MIGRATIONS
+from deploy.cli import main
 from deploy.redis_server import answers, find_server, free_port, server_command
 from tasks import keys
+from tasks.models import get_catalog
+from tasks.settings import get_settings
 from tests.conftest import SIM
 from tests.stack import Stack, await_that, running
 
@@ -40,10 +44,9 @@ CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
 class Diagnosis:
     """What one run of the program said."""
 
-    def __init__(self, done: subprocess.CompletedProcess[str]) -> None:
-        assert done.stderr == ""
-        self.code = done.returncode
-        self.findings: list[dict[str, str]] = orjson.loads(done.stdout)
+    def __init__(self, code: int, output: str) -> None:
+        self.code = code
+        self.findings: list[dict[str, str]] = orjson.loads(output)
 
     def of(self, check: str, level: str) -> str:
         """All that was found at that level by the check, with what to do."""
@@ -58,11 +61,15 @@ class Diagnosis:
         return {finding["check"] for finding in self.findings if finding["level"] == "wrong"}
 
 
-def sluice(stack: Stack, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+def environment(stack: Stack, **env: str) -> dict[str, str]:
     api = {"SLUICE_API_URL": stack.url} if stack.api_ports else {}
+    return stack.env | api | env
+
+
+def sluice(stack: Stack, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "deploy.cli", *arguments],
-        env=stack.env | api | env,
+        env=environment(stack, **env),
         capture_output=True,
         text=True,
         timeout=60,
@@ -70,8 +77,20 @@ def sluice(stack: Stack, *arguments: str, **env: str) -> subprocess.CompletedPro
     )
 
 
+def invoke(stack: Stack, *arguments: str, **env: str) -> Result:
+    """The same in this process: most tests need no other, which takes longer."""
+    for read_once in (get_settings, get_catalog):
+        read_once.cache_clear()
+    try:
+        return CliRunner().invoke(main, arguments, env=environment(stack, **env))
+    finally:
+        for read_once in (get_settings, get_catalog):
+            read_once.cache_clear()
+
+
 def diagnose(stack: Stack, **env: str) -> Diagnosis:
-    return Diagnosis(sluice(stack, "doctor", "--json", **env))
+    done = invoke(stack, "doctor", "--json", **env)
+    return Diagnosis(done.exit_code, done.stdout)
 
 
 @contextmanager
@@ -85,13 +104,20 @@ def configured(stack: Stack, name: str, value: object) -> Iterator[None]:
         stack.redis.config_set(name, before[name])
 
 
-def test_a_healthy_stack_has_a_line_for_each_part_and_nothing_wrong(sim_stack: Stack) -> None:
-    seen = diagnose(sim_stack)
+@pytest.fixture
+def stack(sim_stack: Stack) -> Stack:
+    """A deployment of which maintenance, too, has begun its work."""
+    await_that(lambda: sim_stack.redis.exists(keys.MAINTENANCE))
+    return sim_stack
+
+
+def test_a_healthy_stack_has_a_line_for_each_part_and_nothing_wrong(stack: Stack) -> None:
+    seen = diagnose(stack)
     assert (seen.code, seen.wrong) == (0, set())
     assert {finding["check"] for finding in seen.findings} == PARTS
-    assert f"127.0.0.1:{sim_stack.redis_port}/0 answers, " in seen.of("redis", "ok")
+    assert f"127.0.0.1:{stack.redis_port}/0 answers, " in seen.of("redis", "ok")
     assert "sim: 1 serving worker(s), 0 job(s) wait" in seen.of("workers", "ok")
-    assert f"{socket.gethostname()}-{sim_stack.part('maintenance').pid} lives" in seen.of(
+    assert f"{socket.gethostname()}-{stack.part('maintenance').pid} lives" in seen.of(
         "maintenance", "ok"
     )
     assert "answers, and is ready" in seen.of("api", "ok")
@@ -99,9 +125,9 @@ def test_a_healthy_stack_has_a_line_for_each_part_and_nothing_wrong(sim_stack: S
     assert "SQLite's journal is a WAL" in seen.of("database", "ok")
 
 
-def test_people_get_one_line_per_finding_and_a_sum(sim_stack: Stack) -> None:
-    seen = diagnose(sim_stack)
-    done = sluice(sim_stack, "doctor")
+def test_people_get_one_line_per_finding_and_a_sum(stack: Stack) -> None:
+    seen = diagnose(stack)
+    done = sluice(stack, "doctor")
     assert (done.returncode, done.stderr) == (0, "")
     *lines, total = done.stdout.splitlines()
     assert len(lines) == len(seen.findings)
@@ -110,8 +136,8 @@ def test_people_get_one_line_per_finding_and_a_sum(sim_stack: Stack) -> None:
     assert total.endswith(", 0 wrong")
 
 
-def test_a_redis_that_is_down_hides_nothing_else(sim_stack: Stack) -> None:
-    seen = diagnose(sim_stack, SLUICE_REDIS_URL=f"redis://127.0.0.1:{free_port()}/0")
+def test_a_redis_that_is_down_hides_nothing_else(stack: Stack) -> None:
+    seen = diagnose(stack, SLUICE_REDIS_URL=f"redis://127.0.0.1:{free_port()}/0")
     assert (seen.code, seen.wrong) == (1, {"redis"})
     assert "start it, or set SLUICE_REDIS_URL to where it runs" in seen.of("redis", "wrong")
     for needs_it in ("workers", "maintenance", "ledger", "pauses", "clock"):
@@ -121,13 +147,13 @@ def test_a_redis_that_is_down_hides_nothing_else(sim_stack: Stack) -> None:
 
 
 def test_servers_that_accept_connections_and_are_silent_are_waited_for_seconds_only(
-    sim_stack: Stack,
+    stack: Stack,
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         began_s = time.monotonic()
         seen = diagnose(
-            sim_stack,
+            stack,
             SLUICE_BUS_URL=f"redis://127.0.0.1:{port}/0",
             SLUICE_DATABASE_URL=f"postgresql+psycopg://postgres@127.0.0.1:{port}/x",
             SLUICE_API_URL=f"http://127.0.0.1:{port}",
@@ -147,25 +173,23 @@ def filled(stack: Stack, share: float) -> Iterator[None]:
         yield
 
 
-def test_a_redis_that_drops_jobs_is_wrong_and_one_that_forgets_a_warning(sim_stack: Stack) -> None:
-    with configured(sim_stack, "appendonly", "no"):
-        seen = diagnose(sim_stack)
+def test_a_redis_that_drops_jobs_is_wrong_and_one_that_forgets_a_warning(stack: Stack) -> None:
+    with configured(stack, "appendonly", "no"):
+        seen = diagnose(stack)
         assert (seen.code, seen.wrong) == (0, set())
         assert "a restart loses what waits and runs" in seen.of("redis", "warning")
         assert "`redis-cli config set appendonly yes`" in seen.of("redis", "warning")
-        with configured(sim_stack, "maxmemory-policy", "allkeys-lru"):
-            seen = diagnose(sim_stack)
+        with configured(stack, "maxmemory-policy", "allkeys-lru"):
+            seen = diagnose(stack)
     assert (seen.code, seen.wrong) == (1, {"redis"})
     assert "maxmemory-policy is allkeys-lru" in seen.of("redis", "wrong")
     assert "`redis-cli config set maxmemory-policy noeviction`" in seen.of("redis", "wrong")
 
 
 @pytest.mark.parametrize(("share", "code", "level"), [(0.9, 0, "warning"), (0.98, 1, "wrong")])
-def test_a_redis_that_is_getting_full(
-    sim_stack: Stack, share: float, code: int, level: str
-) -> None:
-    with filled(sim_stack, share):
-        seen = diagnose(sim_stack)
+def test_a_redis_that_is_getting_full(stack: Stack, share: float, code: int, level: str) -> None:
+    with filled(stack, share):
+        seen = diagnose(stack)
     assert seen.code == code
     assert "MiB in use" in seen.of("redis", level)
     assert "give it a greater maxmemory" in seen.of("redis", level)
@@ -173,6 +197,7 @@ def test_a_redis_that_is_getting_full(
 
 def test_jobs_that_wait_for_a_worker_and_a_maintenance_that_died(home: Path) -> None:
     with running(Stack(home, [SIM]), workers=0) as stack:
+        await_that(lambda: stack.redis.exists(keys.MAINTENANCE))
         seen = diagnose(stack)
         assert (seen.code, seen.wrong) == (0, set())
         assert "sim: no worker(s), 0 job(s) wait; start one" in seen.of("workers", "warning")
@@ -194,15 +219,15 @@ def test_jobs_that_wait_for_a_worker_and_a_maintenance_that_died(home: Path) -> 
         assert "sim: 1 job(s) wait, and models.yaml does not name it" in seen.of("workers", "wrong")
 
 
-def test_a_paused_model_is_shown_with_the_way_back(sim_stack: Stack) -> None:
-    assert sluice(sim_stack, "pause", "sim").returncode == 0
+def test_a_paused_model_is_shown_with_the_way_back(stack: Stack) -> None:
+    assert invoke(stack, "pause", "sim").exit_code == 0
     try:
-        seen = diagnose(sim_stack)
+        seen = diagnose(stack)
     finally:
-        assert sluice(sim_stack, "resume", "sim").returncode == 0
+        assert invoke(stack, "resume", "sim").exit_code == 0
     assert seen.code == 0
     assert seen.of("pauses", "warning") == "sim is paused; `sluice resume sim` ends that"
-    assert diagnose(sim_stack).of("pauses", "ok")
+    assert diagnose(stack).of("pauses", "ok")
 
 
 def go_back(url: str) -> None:
@@ -232,41 +257,39 @@ def empty(url: str) -> None:
     ],
 )
 def test_a_database_of_another_version(
-    sim_stack: Stack, database_url: str, change: Callable[[str], None], found: str, do: str
+    stack: Stack, database_url: str, change: Callable[[str], None], found: str, do: str
 ) -> None:
     migrate(database_url)
     change(database_url)
-    seen = diagnose(sim_stack, SLUICE_DATABASE_URL=database_url)
+    seen = diagnose(stack, SLUICE_DATABASE_URL=database_url)
     assert (seen.code, seen.wrong) == (1, {"database"})
     assert found in seen.of("database", "wrong")
     assert do in seen.of("database", "wrong")
 
 
-def test_a_database_that_is_not_there_is_not_made(sim_stack: Stack, tmp_path: Path) -> None:
+def test_a_database_that_is_not_there_is_not_made(stack: Stack, tmp_path: Path) -> None:
     file = tmp_path / "none.db"
-    seen = diagnose(sim_stack, SLUICE_DATABASE_URL=f"sqlite:///{file}")
+    seen = diagnose(stack, SLUICE_DATABASE_URL=f"sqlite:///{file}")
     assert (seen.code, seen.wrong) == (1, {"database"})
     assert "start the API or maintenance once: they make it" in seen.of("database", "wrong")
     assert not file.exists()
 
 
-def test_dead_letters_and_clocks_come_from_the_database(
-    sim_stack: Stack, database_url: str
-) -> None:
+def test_dead_letters_and_clocks_come_from_the_database(stack: Stack, database_url: str) -> None:
     migrate(database_url)
     own = {"model": "sim", "tenant": "default", "endpoint": "/", "lane": "batch", "meta": {}}
     now = datetime.now(UTC)
     with writing(database_url) as session:
         session.add(JobRecord(**own, id="job_1", status="failed", created_at=now, died_at=now))
         session.add(JobRecord(**own, id="job_2", status="queued", created_at=now))
-    seen = diagnose(sim_stack, SLUICE_DATABASE_URL=database_url)
+    seen = diagnose(stack, SLUICE_DATABASE_URL=database_url)
     assert (seen.code, seen.wrong) == (0, set())
     assert "1 job(s) were given up; `sluice dead list`" in seen.of("dead letters", "warning")
     is_server = database_url.startswith("postgresql")
     assert ("that of the database" in seen.of("clock", "ok")) == is_server
 
 
-def test_an_sqlite_without_wal_is_a_warning_and_stays_so(sim_stack: Stack, tmp_path: Path) -> None:
+def test_an_sqlite_without_wal_is_a_warning_and_stays_so(stack: Stack, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'sluice.db'}"
     migrate(url)
     with get_engine(url).connect() as connection:
@@ -275,14 +298,14 @@ def test_an_sqlite_without_wal_is_a_warning_and_stays_so(sim_stack: Stack, tmp_p
         connection.exec_driver_sql("BEGIN")
     get_engine(url).dispose()
     for _ in range(2):
-        seen = diagnose(sim_stack, SLUICE_DATABASE_URL=url)
+        seen = diagnose(stack, SLUICE_DATABASE_URL=url)
         assert (seen.code, seen.wrong) == (0, set())
         assert "journal_mode is delete" in seen.of("database", "warning")
         assert "put SLUICE_HOME on a local disk" in seen.of("database", "warning")
 
 
-def test_an_api_that_is_not_there(sim_stack: Stack) -> None:
-    seen = diagnose(sim_stack, SLUICE_API_URL=f"http://127.0.0.1:{free_port()}")
+def test_an_api_that_is_not_there(stack: Stack) -> None:
+    seen = diagnose(stack, SLUICE_API_URL=f"http://127.0.0.1:{free_port()}")
     assert (seen.code, seen.wrong) == (1, {"api"})
     assert "start one with `sluice api`, or set SLUICE_API_URL" in seen.of("api", "wrong")
 
@@ -297,11 +320,11 @@ class Stranger(BaseHTTPRequestHandler):
         """Nothing."""
 
 
-def test_a_port_that_something_else_has_taken(sim_stack: Stack) -> None:
+def test_a_port_that_something_else_has_taken(stack: Stack) -> None:
     with HTTPServer(("127.0.0.1", 0), Stranger) as stranger:
         thread = threading.Thread(target=stranger.serve_forever)
         thread.start()
-        seen = diagnose(sim_stack, SLUICE_API_URL=f"http://127.0.0.1:{stranger.server_port}")
+        seen = diagnose(stack, SLUICE_API_URL=f"http://127.0.0.1:{stranger.server_port}")
         stranger.shutdown()
         thread.join()
     assert (seen.code, seen.wrong) == (1, {"api"})
@@ -326,34 +349,28 @@ def test_an_api_that_cannot_reach_redis(home: Path) -> None:
     assert "is not ready: it cannot reach Redis" in seen.of("api", "wrong")
 
 
-def test_a_broken_models_file_and_a_model_that_is_not_there(
-    sim_stack: Stack, tmp_path: Path
-) -> None:
+def test_a_broken_models_file_and_a_model_that_is_not_there(stack: Stack, tmp_path: Path) -> None:
     file = tmp_path / "models.yaml"
     file.write_text("models: [{name: a, sauce: b}]")
-    seen = diagnose(sim_stack, SLUICE_MODELS=str(file))
+    seen = diagnose(stack, SLUICE_MODELS=str(file))
     assert (seen.code, seen.wrong) == (1, {"models"})
     assert "sauce" in seen.of("models", "wrong")
     assert "mend the file, or set SLUICE_MODELS" in seen.of("models", "wrong")
     assert "mend models first" in seen.of("workers", "warning")
     gone = {"name": "gone", "source": str(tmp_path / "gone")}
     file.write_text(yaml.safe_dump({"models": [SIM, gone]}))
-    seen = diagnose(sim_stack, SLUICE_MODELS=str(file))
+    seen = diagnose(stack, SLUICE_MODELS=str(file))
     assert (seen.code, seen.wrong) == (0, set())
     assert f"there is no model at {tmp_path / 'gone'}" in seen.of("model files", "warning")
 
 
-def test_few_open_files_are_a_warning(sim_stack: Stack) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "deploy.cli", "doctor", "--json"],
-        env=sim_stack.env | {"SLUICE_API_URL": sim_stack.url},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (1000, 1000)),
-    )
-    seen = Diagnosis(done)
+def test_few_open_files_are_a_warning(stack: Stack) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1000, before[1]))
+    try:
+        seen = diagnose(stack)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert (seen.code, seen.wrong) == (0, set())
     assert "may open 1000 files" in seen.of("open files", "warning")
     assert "`ulimit -n 65536` before the API starts" in seen.of("open files", "warning")
@@ -381,18 +398,19 @@ def test_no_password_is_ever_shown(home: Path) -> None:
         }
         await_that(lambda: answers(next(iter(urls))))
         for url, expected in urls.items():
-            done = sluice(stack, "doctor", **own, SLUICE_REDIS_URL=url)
-            assert (done.returncode, done.stderr) == (1, "")
-            assert expected in done.stdout
-            assert "no database answers at postgresql+psycopg://me:…@" in done.stdout
-            assert "7f" not in done.stdout
+            done = invoke(stack, "doctor", **own, SLUICE_REDIS_URL=url)
+            assert done.exit_code == 1
+            assert expected in done.output
+            assert "no database answers at postgresql+psycopg://me:…@" in done.output
+            assert "no API answers at http://me:…@" in done.output
+            assert "7f" not in done.output
     finally:
         stack.stop()
 
 
 @pytest.mark.parametrize("name", ["SLUICE_PORT", "SLUICE_PRT"])
-def test_a_wrong_setting_is_one_sentence(sim_stack: Stack, name: str) -> None:
-    done = sluice(sim_stack, "doctor", "--json", **{name: "x"})
+def test_a_wrong_setting_is_one_sentence(stack: Stack, name: str) -> None:
+    done = sluice(stack, "doctor", "--json", **{name: "x"})
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("sluice: ")
     assert name in done.stderr
