@@ -5,7 +5,11 @@
     python -m bench --json out.json the same figures for programs
     python -m bench --memory        10,000 requests through Sluice, and its API's memory on the way
 
-It prints; it never passes or fails on speed. Open `__main__.py` first, then `client.py` (the load),
+It prints; it never passes or fails on speed. It needs vLLM and a checkout, with its `tests`. What
+does pass or fail is `sluice bench` (`deploy/gate.py`): the same load on a server that runs already,
+beside a run kept earlier (`baseline.py`).
+
+Open `__main__.py` first, then `client.py` (the load) with `drive.py` (which starts it),
 `stacks.py` (what is started), `processes.py` (CPU and memory by role) and `report.py` (the tables);
 for the jobs API, `jobs.py`.
 """

@@ -1,12 +1,15 @@
 """The load client: a process of its own, so that its CPU time can be told from the servers'.
 
-Reads a Load from stdin, drives the server with it, and writes a Measurement to stdout. It speaks
-HTTP/1.1 over raw sockets with the least parsing that is correct, and without the garbage collector,
-because it shares the machine's cores with what it measures.
+Reads a Load from stdin, drives the server with it, and writes a Measurement to stdout, after lines
+that tell how many requests have finished. It speaks HTTP/1.1 over raw sockets with the least
+parsing that is correct, and without the garbage collector, because it shares the machine's cores
+with what it measures.
 """
 
 import asyncio
 import gc
+import json
+import os
 import sys
 import time
 from collections import Counter
@@ -14,8 +17,10 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import cast
 
-from bench.load import Load, Measurement, percentile_ms
+from bench.load import Load, Measurement, Percentiles
 from bench.reply import Reply
+
+PROGRESS_S = 0.5
 
 
 class Connection(asyncio.Protocol):
@@ -38,6 +43,7 @@ class Connection(asyncio.Protocol):
             return
         self._reply.feed(data, now_s)
         if self._reply.is_complete:
+            self._reply.ended_at_s = now_s
             self._finish()
 
     def connection_lost(self, _error: Exception | None) -> None:
@@ -68,36 +74,51 @@ async def drive(load: Load) -> tuple[list[Reply], float]:
     """All replies, and the seconds from the first request to the last reply."""
     requests = iter(load.http_requests())
     replies: list[Reply] = []
-    connections = [await _connect(load.port) for _ in range(load.streams)]
+    connections = [await _connect(load) for _ in range(load.streams)]
     gc.collect()
     gc.freeze()
     gc.disable()
     start_s = time.perf_counter()
     streams = [
-        asyncio.create_task(_stream(load.port, connection, requests, replies))
+        asyncio.create_task(_stream(load, connection, requests, replies))
         for connection in connections
     ]
+    telling = asyncio.create_task(_tell(replies))
     await _wait(streams, replies, load.stall_s)
-    return replies, time.perf_counter() - start_s
+    wall_s = time.perf_counter() - start_s
+    telling.cancel()
+    return replies, wall_s
 
 
-async def _connect(port: int) -> Connection:
-    loop = asyncio.get_running_loop()
-    _, connection = await loop.create_connection(Connection, "127.0.0.1", port)
-    return connection
+async def _connect(load: Load) -> Connection:
+    """A connection; it is not open when the server is gone."""
+    try:
+        return (await asyncio.get_running_loop().create_connection(Connection, *load.address))[1]
+    except OSError:
+        return Connection()
 
 
 async def _stream(
-    port: int, connection: Connection, requests: Iterator[bytes], replies: list[Reply]
+    load: Load, connection: Connection, requests: Iterator[bytes], replies: list[Reply]
 ) -> None:
     for request in requests:
         if not connection.is_open:
-            try:
-                connection = await _connect(port)
-            except OSError:
-                return  # the server is gone; what was not sent counts as not answered
+            connection = await _connect(load)
+        if not connection.is_open:
+            return  # what was not sent counts as not answered
         replies.append(await connection.ask(request))
-    connection.close()
+    if connection.is_open:
+        connection.close()
+
+
+async def _tell(replies: list[Reply]) -> None:
+    """Says now and then how many replies there are; ends the process if nobody listens."""
+    while True:
+        await asyncio.sleep(PROGRESS_S)
+        try:
+            print(json.dumps({"finished": len(replies)}), flush=True)
+        except BrokenPipeError:
+            os._exit(1)
 
 
 async def _wait(streams: list[asyncio.Task[None]], replies: list[Reply], stall_s: float) -> None:
@@ -123,20 +144,21 @@ def measure(load: Load) -> Measurement:
     if missing := load.requests - len(replies):
         errors["no answer"] = missing
     good = [reply for reply in replies if not _error(reply, load)]
-    stamps = [reply.text_at_s for reply in good if reply.text_at_s]
-    ttfts_s = [reply.text_at_s[0] - reply.asked_at_s for reply in good if reply.text_at_s]
-    gaps_s = [after - before for times in stamps for before, after in pairwise(times)]
-    tpots_s = [(times[-1] - times[0]) / (load.max_tokens - 1) for times in stamps]
+    streamed = [reply for reply in good if reply.is_stream]
+    gaps_s = [later - at for reply in streamed for at, later in pairwise(reply.text_at_s)]
+    tpots_s = [
+        (reply.text_at_s[-1] - reply.text_at_s[0]) / (reply.tokens - 1)
+        for reply in streamed
+        if reply.tokens > 1
+    ]
     return Measurement(
         wall_s=wall_s,
         completed=len(good),
         tokens=sum(reply.tokens for reply in good),
-        ttft_p50_ms=percentile_ms(ttfts_s, 50),
-        ttft_p99_ms=percentile_ms(ttfts_s, 99),
-        gap_p50_ms=percentile_ms(gaps_s, 50),
-        gap_p99_ms=percentile_ms(gaps_s, 99),
-        tpot_p50_ms=percentile_ms(tpots_s, 50),
-        tpot_p99_ms=percentile_ms(tpots_s, 99),
+        ttft_ms=Percentiles.of_ms([reply.text_at_s[0] - reply.asked_at_s for reply in streamed]),
+        tpot_ms=Percentiles.of_ms(tpots_s),
+        gap_ms=Percentiles.of_ms(gaps_s),
+        end_to_end_ms=Percentiles.of_ms([reply.ended_at_s - reply.asked_at_s for reply in good]),
         client_cpu_s=cpu_s,
         errors=dict(errors),
     )
@@ -159,8 +181,11 @@ def _error(reply: Reply, load: Load) -> str:
         return f"connection closed in mid-{kind}, after {reply.text[-200:]!r}"
     if reply.is_stream and not reply.has_done:
         return "stream without [DONE]"
-    if reply.tokens != load.max_tokens:
+    fewest = load.max_tokens if load.is_exact else 1
+    if not fewest <= reply.tokens <= load.max_tokens:
         return f"{reply.tokens} tokens instead of {load.max_tokens}"
+    if reply.is_stream and not reply.text_at_s:
+        return "stream without text"
     return ""
 
 

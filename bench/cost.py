@@ -103,7 +103,7 @@ def _take_turns(
         first = number % len(stacks)
         for stack in stacks[first:] + stacks[:first]:
             console.print(f"round {number} of {rounds}: {stack.name}")
-            load = Load(stack.port, model, STREAMS, requests, seed=number)
+            load = Load(stack.url, model, STREAMS, requests, seed=number)
             others = [other for other in stacks if other is not stack]
             done.append(run_round(number, stack, others, load))
     return [one for one in done if one.number]

@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from statistics import median
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from bench.rounds import Spread
+from bench.spread import Spread
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,7 @@ class Report:
     errors: list[str] = field(default_factory=list)
 
     def add(self, name: str, unit: str, values: Sequence[float], **aim: float) -> None:
-        spread = Spread(median(values), min(values), max(values))
-        self.figures.append(Figure(name, unit, spread, **aim))
+        self.figures.append(Figure(name, unit, Spread.of(values), **aim))
 
     def show(self) -> None:
         """Prints the table and the notes."""
@@ -59,18 +57,6 @@ class Report:
         for number, column in enumerate(("", "median (lowest..highest)", "aim", "")):
             table.add_column(column, justify="right" if number else "left", no_wrap=True)
         for one in self.figures:
-            measured = f"{_spread(one.values)} {one.unit}"
+            measured = f"{one.values} {one.unit}"
             table.add_row(one.name, measured, one.aim, one.verdict)
         self.console.print(table, *self.notes, sep="\n")
-
-
-def _spread(values: Spread) -> str:
-    if values.low == values.high:
-        return _short(values.median)
-    return f"{_short(values.median)} ({_short(values.low)}..{_short(values.high)})"
-
-
-def _short(value: float) -> str:
-    if value >= 100:
-        return f"{value:.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Self
+from urllib.parse import urlsplit
 
 QUESTIONS = (
     "Hello!",
@@ -35,11 +36,13 @@ QUESTIONS = (
 class Load:
     """A closed loop: `streams` connections, each sending its next request on completion."""
 
-    port: int
+    url: str  # of the server: http://HOST:PORT, and what comes before /v1
     model: str
     streams: int
     requests: int
     max_tokens: int = 64
+    is_exact: bool = True  # an answer of fewer tokens is wrong: the server knows ignore_eos
+    api_key: str = ""
     mixed: bool = False  # every second request does not stream
     seed: int = 1
     stall_s: float = 60  # without any completion for so long, the rest counts as failed
@@ -50,6 +53,12 @@ class Load:
     @classmethod
     def decode(cls, line: str) -> Self:
         return cls(**json.loads(line))
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port."""
+        target = urlsplit(self.url)
+        return target.hostname or "", target.port or 80
 
     def http_requests(self) -> list[bytes]:
         """The requests as bytes on the wire; the same for the same fields."""
@@ -71,13 +80,29 @@ class Load:
         if streaming:
             document |= {"stream": True, "stream_options": {"include_usage": True}}
         body = json.dumps(document).encode()
+        target = urlsplit(self.url)
+        key = f"Authorization: Bearer {self.api_key}\r\n" if self.api_key else ""
         head = (
-            "POST /v1/chat/completions HTTP/1.1\r\n"
-            f"Host: 127.0.0.1:{self.port}\r\n"
-            "Content-Type: application/json\r\n"
+            f"POST {target.path.rstrip('/')}/v1/chat/completions HTTP/1.1\r\n"
+            f"Host: {target.netloc}\r\n"
+            f"Content-Type: application/json\r\n{key}"
             f"Content-Length: {len(body)}\r\n\r\n"
         )
         return head.encode() + body
+
+
+@dataclass(frozen=True)
+class Percentiles:
+    """Of the times of one round; NaN where there were none."""
+
+    p50: float
+    p95: float
+    p99: float
+
+    @classmethod
+    def of_ms(cls, values_s: Sequence[float]) -> Self:
+        """Of seconds, in milliseconds."""
+        return cls(*(percentile_ms(values_s, percent) for percent in (50, 95, 99)))
 
 
 @dataclass(frozen=True)
@@ -87,12 +112,10 @@ class Measurement:
     wall_s: float
     completed: int
     tokens: int  # as the usage of the answers counts them: an event may carry several
-    ttft_p50_ms: float  # from sending the request to the first event with text
-    ttft_p99_ms: float
-    gap_p50_ms: float  # between successive events with text; events of one read are 0 apart
-    gap_p99_ms: float
-    tpot_p50_ms: float  # (last event - first event) / (tokens - 1), per request
-    tpot_p99_ms: float
+    ttft_ms: Percentiles  # from sending the request to the first event with text
+    tpot_ms: Percentiles  # (last event - first event) / (tokens - 1), per request
+    gap_ms: Percentiles  # between successive events with text; events of one read are 0 apart
+    end_to_end_ms: Percentiles  # from sending the request to the end of the answer
     client_cpu_s: float
     errors: dict[str, int]  # what went wrong, how often
 
@@ -101,7 +124,9 @@ class Measurement:
 
     @classmethod
     def decode(cls, line: str) -> Self:
-        return cls(**json.loads(line))
+        told = json.loads(line)
+        times = {name: Percentiles(**told[name]) for name in told if name.endswith("_ms")}
+        return cls(**told | times)
 
     @property
     def requests_per_s(self) -> float:

@@ -2,9 +2,9 @@
 
 from rich.console import Console
 
+from bench.drive import run_client
 from bench.load import Load
 from bench.processes import largest_rss_mb
-from bench.rounds import run_client
 from bench.stacks import Stack
 
 STEPS = 10
@@ -20,7 +20,7 @@ def run(
     count = round(REQUESTS_PER_STEP * scale)
     console.print(f"{0:6d} requests: {samples[0]:.1f} MB")
     for step in range(1, STEPS + 1):
-        load = Load(stack.port, model, STREAMS, count, max_tokens=4, mixed=True, seed=step)
+        load = Load(stack.url, model, STREAMS, count, max_tokens=4, mixed=True, seed=step)
         seen = run_client(load)
         errors += [f"step {step}: {times} x {what}" for what, times in seen.errors.items()]
         samples[step * count] = largest_rss_mb(stack.snapshot(), "api")

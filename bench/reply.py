@@ -6,6 +6,7 @@ import re
 _CONTENT_LENGTH = re.compile(rb"content-length: *(\d+)")
 _EMPTY_TEXT = b'"content":""'
 _TEXT = b'"content":"'
+_REASONING = re.compile(rb'"reasoning(_content)?":"[^"]')
 
 
 class Reply:
@@ -14,6 +15,7 @@ class Reply:
     def __init__(self, asked_at_s: float) -> None:
         self.asked_at_s = asked_at_s
         self.text_at_s: list[float] = []  # when each event with text was read
+        self.ended_at_s = asked_at_s  # when it was complete
         self.status = 0
         self.is_stream = False
         self.is_complete = False
@@ -75,7 +77,10 @@ class Reply:
         return b"".join(chunks)
 
     def _take_events(self, now_s: float) -> None:
-        """Times the events with text; the role, the usage and keep-alives are not text."""
+        """Times the events with text; the role, the usage and keep-alives are not text.
+
+        What a model thinks before it answers is text too.
+        """
         *events, self.text = self.text.split(b"\n\n")
         for event in events:
             if _TEXT in event:
@@ -85,3 +90,5 @@ class Reply:
                 self._usage = event[event.index(b"{") :]
             elif event.endswith(b"data: [DONE]"):
                 self.has_done = True
+            elif _REASONING.search(event):
+                self.text_at_s.append(now_s)

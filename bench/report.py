@@ -12,18 +12,19 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.load import Measurement
-from bench.rounds import REQUESTS, Round, Spread, of, pairwise
+from bench.rounds import REQUESTS, Round, of, pairwise
+from bench.spread import Spread
 
 Figure = Callable[[Measurement], float]
 
 FIGURES: dict[str, Figure] = {
     "req/s": lambda seen: seen.requests_per_s,
     "tok/s": lambda seen: seen.tokens_per_s,
-    "TTFT p50": lambda seen: seen.ttft_p50_ms,
-    "TTFT p99": lambda seen: seen.ttft_p99_ms,
-    "gap p50": lambda seen: seen.gap_p50_ms,
-    "gap p99": lambda seen: seen.gap_p99_ms,
-    "TPOT p50": lambda seen: seen.tpot_p50_ms,
+    "TTFT p50": lambda seen: seen.ttft_ms.p50,
+    "TTFT p99": lambda seen: seen.ttft_ms.p99,
+    "gap p50": lambda seen: seen.gap_ms.p50,
+    "gap p99": lambda seen: seen.gap_ms.p99,
+    "TPOT p50": lambda seen: seen.tpot_ms.p50,
 }
 LEGEND = """\
 Medians over the rounds; times in ms. TTFT: from sending the request to the first event with text.

@@ -1,16 +1,15 @@
 """Rounds of load on running stacks: what the client saw, and which process paid for it."""
 
 import math
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from statistics import median
 from typing import Any
 
+from bench.drive import run_client
 from bench.load import Load, Measurement
 from bench.processes import cpu_between_s
+from bench.spread import Spread
 from bench.stacks import Stack, StackError
 
 REQUESTS = {1: 40, 16: 240, 64: 640}  # by concurrent streams: each about 8 s on two cores
@@ -40,18 +39,6 @@ class Round:
             "tokens_per_s": seen.tokens_per_s,
             "cpu_s_per_1000_tokens": self.cpu_s_per_1000_tokens,
         }
-
-
-def run_client(load: Load) -> Measurement:
-    """Drives the load from a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.client"],
-        input=load.encode(),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return Measurement.decode(done.stdout)
 
 
 def run_round(number: int, stack: Stack, others: Sequence[Stack], load: Load) -> Round:
@@ -85,7 +72,7 @@ def compare(
                 progress(f"{name}: {stack.name}, {streams} streams")
                 count = max(round(requests * scale), streams)
                 # Another seed per round; the same for all stacks.
-                load = Load(stack.port, model, streams, count, seed=number)
+                load = Load(stack.url, model, streams, count, seed=number)
                 others = [other for other in stacks if other is not stack]
                 result = run_round(number, stack, others, load)
                 if not result.measurement.completed:
@@ -99,15 +86,6 @@ def of(rounds: Sequence[Round], stack: str, streams: int) -> list[Round]:
     return [r for r in rounds if (r.stack, r.streams) == (stack, streams) and r.number]
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A figure of several rounds."""
-
-    median: float
-    low: float
-    high: float
-
-
 def pairwise(
     rounds: Sequence[Round],
     streams: int,
@@ -117,4 +95,4 @@ def pairwise(
     """How Sluice's figure relates to vLLM's of the same round, over the rounds."""
     pairs = zip(of(rounds, "Sluice", streams), of(rounds, "vLLM", streams), strict=True)
     related = [relate(figure(a.measurement), figure(b.measurement)) for a, b in pairs]
-    return Spread(median(related), min(related), max(related))
+    return Spread.of(related)

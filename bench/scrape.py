@@ -48,7 +48,7 @@ def _prepare(stack: Stack) -> None:
         for lane in Lane:
             job = Job.create(model=model, endpoint="/v1/completions", body=b"{}")
             backlog.submit(Job(job.id, model, job.endpoint, job.body, lane))
-        beat: dict[str, Any] = {"model": model, "slots": 64, "running": 1, "waiting": 0}
+        beat: dict[Any, Any] = {"model": model, "slots": 64, "running": 1, "waiting": 0}
         stack.redis.hset(keys.worker(f"worker-{model}"), mapping=beat)
         stack.redis.sadd(keys.WORKERS, f"worker-{model}")
     for _ in range(20 * PROCESSES):

@@ -38,6 +38,10 @@ class Stack:
     root_pid: int
     load_s: float  # from its start until it was ready
 
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
     def snapshot(self) -> Snapshot:
         return snapshot(self.root_pid)
 

@@ -2,6 +2,7 @@
 
 import sys
 from importlib.metadata import version as installed_version
+from pathlib import Path
 from typing import IO, Any
 
 import click
@@ -156,6 +157,36 @@ def cancel(job: tuple[str, ...], url: str | None) -> None:
     from deploy import client
 
     client.cancel(client.Api(url), job)
+
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+OLD_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@main.command()
+@URL
+@click.option("--model", metavar="NAME", help="Default: the first that the server lists.")
+@click.option("--streams", type=click.IntRange(1), default=8, show_default=True)
+@click.option(
+    "--requests", type=click.IntRange(1), default=100, show_default=True, help="Of each round."
+)
+@click.option("--max-tokens", type=click.IntRange(2), default=64, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--save", metavar="FILE", type=FILE, help="Write the run here if nothing is wrong.")
+@click.option("--baseline", metavar="FILE", type=OLD_FILE, help="A run saved earlier.")
+@click.option(
+    "--max-regression-percent",
+    type=click.FloatRange(0),
+    default=10,
+    show_default=True,
+    help="How much worse than the baseline TTFT p95 and TPOT p95 may be.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the run as JSON.")
+def bench(**options: Any) -> None:
+    """Measure streamed chats; exit code 1 for errors, or when worse than the baseline."""
+    from deploy import gate
+
+    sys.exit(gate.run(gate.Options(**options)))
 
 
 @main.group()

@@ -97,6 +97,10 @@ class Api:
             if not page["has_more"]:
                 return
 
+    def models(self) -> list[str]:
+        """The names that requests may use, in the server's order."""
+        return [model["id"] for model in self._call("GET", "/v1/models").get("data", [])]
+
     def follow(self, job_id: str) -> Iterator[Event]:
         """The job's events up to its last, each once, over as many connections as it takes."""
         last_id, lost_s, has_answered = b"", 0.0, False

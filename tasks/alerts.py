@@ -82,8 +82,8 @@ def conditions(seen: Vitals, settings: Settings, now_s: float) -> Iterator[Alert
             what = f"{jobs} jobs wait for {model}; the limit is {settings.alert_depth}."
             yield Alert("SluiceQueueDeep", model, "warning", what, now_s)
         if oldest_s > settings.alert_oldest_s and model not in seen.paused:
-            limit_s = f"{settings.alert_oldest_s:g}"
-            what = f"The oldest interactive job for {model} waits for {oldest_s:.0f} s; the limit is {limit_s}."
+            limit = f"the limit is {settings.alert_oldest_s:g} s"
+            what = f"An interactive job for {model} has waited for {oldest_s:.0f} s; {limit}."
             yield Alert("SluiceQueueOld", model, "critical", what, now_s)
         if jobs and model not in serving:
             what = f"{jobs} jobs wait for {model}, and no worker serves it."

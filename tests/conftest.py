@@ -1,6 +1,6 @@
 """Deployments that tests share; tests that kill parts start their own."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--outage-s", type=float, default=10, help="how long those tests keep a server away"
     )
+
+
+_REPORTS: dict[str, list[str]] = {}
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Where a test says, line by line, what shall be seen when all tests are over."""
+    return _REPORTS.setdefault(request.node.name, []).append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for test, lines in _REPORTS.items():
+        terminalreporter.section(test)
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 SIM: dict[str, Any] = {

@@ -154,7 +154,8 @@ class Stack:
 
     def jobs_of(self, worker: Process) -> list[str]:
         """The running jobs that the worker has claimed."""
-        leased = [job.decode() for job in self.redis.zrange(keys.LEASES, 0, -1)]
+        leases: Any = self.redis.zrange(keys.LEASES, 0, -1)
+        leased = [job.decode() for job in leases]
         suffix = f"-{worker.pid}".encode()
         return [job for job in leased if self._claimer(job).endswith(suffix)]
 

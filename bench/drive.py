@@ -1,0 +1,42 @@
+"""Starts the load client and follows it."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.load import Load, Measurement
+
+# There is no other `bench` for the client to find.
+_HOME = Path(__file__).parent.parent
+
+
+def run_client(load: Load, tell: Callable[[int], None] = lambda _finished: None) -> Measurement:
+    """Drives the load from a process of its own; tells now and then how many requests finished.
+
+    Raises:
+        CalledProcessError: the client failed; it has said why.
+    """
+    command, last = [sys.executable, "-m", "bench.client"], "{}"
+    with subprocess.Popen(
+        command,
+        cwd=_HOME,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as client:
+        assert client.stdin is not None
+        assert client.stdout is not None
+        try:
+            client.stdin.write(load.encode())
+            client.stdin.close()
+            for last in client.stdout:
+                if (finished := json.loads(last).get("finished")) is not None:
+                    tell(finished)
+            client.wait()
+        finally:
+            client.kill()
+    if client.returncode:
+        raise subprocess.CalledProcessError(client.returncode, command)
+    return Measurement.decode(last)

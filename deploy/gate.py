@@ -1,0 +1,155 @@
+"""`sluice bench`: measures a running server, and compares it with a run that was saved earlier."""
+
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import click
+import orjson
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bench.baseline import PERCENTILES, TIMES, Change, Run, compare
+from bench.drive import run_client
+from bench.load import Load, Measurement
+from deploy.client import PIPE_COLUMNS, Api, RequestRefusedError
+from tasks.errors import ConfigurationError
+from tasks.settings import get_settings
+
+WARM_UP_REQUESTS_PER_STREAM = 2
+STALL_S = 60  # and a second per token: no server that anybody measures is slower
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's."""
+
+    url: str | None
+    model: str | None
+    streams: int
+    requests: int
+    max_tokens: int
+    rounds: int
+    save: Path | None
+    baseline: Path | None
+    max_regression_percent: float
+    as_json: bool
+
+
+def run(options: Options) -> int:
+    """Measures, compares and prints; the program's exit code: 1 for errors or a regression.
+
+    Raises:
+        RequestRefusedError: no server answers, or not as it should.
+        BaselineError, ConfigurationError: the run cannot be compared, or not saved.
+    """
+    baseline = Run.read(options.baseline) if options.baseline else None
+    if options.save and not os.access(options.save.absolute().parent, os.W_OK):
+        raise ConfigurationError(f"--save: no file can be made in {options.save.parent}")
+    load = _compose(options)
+    if baseline:
+        baseline.refuse_other(load)
+    measured = Run.of(load, _measure(load, options.rounds))
+    changes = compare(baseline, measured) if baseline else []
+    (_print_json if options.as_json else _show)(measured, changes)
+    if wrong := _errors(measured) or _regressions(changes, options):
+        click.echo("\n".join(f"sluice: {sentence}" for sentence in wrong), err=True)
+        return 1
+    if options.save:
+        measured.save(options.save)
+    return 0
+
+
+def _compose(options: Options) -> Load:
+    """The load of a round, on a server that answers."""
+    api = Api(options.url)
+    if urlsplit(api.url).scheme == "https":
+        raise RequestRefusedError(
+            f"`sluice bench` speaks http only, not {api.url}; run it where the API listens"
+        )
+    names = api.models()
+    if not (model := options.model or next(iter(names), "")):
+        raise RequestRefusedError(f"{api.url} lists no model; name one with --model")
+    return Load(
+        url=api.url,
+        model=model,
+        streams=options.streams,
+        requests=options.requests,
+        max_tokens=options.max_tokens,
+        is_exact=False,
+        api_key=get_settings().api_key,
+        stall_s=STALL_S + options.max_tokens,
+    )
+
+
+def _measure(load: Load, rounds: int) -> list[Measurement]:
+    """The rounds after a warm-up; only those up to one, or the warm-up, that gets no answer."""
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    hidden = not console.is_interactive
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, transient=True, disable=hidden
+    ) as progress:
+        few = min(load.requests, load.streams * WARM_UP_REQUESTS_PER_STREAM)
+        seen = _measure_round(progress, "warm-up", replace(load, requests=few, seed=0))
+        done = [] if seen.completed else [seen]
+        for number in range(1, rounds + 1):
+            if not seen.completed:
+                break
+            # Another seed per round; the same in every run.
+            part = replace(load, seed=number)
+            seen = _measure_round(progress, f"round {number} of {rounds}", part)
+            done.append(seen)
+    return done
+
+
+def _measure_round(progress: Progress, name: str, load: Load) -> Measurement:
+    bar = progress.add_task(name, total=load.requests)
+    seen = run_client(load, lambda finished: progress.update(bar, completed=finished))
+    progress.update(bar, completed=load.requests)
+    return seen
+
+
+def _errors(measured: Run) -> list[str]:
+    return [f"{times} x {what}" for what, times in measured.errors().items()]
+
+
+def _regressions(changes: list[Change], options: Options) -> list[str]:
+    most = options.max_regression_percent
+    return [
+        f"{change.figure} is {change.percent:.0f} % worse than in {options.baseline}; "
+        f"{most:g} % are allowed"
+        for change in changes
+        if change.is_worse(most)
+    ]
+
+
+def _print_json(measured: Run, changes: list[Change]) -> None:
+    compared = [asdict(change) | {"percent": change.percent} for change in changes]
+    click.echo(orjson.dumps(measured.as_json() | {"changes": compared}))
+
+
+def _show(measured: Run, changes: list[Change]) -> None:
+    if not measured.rounds[-1].completed:
+        return  # there are errors to tell of, and nothing else
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = PIPE_COLUMNS
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("ms", *PERCENTILES):
+        table.add_column(column, no_wrap=True)
+    for time in TIMES:
+        spreads = [measured.latency_ms(time, percentile) for percentile in PERCENTILES]
+        table.add_row(time, *map(str, spreads))
+    console.print(
+        f"{measured.model} at {measured.url}: {measured.streams} streams, {measured.max_tokens} "
+        f"tokens, {measured.requests} requests a round; median (lowest..highest) of the rounds"
+    )
+    console.print(table)
+    console.print(f"requests/s  {measured.spread(lambda seen: seen.requests_per_s)}")
+    console.print(f"tokens/s    {measured.spread(lambda seen: seen.tokens_per_s)}")
+    console.print(f"errors      {measured.errors().total()}")
+    for change in changes:
+        console.print(str(change))
