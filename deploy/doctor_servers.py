@@ -84,8 +84,8 @@ def _redis_remedy(failure: RedisError, variable: str) -> str:
     if isinstance(failure, BusyLoadingError):
         return "wait until it has loaded its data"
     return (
-        f"start it, or set {variable} to where it runs; `sluice up` without SLUICE_REDIS_URL "
-        "starts a Redis of its own and prints its port"
+        f"start it, or set {variable} to where it runs; "
+        "beside a `sluice up`, set SLUICE_HOME as it is there"
     )
 
 

@@ -26,12 +26,14 @@ from sqlalchemy import text
 from db import get_engine, migrate, writing
 from db.models import JobRecord
 from db.schema import MIGRATIONS
+from deploy import doctor
 from deploy.cli import main
 from deploy.redis_server import answers, find_server, free_port, server_command
 from tasks import keys
 from tasks.models import get_catalog
 from tasks.settings import get_settings
 from tests.conftest import SIM
+from tests.postgres import Postgres
 from tests.stack import Stack, await_that, running
 
 PARTS = {
@@ -265,6 +267,23 @@ def test_a_database_of_another_version(
     assert (seen.code, seen.wrong) == (1, {"database"})
     assert found in seen.of("database", "wrong")
     assert do in seen.of("database", "wrong")
+
+
+def test_a_check_that_hangs_ends_all_the_same(
+    stack: Stack, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "LONGEST_CHECK_S", 2.0)
+    url, threads = postgres.create_database(), threading.active_count()
+    migrate(url)
+    with get_engine(url).begin() as connection:
+        connection.execute(text("LOCK TABLE alembic_version"))
+        seen = diagnose(stack, SLUICE_DATABASE_URL=url)
+    assert (seen.code, seen.wrong) == (1, {"database"})
+    assert "nothing was heard for 2 s; look whether it hangs" in seen.of("database", "wrong")
+    assert seen.of("dead letters", "warning") == "not checked without database; mend database first"
+    assert "is ready" in seen.of("api", "ok")
+    await_that(lambda: threading.active_count() == threads)
+    get_engine(url).dispose()
 
 
 def test_a_database_that_is_not_there_is_not_made(stack: Stack, tmp_path: Path) -> None:
