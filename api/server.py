@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 import sys
 from typing import NoReturn
 
@@ -39,7 +40,9 @@ def serve(bind: str) -> NoReturn:
 
 def _make_metrics_directory(bind: str) -> None:
     """An empty place for the numbers of this API's processes (metrics.py)."""
-    directory = get_settings().home / "metrics" / re.sub(r"[^\w.]", "-", bind)
+    # Other machines, or containers, may share the home.
+    name = re.sub(r"[^\w.]", "-", f"{socket.gethostname()}-{bind}")
+    directory = get_settings().home / "metrics" / name
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
