@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, func, select, update
+from sqlalchemy.orm import Session
 
 from db.models import JobEvent, JobRecord
 from db.session import reading, writing
@@ -14,6 +15,11 @@ def letters(url: str, limit: int) -> list[JobRecord]:
     query = query.order_by(JobRecord.died_at.desc(), JobRecord.id.desc()).limit(limit)
     with reading(url) as session:
         return list(session.scalars(query))
+
+
+def count(session: Session) -> int:
+    """How many there are."""
+    return session.scalars(select(func.count(JobRecord.died_at))).one()
 
 
 def letter(url: str, job_id: str) -> tuple[JobRecord, list[JobEvent]] | None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sqlalchemy import func, make_url, select
+from sqlalchemy import Connection, func, make_url, select
 from sqlalchemy.pool import NullPool
 
 from db.session import for_writing, make_engine
@@ -39,3 +39,13 @@ def migrate(url: str) -> None:
             connection.execute(select(func.pg_advisory_xact_lock(_LOCK)))
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+
+
+def revisions(connection: Connection) -> tuple[str | None, list[str]]:
+    """The database's migration, None: it has no tables; and those known here, the latest first."""
+    from alembic.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+
+    known = ScriptDirectory(str(MIGRATIONS)).walk_revisions()
+    current = MigrationContext.configure(connection).get_current_revision()
+    return current, [script.revision for script in known]

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import psutil
 
+from deploy.findings import without_password
 from deploy.install import WITHOUT_VLLM
 from deploy.redis_server import answers
 from gpu_worker.orphans import refuse_orphans
 from gpu_worker.vllm_engine import resolve_source
 from tasks.errors import SluiceError
-from tasks.models import Catalog
+from tasks.models import Catalog, Model
 from tasks.settings import Settings
 
 ENGINE_MEMORY_GIB = 2.0
@@ -67,7 +68,8 @@ def check_machine(settings: Settings, catalog: Catalog) -> None:
     refuse_orphans()
     if "SLUICE_REDIS_URL" in os.environ and not answers(settings.redis_url):
         raise StartError(
-            f"no Redis answers at SLUICE_REDIS_URL={settings.redis_url}; start it, "
+            f"no Redis answers at SLUICE_REDIS_URL={without_password(settings.redis_url)}; "
+            "start it, "
             "or unset the variable: then Sluice starts one of its own"
         )
 
@@ -79,12 +81,12 @@ def _check_port(port: int) -> None:
             probe.bind(("127.0.0.1", port))
         except OSError as refused:
             raise StartError(
-                f"cannot listen on port {port} ({refused.strerror}{_listener(port)}); "
+                f"cannot listen on port {port} ({refused.strerror}{listener(port)}); "
                 f"free it, or choose another: SLUICE_PORT={port + 1} make up"
             ) from None
 
 
-def _listener(port: int) -> str:
+def listener(port: int) -> str:
     """Who listens on the port, as far as this user may know."""
     try:
         for connection in psutil.net_connections("tcp"):
@@ -106,15 +108,24 @@ def _check_models(catalog: Catalog) -> None:
             f"it where it has a build; without it, {WITHOUT_VLLM}"
         )
     for model in on_vllm:
-        source = Path(resolve_source(model.source))
-        if source.is_absolute() and not (source / "config.json").is_file():
-            raise StartError(
-                f"{source} holds no model (no config.json); "
-                "give a directory in Hugging Face's format, or a Hub id"
-            )
+        refuse_missing(model)
     available = psutil.virtual_memory().available / 2**30
     if available < ENGINE_MEMORY_GIB * len(on_vllm):
         raise StartError(
             f"{available:.1f} GiB of memory are available, and {len(on_vllm)} vLLM engine(s) need "
             f"{ENGINE_MEMORY_GIB:.0f} GiB each; close other programs, or use SLUICE_MODEL=sim"
+        )
+
+
+def refuse_missing(model: Model) -> None:
+    """Looks for the files of a vLLM model that is a directory on this machine.
+
+    Raises:
+        SluiceError: they are not there.
+    """
+    source = Path(resolve_source(model.source))
+    if source.is_absolute() and not (source / "config.json").is_file():
+        raise StartError(
+            f"{source} holds no model (no config.json); "
+            "give a directory in Hugging Face's format, or a Hub id"
         )

@@ -206,6 +206,25 @@ def call_webhook(url: str) -> None:
     sys.exit(0 if outcome.is_delivered else 1)
 
 
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="A list of objects.")
+def doctor(as_json: bool) -> None:
+    """Check every part and say how to mend what is wrong; exit code 1 if anything is."""
+    from deploy.doctor import run
+
+    sys.exit(run(as_json=as_json))
+
+
+@main.command()
+@click.option("--once", is_flag=True, help="Print it once, as where there is no terminal.")
+@click.option("--json", "as_json", is_flag=True, help="One object, once.")
+def status(once: bool, as_json: bool) -> None:
+    """Show models, workers and totals, every second until Ctrl-C."""
+    from deploy.status import run
+
+    run(once=once, as_json=as_json)
+
+
 for _command in operate.COMMANDS:
     main.add_command(_command)
 

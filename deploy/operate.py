@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from deploy.findings import without_password
 from tasks.errors import DatabaseUnavailableError, QueueUnavailableError
 from tasks.settings import get_settings
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def _queue() -> Iterator["Jobs"]:
+def queue() -> Iterator["Jobs"]:
     """The queue; and one sentence instead of a traceback when Redis or SQL is away.
 
     Raises:
@@ -31,7 +32,8 @@ def _queue() -> Iterator["Jobs"]:
         yield Jobs(connect(settings.redis_url), connect(settings.bus_url))
     except RedisError as away:
         raise QueueUnavailableError(
-            f"no Redis answers at {settings.redis_url} ({away}); start it, or set SLUICE_REDIS_URL"
+            f"no Redis answers at {without_password(settings.redis_url)} ({away}); "
+            "start it, or set SLUICE_REDIS_URL"
         ) from None
     except SQLAlchemyError as away:
         raise DatabaseUnavailableError(
@@ -48,13 +50,13 @@ def drain(worker: str | None) -> None:
 
     from tasks import control
 
-    with _queue() as queue:
+    with queue() as jobs:
         if worker is not None:
-            control.drain(queue.backlog.redis, queue.bus, worker)
+            control.drain(jobs.backlog.redis, jobs.bus, worker)
             click.echo(f"{worker} drains; what it has not finished in time others go on with")
             return
         table = Table("worker", "model", "state", "running", "slots", box=None)
-        for found in control.workers(queue.backlog.redis):
+        for found in control.workers(jobs.backlog.redis):
             table.add_row(found.id, found.model, found.state, str(found.running), str(found.slots))
         Console(highlight=False).print(table)
 
@@ -65,9 +67,9 @@ def pause(model: str) -> None:
     """Have no worker take jobs of MODEL; its backlog goes on growing."""
     from tasks.models import get_catalog
 
-    with _queue() as queue:
+    with queue() as jobs:
         name = get_catalog().resolve(model).name
-        queue.backlog.pause(name)
+        jobs.backlog.pause(name)
     click.echo(f"{name} is paused; `sluice resume {name}` ends that")
 
 
@@ -77,9 +79,9 @@ def resume(model: str) -> None:
     """End the pause of MODEL."""
     from tasks.models import get_catalog
 
-    with _queue() as queue:
+    with queue() as jobs:
         name = get_catalog().resolve(model).name
-        queue.backlog.resume(name)
+        jobs.backlog.resume(name)
     click.echo(f"{name} is served again")
 
 
@@ -100,7 +102,7 @@ def list_dead(limit: int, as_json: bool) -> None:
     from db import dead as letters
     from tasks import dead
 
-    with _queue():
+    with queue():
         found = letters.letters(get_settings().database_url, limit)
     if as_json:
         for job in found:
@@ -122,7 +124,7 @@ def show_dead(job: str) -> None:
 
     from tasks import dead
 
-    with _queue():
+    with queue():
         view = dead.show(get_settings().database_url, job)
     click.echo(orjson.dumps(view, option=orjson.OPT_INDENT_2))
 
@@ -133,9 +135,9 @@ def retry_dead(job: tuple[str, ...]) -> None:
     """Queue each JOB again, as a new job."""
     from tasks import dead
 
-    with _queue() as queue:
+    with queue() as jobs:
         for job_id in job:
-            again = dead.retry(queue, get_settings().database_url, job_id)
+            again = dead.retry(jobs, get_settings().database_url, job_id)
             click.echo(f"{job_id} is queued again as {again}")
 
 
@@ -148,7 +150,7 @@ def purge_dead(job: tuple[str, ...], every: bool) -> None:
 
     if bool(job) == every:
         raise click.UsageError("name the jobs, or give --all")
-    with _queue():
+    with queue():
         deleted = letters.purge(get_settings().database_url, None if every else job)
     click.echo(f"{deleted} deleted")
 

@@ -14,6 +14,7 @@
 | paused                 | set     | models whose backlog is not served    | `sluice resume`       |
 | suspect:{worker}       | string  | job that may kill that worker         | TTL                   |
 | ledger                 | stream  | changes not yet in SQL (ledger.py)    | maintenance           |
+| maintenance            | string  | process that reaped last              | TTL                   |
 | counts                 | hash    | what happened -> how often (counts.py)| nobody: few fields    |
 | alerts                 | string  | conditions that hold (alerts.py)      | nobody: a few         |
 | alerts:lock            | string  | which maintenance looks at them now   | TTL                   |
@@ -36,6 +37,7 @@ DEADLINES = f"{PREFIX}deadlines"
 DELAYED = f"{PREFIX}delayed"
 PAUSED = f"{PREFIX}paused"
 LEDGER = f"{PREFIX}ledger"
+MAINTENANCE = f"{PREFIX}maintenance"
 COUNTS = f"{PREFIX}counts"
 ALERTS = f"{PREFIX}alerts"
 ALERTS_LOCK = f"{PREFIX}alerts:lock"

@@ -5,6 +5,9 @@ Two may run: every task is atomic in Redis or SQL, and doing it twice changes no
 
 import functools
 import logging
+import math
+import os
+import socket
 import threading
 from collections.abc import Callable
 
@@ -12,7 +15,7 @@ from celery.beat import EmbeddedService
 from sqlalchemy.exc import SQLAlchemyError
 
 from db.jobs import delete_old
-from tasks import counts, logs
+from tasks import counts, keys, logs
 from tasks.alerts import Alerter
 from tasks.app import MAINTENANCE_QUEUE, get_celery
 from tasks.connections import connect
@@ -32,6 +35,10 @@ RECONCILE_INTERVAL_S = 5.0
 RETENTION_INTERVAL_S = 60.0
 WEBHOOK_INTERVAL_S = 1.0
 ALERT_INTERVAL_S = 5.0
+
+# How long maintenance counts as alive after a round of the reaper.
+SHOWN_ROUNDS = 5
+LEAST_SHOWN_S = 10
 
 # Up to four may wait, for the database and for receivers; that must not stop the reaper.
 THREADS = 6
@@ -61,8 +68,11 @@ def _alerter() -> Alerter:
 
 
 def reap() -> None:
-    """Task: hands on jobs whose lease has expired."""
+    """Task: hands on jobs whose lease has expired, and shows that maintenance lives."""
     _jobs().reap()
+    process = f"{socket.gethostname()}-{os.getpid()}"
+    shown_s = math.ceil(SHOWN_ROUNDS * get_settings().reap_interval_s)
+    _jobs().backlog.redis.set(keys.MAINTENANCE, process, ex=max(shown_s, LEAST_SHOWN_S))
 
 
 def reissue_tickets() -> None:

@@ -47,6 +47,7 @@ def test_what_up_says_works(up: Process, env: dict[str, str], home: Path) -> Non
         [*SLUICE, "drain"], env=env, capture_output=True, text=True, timeout=30, check=True
     )
     assert "serving" in listed.stdout
+    subprocess.run([*SLUICE, "doctor"], env=env, stdout=subprocess.DEVNULL, timeout=30, check=True)
 
     parts = psutil.Process(up.pid).children(recursive=True)
     assert len(parts) >= 5

@@ -1,0 +1,207 @@
+"""Checks of Sluice's own parts and of this machine."""
+
+import os
+import resource
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from deploy.checks import listener, refuse_missing
+from deploy.doctor_servers import open_redis
+from deploy.findings import Remark, UnusableError, explain, ok, warning, without_password, wrong
+from deploy.install import WITHOUT_VLLM
+from tasks import keys
+from tasks.backlog import Backlog
+from tasks.control import WorkerState
+from tasks.errors import SluiceError
+from tasks.message import Lane
+from tasks.models import BUILT_IN, get_catalog
+from tasks.settings import PREFIX, Settings
+from tasks.vitals import look
+
+API_TIMEOUT_S = 3.0
+# A record may wait for 30 s for the end of its job's log (tasks/ledger.py).
+OLD_RECORD_S = 60.0
+LITTLE_DISK_BYTES = 2**30
+NO_DISK_BYTES = 100 * 2**20
+FEW_OPEN_FILES = 4096
+
+
+def check_settings(settings: Settings) -> Iterator[Remark]:
+    """Which variables are set: wrong ones have ended the program before."""
+    names = sorted(name for name in os.environ if name.startswith(PREFIX))
+    yield ok(f"set: {', '.join(names) or 'none'}; state is kept in {settings.home}")
+
+
+def check_models(settings: Settings) -> Iterator[Remark]:
+    """models.yaml."""
+    path = settings.models or BUILT_IN
+    try:
+        names = ", ".join(f"{model.name} ({model.engine})" for model in get_catalog().models)
+    except SluiceError as wrong_file:
+        raise UnusableError(
+            explain(wrong_file, settings),
+            "mend the file, or set SLUICE_MODELS to another; tasks/models.yaml shows all fields",
+        ) from None
+    yield ok(f"{path}: {names}")
+
+
+def check_workers(settings: Settings) -> Iterator[Remark]:
+    """Whether each model that has work, or may get it, has a worker."""
+    listed = [model.name for model in get_catalog().models]
+    with open_redis(settings.redis_url) as redis:
+        seen = look(redis, listed)
+    for model in dict.fromkeys(model for model, _ in seen.depths):
+        states = Counter(worker.state for worker in seen.workers if worker.model == model)
+        waiting = sum(seen.depths[model, lane].jobs for lane in Lane)
+        if model in listed:
+            yield _judge_workers(model, states, waiting)
+        elif waiting:
+            yield wrong(
+                f"{model}: {waiting} job(s) wait, and models.yaml does not name it",
+                "name it there and start a worker, or cancel them (`sluice jobs`, `sluice cancel`)",
+            )
+
+
+def _judge_workers(model: str, states: Counter[WorkerState], waiting: int) -> Remark:
+    number = ", ".join(f"{states[state]} {state}" for state in WorkerState if states[state])
+    found = f"{model}: {number or 'no'} worker(s), {waiting} job(s) wait"
+    if states[WorkerState.SERVING]:
+        return ok(found)
+    do = f"start one: `sluice worker --model {model}`; if it ran before, its log tells why it ended"
+    return wrong(found, do) if waiting else warning(found, do)
+
+
+def check_maintenance(settings: Settings) -> Iterator[Remark]:
+    """Whether the reaper ran lately."""
+    with open_redis(settings.redis_url) as redis:
+        process: Any = redis.get(keys.MAINTENANCE)
+    if process is None:
+        yield wrong(
+            "no maintenance lives: jobs of dead workers and the ledger wait for it",
+            "start it: `sluice maintenance`; if it ran before, its log tells why it ended",
+        )
+        return
+    yield ok(f"{process.decode()} lives")
+
+
+def check_ledger(settings: Settings) -> Iterator[Remark]:
+    """Whether what happens gets into SQL."""
+    with open_redis(settings.redis_url) as redis:
+        now_s, _ = redis.time()
+        oldest: Any = redis.xrange(keys.LEDGER, count=1)
+        waiting = redis.xlen(keys.LEDGER)
+    age_s = now_s - int(oldest[0][0].split(b"-")[0]) / 1000 if oldest else 0.0
+    found = f"{waiting} record(s) are not in SQL yet"
+    if age_s > OLD_RECORD_S:
+        yield wrong(
+            f"{found}, the oldest for {age_s:.0f} s",
+            "look at maintenance's log, and mend the database if it is away",
+        )
+        return
+    yield ok(found)
+
+
+def check_pauses(settings: Settings) -> Iterator[Remark]:
+    """Models that somebody has paused."""
+    with open_redis(settings.redis_url) as redis:
+        paused = sorted(Backlog(redis, settings).paused())
+    for model in paused:
+        yield warning(f"{model} is paused", f"`sluice resume {model}` ends that")
+    if not paused:
+        yield ok("no model is paused")
+
+
+def check_model_files(_settings: Settings) -> Iterator[Remark]:
+    """What a vLLM worker on this machine would load: warnings, as none may be meant to run here."""
+    on_vllm = [model for model in get_catalog().models if model.engine == "vllm"]
+    if not on_vllm:
+        yield ok("no model needs vLLM")
+        return
+    if find_spec("vllm") is None:
+        names = ", ".join(model.name for model in on_vllm)
+        yield warning(
+            f"vLLM is not installed here, and {names} needs it",
+            f"if a worker is to run here: `make up` installs it; without it, {WITHOUT_VLLM}",
+        )
+    for model in on_vllm:
+        try:
+            refuse_missing(model)
+        except SluiceError as missing:
+            yield warning(
+                f"{model.name}: {missing}", f"then start `sluice worker --model {model.name}`"
+            )
+        else:
+            yield ok(f"{model.name}: {model.source}")
+
+
+def check_api(settings: Settings) -> Iterator[Remark]:
+    """Whether the API answers, can serve, and is the one who listens there."""
+    url = settings.api_url
+    shown = without_password(url)
+    try:
+        live = httpx.get(f"{url}/health/live", timeout=API_TIMEOUT_S)
+        ready = httpx.get(f"{url}/health/ready", timeout=API_TIMEOUT_S)
+        is_ours, state = "streams" in live.json(), ready.json()
+    except (httpx.ConnectError, httpx.ConnectTimeout) as away:
+        yield wrong(
+            f"no API answers at {shown} ({explain(away, settings)})",
+            "start one with `sluice api`, or set SLUICE_API_URL to where it runs",
+        )
+        return
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, TypeError):
+        is_ours, state = False, {}
+    if not is_ours:
+        yield wrong(
+            f"what listens at {shown} does not answer as the API does{_listener(url)}",
+            "restart it if it is the API; if not, end it or choose another SLUICE_PORT",
+        )
+    elif ready.is_success:
+        yield ok(f"{shown} answers, and is ready")
+    else:
+        yield _judge_unready(shown, state)
+
+
+def _listener(url: str) -> str:
+    """Who listens at the URL, if that is on this machine and may be known."""
+    parts = urlsplit(url)
+    is_here = parts.hostname in {"127.0.0.1", "localhost", "::1"}
+    return listener(parts.port or 80) if is_here else ""
+
+
+def _judge_unready(url: str, state: Any) -> Remark:
+    found = f"{url} answers, and is not ready"
+    if "workers" in state:
+        return warning(f"{found}: no worker lives", "start one: `sluice worker`")
+    return wrong(
+        f"{found}: it cannot reach Redis",
+        "give the API a SLUICE_REDIS_URL that it can reach; `redis` above tells of the one here",
+    )
+
+
+def check_disk(settings: Settings) -> Iterator[Remark]:
+    """Space where the state is kept."""
+    there = next(path for path in (settings.home, *settings.home.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    found, do = f"{free / 2**30:.1f} GiB are free at {settings.home}", "delete what is not needed"
+    if free < NO_DISK_BYTES:
+        yield wrong(found, do)
+    else:
+        yield warning(found, do) if free < LITTLE_DISK_BYTES else ok(found)
+
+
+def check_open_files(_settings: Settings) -> Iterator[Remark]:
+    """How many streams an API that is started from here could have."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit < FEW_OPEN_FILES:
+        yield warning(
+            f"a process may open {limit} files, and each stream takes one",
+            f"`ulimit -n {2**16}` before the API starts, or LimitNOFILE= in its systemd unit",
+        )
+        return
+    yield ok(f"a process may open {limit} files")

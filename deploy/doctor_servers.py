@@ -1,0 +1,257 @@
+"""Checks of the servers that Sluice stands on: Redis, the bus and the database."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, BusyLoadingError, NoPermissionError, RedisError
+from redis.retry import Retry
+from sqlalchemy import Connection, Engine, create_engine, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
+
+from db import dead
+from db.schema import revisions
+from db.session import CONNECT_TIMEOUT_S as SQL_TIMEOUT_S
+from db.session import database_now
+from deploy.findings import Remark, UnusableError, explain, ok, warning, without_password, wrong
+from tasks.connections import COMMAND_TIMEOUT_S, CONNECT_TIMEOUT_S
+from tasks.settings import PREFIX, Settings
+
+# The first with all commands that tasks/ uses.
+LEAST_REDIS = (6, 2)
+MEMORY_HIGH = 0.8
+MEMORY_FULL = 0.95
+CLOCK_APART_S = 2.0
+
+NTP = "have NTP set both clocks (`timedatectl`): times in lists are wrong; leases do not mind"
+
+
+def check_redis(settings: Settings) -> Iterator[Remark]:
+    """The queue's Redis."""
+    yield from _check_redis(settings, "redis_url")
+
+
+def check_bus(settings: Settings) -> Iterator[Remark]:
+    """The bus, if it is a Redis of its own."""
+    if settings.bus_url == settings.redis_url:
+        yield ok("the same Redis")
+        return
+    yield from _check_redis(settings, "bus_url")
+
+
+def _check_redis(settings: Settings, name: str) -> Iterator[Remark]:
+    url, variable = getattr(settings, name), f"{PREFIX}{name.upper()}"
+    try:
+        with open_redis(url) as redis:
+            info: Any = redis.info()
+    except RedisError as failure:
+        raise UnusableError(
+            f"no Redis answers at {without_password(url)} ({explain(failure, settings)})",
+            _redis_remedy(failure, variable),
+        ) from None
+    except ValueError:
+        raise UnusableError(
+            f"{variable} is no URL of a Redis",
+            "write it as redis://[USER:PASSWORD@]HOST:PORT/0, with odd characters as %XX",
+        ) from None
+    yield _judge_version(info, without_password(url))
+    yield _judge_persistence(info)
+    yield _judge_eviction(info)
+    yield _judge_memory(info)
+
+
+@contextmanager
+def open_redis(url: str) -> Iterator[Redis]:
+    """A client that tries once: four rounds of waiting for a silent server are too long here."""
+    bounds = {"socket_connect_timeout": CONNECT_TIMEOUT_S, "socket_timeout": COMMAND_TIMEOUT_S}
+    redis = Redis.from_url(url, retry=Retry(NoBackoff(), 0), **bounds)
+    try:
+        yield redis
+    finally:
+        redis.close()
+
+
+def _redis_remedy(failure: RedisError, variable: str) -> str:
+    if isinstance(failure, (AuthenticationError, NoPermissionError)):
+        return f"give {variable} a user and a password that may use all commands"
+    if isinstance(failure, BusyLoadingError):
+        return "wait until it has loaded its data"
+    return (
+        f"start it, or set {variable} to where it runs; "
+        "beside a `sluice up`, set SLUICE_HOME as it is there"
+    )
+
+
+def _judge_version(info: dict[str, Any], url: str) -> Remark:
+    version = str(info["redis_version"])
+    server = f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {version}"
+    found = f"{url} answers, {server}"
+    if tuple(map(int, version.split(".")[:2])) < LEAST_REDIS:
+        return wrong(found, "install Redis 6.2 or newer")
+    if info["role"] != "master":
+        return wrong(f"{found}, a replica, which takes no writes", "give the URL of its primary")
+    return ok(found)
+
+
+def _judge_persistence(info: dict[str, Any]) -> Remark:
+    failed = [
+        what
+        for what, key in (
+            ("write to its AOF", "aof_last_write_status"),
+            ("rewrite of its AOF", "aof_last_bgrewrite_status"),
+            ("snapshot", "rdb_last_bgsave_status"),
+        )
+        if info.get(key, "ok") != "ok"
+    ]
+    if failed:
+        return wrong(
+            f"its last {failed[0]} failed, and it may refuse writes",
+            "look at its log, and at the space and the permissions of its directory",
+        )
+    if not info["aof_enabled"]:
+        return warning(
+            "appendonly is off: a restart loses what waits and runs",
+            "`redis-cli config set appendonly yes`, and the same in its configuration",
+        )
+    return ok("appendonly is on, the last write went well")
+
+
+def _judge_eviction(info: dict[str, Any]) -> Remark:
+    policy = info["maxmemory_policy"]
+    if policy != "noeviction":
+        return wrong(
+            f"maxmemory-policy is {policy}: full memory drops accepted jobs",
+            "`redis-cli config set maxmemory-policy noeviction`, and the same in its configuration",
+        )
+    return ok("maxmemory-policy is noeviction")
+
+
+def _judge_memory(info: dict[str, Any]) -> Remark:
+    used, limit = info["used_memory"], info["maxmemory"]
+    if not limit:
+        return ok(f"{used / 2**20:.0f} MiB in use, no maxmemory is set")
+    found = f"{used / 2**20:.0f} of {limit / 2**20:.0f} MiB in use"
+    do = "give it a greater maxmemory, or shorten SLUICE_LOG_RETENTION_S"
+    if used > MEMORY_FULL * limit:
+        return wrong(f"{found}: when it is full, requests get 503", do)
+    return warning(found, do) if used > MEMORY_HIGH * limit else ok(found)
+
+
+def check_database(settings: Settings) -> Iterator[Remark]:
+    """The database: whether it answers, its tables, and SQLite's WAL."""
+    url = without_password(settings.database_url)
+    with _open_database(settings) as connection:
+        current, known = revisions(connection)
+        if current not in known:
+            raise UnusableError(*_foreign(url, current))
+        if current != known[0]:
+            raise UnusableError(
+                f"{url} is at migration {current}, and this version needs {known[0]}",
+                "restart the API or maintenance with this version: they bring it up to date",
+            )
+        yield ok(f"{url} answers, at migration {current}")
+        if connection.dialect.name == "sqlite":
+            mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
+            yield (
+                ok("SQLite's journal is a WAL")
+                if mode == "wal"
+                else warning(
+                    f"SQLite's journal_mode is {mode}: readers and writers wait for each other",
+                    "put SLUICE_HOME on a local disk, and restart the API and maintenance",
+                )
+            )
+
+
+def _foreign(url: str, current: str | None) -> tuple[str, str]:
+    """What is wrong with a database at a migration that this version does not know."""
+    if current is None:
+        return f"{url} has no tables", "start the API or maintenance once: they make them"
+    newer = f"{url} is at migration {current}, which this version does not know"
+    return newer, "update this installation to the version that the API and maintenance run"
+
+
+@contextmanager
+def _open_database(settings: Settings) -> Iterator[Connection]:
+    """A connection for reading.
+
+    Raises:
+        UnusableError: there is no database, or it does not answer.
+    """
+    url = without_password(settings.database_url)
+    try:
+        with _make_engine(settings).connect() as connection:
+            yield connection
+    except ImportError as missing:
+        raise UnusableError(
+            f"there is no driver for {url} ({missing})", "install Sluice with its extra `postgres`"
+        ) from None
+    except SQLAlchemyError as failure:
+        raise UnusableError(
+            f"no database answers at {url} ({explain(failure, settings)})",
+            "start it, or set SLUICE_DATABASE_URL to where it runs",
+        ) from None
+
+
+def _make_engine(settings: Settings) -> Engine:
+    """An engine that changes nothing: SQLite's file is not made, its journal not switched."""
+    try:
+        location = make_url(settings.database_url)
+    except (ArgumentError, ValueError):
+        raise UnusableError(
+            "SLUICE_DATABASE_URL is no URL of SQLAlchemy's",
+            "write it as postgresql+psycopg://USER:PASSWORD@HOST:PORT/NAME, odd characters as %XX",
+        ) from None
+    if location.get_backend_name() != "sqlite" or not location.database:
+        bounds = {"connect_timeout": SQL_TIMEOUT_S}
+        return create_engine(location, poolclass=NullPool, connect_args=bounds)
+    if not Path(location.database).exists():
+        raise UnusableError(
+            f"there is no database at {location.database}",
+            "start the API or maintenance once: they make it",
+        )
+    query = {"mode": "ro", "uri": "true"}
+    location = location.set(database=f"file:{location.database}", query=query)
+    return create_engine(location, poolclass=NullPool)
+
+
+def check_dead_letters(settings: Settings) -> Iterator[Remark]:
+    """Jobs that were given up."""
+    with _open_database(settings) as connection, Session(connection) as session:
+        letters = dead.count(session)
+    if letters:
+        yield warning(
+            f"{letters} job(s) were given up",
+            "`sluice dead list` and `sluice dead show JOB` tell why; then retry or purge them",
+        )
+        return
+    yield ok("none")
+
+
+def check_redis_clock(settings: Settings) -> Iterator[Remark]:
+    """The clock of this machine against that of the queue's Redis."""
+    with open_redis(settings.redis_url) as redis:
+        redis.ping()
+        before_s = time.time()
+        answer: Any = redis.time()
+        here_s = (before_s + time.time()) / 2
+    yield _judge_clock("Redis", here_s - answer[0] - answer[1] / 1e6)
+
+
+def check_database_clock(settings: Settings) -> Iterator[Remark]:
+    """The clock of this machine against that of the database; SQLite has none of its own."""
+    with _open_database(settings) as connection, Session(connection) as session:
+        if connection.dialect.name != "sqlite":
+            there = database_now(session)
+            yield _judge_clock("the database", (datetime.now(UTC) - there).total_seconds())
+
+
+def _judge_clock(server: str, ahead_s: float) -> Remark:
+    found = f"{abs(ahead_s):.1f} s {'ahead of' if ahead_s > 0 else 'behind'} that of {server}"
+    return warning(found, NTP) if abs(ahead_s) > CLOCK_APART_S else ok(found)
