@@ -39,7 +39,8 @@ def _engine(worker: Process) -> tuple[psutil.Process, list[psutil.Process]]:
 
 
 def _await_gone(processes: list[psutil.Process]) -> None:
-    await_that(lambda: not psutil.wait_procs(processes, timeout=0)[1], 10)
+    left = lambda: psutil.wait_procs(processes, timeout=0)[1]
+    await_that(lambda: not left(), 10, left)
 
 
 def _only_worker(stack: Stack) -> Process:
@@ -92,6 +93,21 @@ def test_15_the_jobs_of_a_lost_enginecore_go_on_with_the_replacement(
     stack.processes.remove(worker)
     stack.start_worker(MODEL)
     compare(fault, clients, expected, lost_s)
+
+
+def test_14_no_process_of_an_engine_outlives_its_killed_worker(
+    own_stack: Stack, fault: Fault
+) -> None:
+    worker = _only_worker(own_stack)
+    _, started = _engine(worker)
+    engine = [process for process in started if "VLLM" in process.cmdline()[0]]
+    assert len(engine) >= 1
+    # The worst case: none of them can notice anything by itself.
+    for process in engine:
+        process.suspend()
+    fault.inflict("SIGKILL vLLM worker with a hung engine")
+    worker.kill()
+    _await_gone(started)
 
 
 def test_sigterm_ends_a_worker_and_its_engine(own_stack: Stack) -> None:
