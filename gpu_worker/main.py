@@ -90,7 +90,7 @@ class Worker:
     def _serve_metrics(self) -> str:
         try:
             redis_host = urlsplit(self.settings.redis_url).hostname or "127.0.0.1"
-            return metrics.serve(self.settings.metrics_bind, redis_host)
+            return metrics.serve(self.settings.metrics_bind, redis_host, self.model.name)
         except OSError as taken:
             bind = self.settings.metrics_bind
             raise ConfigurationError(

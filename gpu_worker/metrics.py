@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from prometheus_client import Counter, Histogram, disable_created_metrics, start_http_server
 
-from tasks.message import Claim
+from tasks.message import Claim, Lane
 
 # A second series for each of ours and vLLM's that nobody reads.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -106,12 +106,19 @@ def recent_ttft() -> RecentTtft:
     return RecentTtft(cuts[9], cuts[18])
 
 
-def serve(bind: str, redis_host: str) -> str:
+def serve(bind: str, redis_host: str, model: str) -> str:
     """Serves /metrics on HOST:PORT, in a thread; returns the address where others find it.
+
+    All series of the model are there from the beginning: no rate knows a first time otherwise.
 
     Raises:
         OSError: the address cannot be bound.
     """
+    for lane in Lane:
+        for histogram in (QUEUE_WAIT, TTFT, INTER_TOKEN, TPOT, DURATION):
+            histogram.labels(model, lane)
+        for kind in ("input", "output"):
+            TOKENS.labels(model, lane, kind)
     host, _, port = bind.rpartition(":")
     server, _ = start_http_server(int(port), host)
     if host in ("0.0.0.0", "::"):  # noqa: S104 (compared)

@@ -205,6 +205,7 @@ def test_a_worker_times_its_streams_and_counts_their_tokens(stack: Stack) -> Non
     def total(name: str, **labels: str) -> float:
         return sum(worker.total(f"sluice_{name}", **labels) for worker in workers)
 
+    first_token = "sluice_time_to_first_token_seconds_count"
     assert total("time_to_first_token_seconds_count", model="sim", lane="interactive") == 1
     assert total("inter_token_latency_seconds_count") == 19
     assert 0.4 < total("inter_token_latency_seconds_sum") < 1.5
@@ -213,6 +214,9 @@ def test_a_worker_times_its_streams_and_counts_their_tokens(stack: Stack) -> Non
     )
     assert total("queue_wait_seconds_count") == total("request_duration_seconds_count") == 1
     assert total("tokens_total", type="output") == 20
+    # What has not happened yet is 0 and not missing, or its first time would be no increase.
+    for worker in workers:
+        assert worker.samples[(first_token, (("lane", "batch"), ("model", "sim")))] == 0
 
 
 def test_a_continued_answer_counts_its_tokens_once(stack: Stack) -> None:
