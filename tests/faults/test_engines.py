@@ -46,6 +46,7 @@ def _await_gone(processes: list[psutil.Process]) -> None:
 def _only_worker(stack: Stack) -> Process:
     """A worker that serves, and no other."""
     if not stack.workers:
+        stack.await_workers(0)  # a killed one counts as alive for the length of a lease
         stack.start_worker(MODEL)
     stack.await_workers(1)
     (worker,) = stack.workers
