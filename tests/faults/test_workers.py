@@ -120,7 +120,7 @@ def test_3_a_job_far_longer_than_its_lease_runs_once(stack: Stack, fault: Fault)
     client.answer()
     assert client.headers["x-sluice-attempts"] == "1"
     _await_ledger(stack, 1)
-    await_that(lambda: stack.part("worker").log.read_text().count(": completed") == 1)
+    await_that(lambda: stack.part("worker").log.read_text().count("job completed") == 1)
 
 
 @pytest.mark.parametrize("kind", ["pubsub", "normal"])
@@ -171,7 +171,7 @@ def test_8b_a_worker_killed_while_it_drains_has_finished_what_it_finished(
     killed_s = _kill(fault, worker)
     expected = ask(stack, [client.body for client in long])
     compare(fault, long, expected, killed_s)
-    assert worker.log.read_text().count(": completed") == 4
+    assert worker.log.read_text().count("job completed") == 4
     _await_ledger(stack, 12)
 
 
