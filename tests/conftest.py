@@ -1,5 +1,6 @@
 """Deployments that tests share; tests that kill parts start their own."""
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from tasks.models import BUILT_IN, Model, load_catalog
 from tests import vllm_server as vllm
 from tests.postgres import Postgres, running_postgres
 from tests.stack import Stack, running
+
+# A shell that runs the tests in the background has SIGINT ignored, and their children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
