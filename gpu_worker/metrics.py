@@ -4,12 +4,16 @@ Events of a stream stand for tokens: several tokens may share one, and tell so i
 """
 
 import socket
+import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterable
 from statistics import quantiles
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
-from prometheus_client import Counter, Histogram, disable_created_metrics, start_http_server
+from prometheus_client import Counter, Histogram, disable_created_metrics, make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer
 
 from tasks.message import Claim, Lane
 
@@ -46,6 +50,8 @@ DURATION = Histogram(
     "sluice_request_duration_seconds", "From acceptance to the end.", _LABELS, buckets=_WHOLE_S
 )
 TOKENS = Counter("sluice_tokens", "Tokens, by type: input or output.", [*_LABELS, "type"])
+
+_app: Callable[..., Iterable[bytes]] = make_wsgi_app()
 
 _RECENT = 200
 _recent_ttft_ms: deque[float] = deque(maxlen=_RECENT)
@@ -120,10 +126,25 @@ def serve(bind: str, redis_host: str, model: str) -> str:
         for kind in ("input", "output"):
             TOKENS.labels(model, lane, kind)
     host, _, port = bind.rpartition(":")
-    server, _ = start_http_server(int(port), host)
+    server = make_server(host, int(port), _plain_text, ThreadingWSGIServer, _QuietHandler)
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     if host in ("0.0.0.0", "::"):  # noqa: S104 (compared)
         host = _own_address(redis_host)
     return f"{host}:{server.server_port}"
+
+
+class _QuietHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the base's name)
+        """A scrape is worth no line."""
+
+
+def _plain_text(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    """Prometheus's text format, whatever was asked for.
+
+    In OpenMetrics the library writes vLLM's `vllm:…` as `vllm_…`, which nobody looks for.
+    """
+    environ.pop("HTTP_ACCEPT", None)
+    return _app(environ, start_response)
 
 
 def _own_address(peer: str) -> str:
