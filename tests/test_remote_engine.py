@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from gpu_worker.engine import Load
 from gpu_worker.remote_engine import RemoteEngine, open_engine
 from tasks.errors import ConfigurationError, StreamBrokenError
 from tasks.models import Model
@@ -94,7 +95,7 @@ async def post(engine: RemoteEngine, body: bytes = b'{"a": 1}') -> httpx.Respons
 async def test_request_and_answer_go_through_unchanged(server: Server, suffix: str) -> None:
     async with remote(server.url + suffix) as engine:
         answer = await post(engine)
-        assert engine.load() == (0, 0)
+        assert engine.load() == Load(0, 0)
     assert answer.status_code == 418
     assert answer.text == "data: one\n\ndata: [DONE]\n\n"
     assert dict(answer.headers) == {"content-type": "text/event-stream"}
