@@ -13,9 +13,10 @@ from pathlib import Path
 from flask import Flask, Response, g, request
 from prometheus_client import Counter, Gauge, Histogram, values
 
+from tasks.buckets import FIRST_OUTPUT_S
+
 # prometheus-client's own name.
 DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
-_RESPONSE_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 0.75, 1, 2, 4, 8, 15, 30, 60)
 
 
 def _take_slot() -> str:
@@ -38,7 +39,7 @@ RESPONSE = Histogram(
     "sluice_http_response_seconds",
     "From a request to the first byte of its answer.",
     ["endpoint"],
-    buckets=_RESPONSE_S,
+    buckets=FIRST_OUTPUT_S,
 )
 ERRORS = Counter("sluice_errors", "Errors of Sluice's own.", ["status", "code"])
 STREAMS = Gauge("sluice_streams_open", "Requests that wait for jobs now.", multiprocess_mode="sum")

@@ -30,7 +30,7 @@ class _Queue(Collector):
     def collect(self) -> Iterator[Metric]:
         models = [model.name for model in self._services.catalog.models]
         try:
-            seen = vitals.look(self._services.redis, models)
+            seen = vitals.look(self._services.jobs.backlog, models)
         except RedisError as away:
             log.warning("metrics without the queue: %s", away)
             yield redis_up(False)

@@ -44,7 +44,7 @@ def _depths(seen: Vitals) -> Iterator[Metric]:
     paused = GaugeMetricFamily(
         "sluice_queue_paused", "1: the operator has paused the model.", labels=["model"]
     )
-    for model in dict.fromkeys(model for model, _ in seen.depths):
+    for model in seen.models:
         paused.add_metric([model], model in seen.paused)
     yield from (depth, oldest, paused)
 
@@ -104,7 +104,7 @@ def _counts(seen: Vitals) -> Iterator[Metric]:
     tickets = CounterMetricFamily(
         "sluice_tickets_reissued", "Celery tickets that were lost.", labels=["model"]
     )
-    for model in dict.fromkeys(model for model, _ in seen.depths):
+    for model in seen.models:
         tickets.add_metric([model], counts[Happening(Counted.TICKETS, "reissued", model)])
     webhooks = CounterMetricFamily("sluice_webhook_calls", "Webhook calls.", labels=["outcome"])
     for outcome in ("delivered", "pending", "failed", "disabled"):

@@ -55,8 +55,8 @@ def check_workers(settings: Settings) -> Iterator[Remark]:
     """Whether each model that has work, or may get it, has a worker."""
     listed = [model.name for model in get_catalog().models]
     with open_redis(settings.redis_url) as redis:
-        seen = look(redis, listed)
-    for model in dict.fromkeys(model for model, _ in seen.depths):
+        seen = look(Backlog(redis, settings), listed)
+    for model in seen.models:
         states = Counter(worker.state for worker in seen.workers if worker.model == model)
         waiting = sum(seen.depths[model, lane].jobs for lane in Lane)
         if model in listed:

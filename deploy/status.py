@@ -95,7 +95,7 @@ class Observer:
             QueueUnavailableError: Redis does not answer.
         """
         with queue() as jobs:
-            seen, now_s = look(jobs.backlog.redis, self._listed), time.monotonic()
+            seen, now_s = look(jobs.backlog, self._listed), time.monotonic()
         last, interval_s = self._last, now_s - self._last_s
         self._last, self._last_s = seen, now_s
         return Status(

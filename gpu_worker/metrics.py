@@ -15,13 +15,13 @@ from wsgiref.simple_server import WSGIRequestHandler, make_server
 from prometheus_client import Counter, Histogram, disable_created_metrics, make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
 
+from tasks.buckets import FIRST_OUTPUT_S
 from tasks.message import Claim, Lane
 
 # A second series for each of ours and vLLM's that nobody reads.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _LABELS = ["model", "lane"]
-_TO_FIRST_TOKEN_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 0.75, 1, 2, 4, 8, 15, 30, 60)
 _BETWEEN_TOKENS_S = (0.001, 0.002, 0.004, 0.008, 0.015, 0.025, 0.04, 0.06, 0.1, 0.2, 0.5, 1, 2)
 _WHOLE_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600, 1800)
 
@@ -32,7 +32,7 @@ TTFT = Histogram(
     "sluice_time_to_first_token_seconds",
     "From acceptance to the first output of a stream.",
     _LABELS,
-    buckets=_TO_FIRST_TOKEN_S,
+    buckets=FIRST_OUTPUT_S,
 )
 INTER_TOKEN = Histogram(
     "sluice_inter_token_latency_seconds",

@@ -14,9 +14,9 @@ from typing import Any
 
 import httpx
 import orjson
-from redis import Redis
 
 from tasks import keys, vitals
+from tasks.backlog import Backlog
 from tasks.control import WorkerState
 from tasks.message import Lane
 from tasks.models import Catalog
@@ -49,6 +49,10 @@ class Alert:
     def key(self) -> str:
         return f"{self.name} {self.model}"
 
+    @property
+    def status(self) -> str:
+        return "resolved" if self.ended_s else "firing"
+
     def is_due(self, now_s: float) -> bool:
         """Whether the receiver is to be told something."""
         if self.ended_s:
@@ -58,7 +62,7 @@ class Alert:
     def as_alertmanager(self) -> dict[str, Any]:
         labels = {"alertname": self.name, "model": self.model, "severity": self.severity}
         return {
-            "status": "resolved" if self.ended_s else "firing",
+            "status": self.status,
             "labels": labels,
             "annotations": {
                 "summary": self.summary,
@@ -74,7 +78,7 @@ class Alert:
 def conditions(seen: Vitals, settings: Settings, now_s: float) -> Iterator[Alert]:
     """What holds now and should not."""
     serving = {w.model for w in seen.workers if w.state is WorkerState.SERVING}
-    for model in dict.fromkeys(model for model, _ in seen.depths):
+    for model in seen.models:
         jobs = sum(seen.depths[model, lane].jobs for lane in Lane)
         # Batch jobs may wait for hours.
         oldest_s = seen.depths[model, Lane.INTERACTIVE].oldest_age_s
@@ -93,8 +97,9 @@ def conditions(seen: Vitals, settings: Settings, now_s: float) -> Iterator[Alert
 class Alerter:
     """Looks, remembers in Redis, tells; of several processes one does so at a time."""
 
-    def __init__(self, redis: Redis, catalog: Catalog, settings: Settings) -> None:
-        self._redis = redis
+    def __init__(self, backlog: Backlog, catalog: Catalog, settings: Settings) -> None:
+        self._backlog = backlog
+        self._redis = backlog.redis
         self._models = [model.name for model in catalog.models]
         self._settings = settings
 
@@ -114,7 +119,7 @@ class Alerter:
 
     def _look(self) -> None:
         now_s = float(self._redis.time()[0])
-        seen = vitals.look(self._redis, self._models)
+        seen = vitals.look(self._backlog, self._models)
         alerts = self._known()
         holding = {alert.key: alert for alert in conditions(seen, self._settings, now_s)}
         for key, alert in alerts.items():
@@ -165,7 +170,7 @@ class Alerter:
             log.error("alerts not delivered, to be sent again: %s", type(failed).__name__)
             return False
         for alert in due:
-            log.warning("alert %s: %s", alert.as_alertmanager()["status"], alert.summary)
+            log.warning("alert %s: %s", alert.status, alert.summary)
         return True
 
 

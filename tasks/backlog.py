@@ -5,6 +5,7 @@ What waits, where and for how long is in depth.py.
 The scripts in lua/ make every step atomic, and take the time from Redis, never from a host's clock.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -26,10 +27,14 @@ REAPED_AT_ONCE = 1000
 
 def load_script(client: Any, *names: str) -> Callable[..., Any]:
     """The files lua/<name>.lua as one script, run by its hash, by a blocking or asyncio client."""
-    files = ((LUA / f"{name}.lua").read_text() for name in names)
-    text = "".join([f"local COUNTS = '{keys.COUNTS}'\n", *files])
-    script: Callable[..., Any] = client.register_script(text)
+    script: Callable[..., Any] = client.register_script(_read_scripts(names))
     return script
+
+
+@functools.cache
+def _read_scripts(names: tuple[str, ...]) -> str:
+    files = ((LUA / f"{name}.lua").read_text() for name in names)
+    return "".join([f"local COUNTS = '{keys.COUNTS}'\n", *files])
 
 
 class Reaped(NamedTuple):

@@ -64,7 +64,7 @@ def _deliverer() -> Deliverer:
 
 @functools.cache
 def _alerter() -> Alerter:
-    return Alerter(_jobs().backlog.redis, get_catalog(), get_settings())
+    return Alerter(_jobs().backlog, get_catalog(), get_settings())
 
 
 def reap() -> None:

@@ -5,8 +5,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from redis import Redis
-
 from tasks import counts, keys
 from tasks.backlog import Backlog
 from tasks.control import WorkerView, workers
@@ -31,14 +29,19 @@ class Vitals:
     memory_limit_bytes: int
     """0: none."""
 
+    @property
+    def models(self) -> list[str]:
+        """All models, each once."""
+        return list(dict.fromkeys(model for model, _ in self.depths))
 
-def look(redis: Redis, models: Iterable[str]) -> Vitals:
+
+def look(backlog: Backlog, models: Iterable[str]) -> Vitals:
     """The vitals, with these models and all that have had a job.
 
     Raises:
         RedisError: Redis does not answer.
     """
-    backlog = Backlog(redis)
+    redis = backlog.redis
     names = sorted({*models, *backlog.models()})
     moment = redis.pipeline(transaction=True)
     ask_depths(moment, names)

@@ -4,6 +4,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from deploy.dashboards.panels import Panel, bad_from, board, good_from, graph, number
 from deploy.dashboards.promql import of, or_zero, own, quantile, quantiles, rate, same
+from deploy.dashboards.shared import KV_CACHE, SLOTS, USED, jobs_waiting, kv_cache
 
 CALLS = 'sluice_http_requests_total{endpoint=~"/v1/.*"}'
 FAILED = 'sluice_http_requests_total{endpoint=~"/v1/.*", status=~"5.."}'
@@ -14,9 +15,6 @@ FAILED_SHARE = or_zero(f"({or_zero(f'sum({rate(FAILED)})')}) / (sum({rate(CALLS)
 
 INTERACTIVE = 'lane="interactive"'
 OLDEST = of("sluice_queue_oldest_seconds")
-SLOTS = same(of("sluice_slots"), "model")
-USED = same(of("sluice_slots_used"), "model")
-KV_CACHE = same(of("sluice_kv_cache_usage_ratio"), "model")
 SERVING = same(of("sluice_workers", 'state="serving"'), "model, state")
 
 
@@ -38,12 +36,7 @@ def made() -> Dashboard:
 
 def _now() -> list[Panel]:
     return [
-        number(
-            "Jobs waiting",
-            "Jobs in the backlog: a number that keeps growing means too few workers.",
-            "short",
-            f"sum({same(of('sluice_queue_depth'), 'model, lane')})",
-        ),
+        jobs_waiting(),
         number(
             "Longest wait, interactive",
             "Age of the oldest job that somebody watches: above a few seconds they notice.",
@@ -193,12 +186,5 @@ def _saturation() -> list[Panel]:
             "short",
             {"used": f"sum({USED})", "total": f"sum({SLOTS})"},
         ),
-        graph(
-            "KV cache used, by model",
-            "Of the model's fullest worker: full while slots are free means that prompts are too "
-            "long for that many slots.",
-            "percentunit",
-            {"{{model}}": KV_CACHE},
-            bad_from(0.8, 0.95),
-        ),
+        kv_cache(),
     ]

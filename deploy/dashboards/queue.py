@@ -4,9 +4,9 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from deploy.dashboards.panels import Panel, bad_from, board, graph, number
 from deploy.dashboards.promql import increase, of, quantiles, rate, same
+from deploy.dashboards.shared import DEPTH, jobs_waiting
 
 LANES = "model, lane"
-DEPTH = same(of("sluice_queue_depth"), LANES)
 PAUSED = same(of("sluice_queue_paused"), "model")
 DEAD = of("sluice_dead_letters_total")
 LEASES = "max(sluice_leases)"
@@ -32,12 +32,7 @@ def made() -> Dashboard:
 
 def _now() -> list[Panel]:
     return [
-        number(
-            "Jobs waiting",
-            "Jobs in the backlog: a number that keeps growing means too few workers.",
-            "short",
-            f"sum({DEPTH})",
-        ),
+        jobs_waiting(),
         number(
             "Jobs running",
             "Jobs that a worker holds a lease of, whatever their model: 0 while jobs wait is a "

@@ -4,11 +4,9 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from deploy.dashboards.panels import Panel, Queries, bad_from, board, graph, number
 from deploy.dashboards.promql import of, or_zero, own, quantile, rate, same
+from deploy.dashboards.shared import KV_CACHE, SLOTS, USED, kv_cache
 
-SLOTS = same(of("sluice_slots"), "model")
-USED = same(of("sluice_slots_used"), "model")
 WAITING = same(of("sluice_engine_waiting"), "model")
-KV_CACHE = same(of("sluice_kv_cache_usage_ratio"), "model")
 
 
 def made() -> Dashboard:
@@ -104,14 +102,7 @@ def _fleet() -> list[Panel]:
             "short",
             {"{{model}}": WAITING},
         ),
-        graph(
-            "KV cache used, by model",
-            "Of the model's fullest worker: full while slots are free means that prompts are too "
-            "long for that many slots.",
-            "percentunit",
-            {"{{model}}": KV_CACHE},
-            bad_from(0.8, 0.95),
-        ),
+        kv_cache(),
     ]
 
 

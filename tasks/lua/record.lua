@@ -7,6 +7,7 @@ local function now_us()
     return string.format('%d', time[1] * 1000000 + time[2])
 end
 
+-- Returns the job's model, lane, and whether it is a dead letter.
 local function record(key, ledger, id, state, at_us, reason)
     local job = redis.call('HMGET', key, 'model', 'tenant', 'endpoint', 'lane', 'metadata',
         'attempt', 'queued_us', 'started_us', 'worker', 'is_dead')
@@ -15,6 +16,7 @@ local function record(key, ledger, id, state, at_us, reason)
         'metadata', job[5] or '{}', 'attempts', job[6], 'queued_us', job[7],
         'started_us', job[8] or '', 'worker', job[9] or '', 'at_us', at_us,
         'reason', reason or '', 'is_dead', job[10] or '')
+    return job[1], job[4], job[10]
 end
 
 -- Counts what happened to a job (counts.py has the names).
@@ -27,10 +29,9 @@ local function end_job(key, ledger, id, state, at_us, retention_s, reason)
     -- What did not succeed may be asked for once more.
     if state == 'completed' then redis.call('HDEL', key, 'body') end
     redis.call('EXPIRE', key, retention_s)
-    record(key, ledger, id, state, at_us, reason)
-    local job = redis.call('HMGET', key, 'model', 'lane', 'is_dead')
-    count('jobs', state, job[1], job[2])
-    if job[3] then count('dead', 'letter', job[1], job[2]) end
+    local model, lane, is_dead = record(key, ledger, id, state, at_us, reason)
+    count('jobs', state, model, lane)
+    if is_dead then count('dead', 'letter', model, lane) end
 end
 
 -- Takes a running job from its worker: back to where it stood in the backlog, now or after a delay;
