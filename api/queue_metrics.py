@@ -25,6 +25,7 @@ def families(seen: Vitals) -> Iterator[Metric]:
     for name, what, value in (
         ("queue_delayed", "Jobs that wait for their next try after a 5xx.", seen.delayed),
         ("leases", "Jobs that run.", seen.leases),
+        ("maintenance_up", "Whether a maintenance process works.", bool(seen.maintenance)),
         ("ledger_records", "Changes of jobs that are not in SQL yet.", seen.ledger_records),
         ("redis_memory_bytes", "Memory that the queue's Redis uses.", seen.memory_bytes),
         ("redis_memory_limit_bytes", "Its maxmemory; 0: none.", seen.memory_limit_bytes),

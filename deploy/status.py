@@ -75,6 +75,8 @@ class Status:
     dead_letters: int
     """Since Redis began; `sluice dead list` shows those that are left."""
     ledger_records: int
+    maintenance: str | None
+    """None: no maintenance process lives."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"workers": [worker._asdict() for worker in self.workers]}
@@ -105,6 +107,7 @@ class Observer:
             delayed=seen.delayed,
             dead_letters=sum(n for what, n in seen.counts.items() if what.what is Counted.DEAD),
             ledger_records=seen.ledger_records,
+            maintenance=seen.maintenance,
         )
 
     def _names(self, seen: Vitals) -> list[str]:
@@ -255,15 +258,15 @@ def _oldest(model: ModelStatus) -> Text:
 
 def _totals(status: Status) -> Text:
     """One line; what a person should look at has a colour."""
-    return Text(" · ").join(
-        Text(f"{what} {number}", NOTABLE if is_notable else "")
-        for what, number, is_notable in (
-            ("leases", status.leases, False),
-            ("delayed", status.delayed, status.delayed),
-            ("dead letters", status.dead_letters, status.dead_letters),
-            ("records not in SQL yet", status.ledger_records, False),
-        )
-    )
+    totals = [
+        Text(f"leases {status.leases}"),
+        Text(f"delayed {status.delayed}", NOTABLE if status.delayed else ""),
+        Text(f"dead letters {status.dead_letters}", NOTABLE if status.dead_letters else ""),
+        Text(f"records not in SQL yet {status.ledger_records}"),
+    ]
+    if status.maintenance is None:
+        totals.append(Text("no maintenance lives", BAD))
+    return Text(" · ").join(totals)
 
 
 def _kv_cache(usage: float) -> Text:

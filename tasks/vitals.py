@@ -24,6 +24,8 @@ class Vitals:
     """At the same moment as the three above: accepted = depth + leases + delayed + ended."""
     paused: set[str]
     workers: list[WorkerView]
+    maintenance: str | None
+    """The process that reaped last; None: none has for a while."""
     ledger_records: int
     memory_bytes: int
     memory_limit_bytes: int
@@ -51,6 +53,7 @@ def look(backlog: Backlog, models: Iterable[str]) -> Vitals:
     moment.xlen(keys.LEDGER)
     depths, leases, delayed, counted, records = moment.execute()
     memory: Any = redis.info("memory")
+    maintenance: Any = redis.get(keys.MAINTENANCE)
     return Vitals(
         depths=read_depths(names, depths),
         leases=leases,
@@ -58,6 +61,7 @@ def look(backlog: Backlog, models: Iterable[str]) -> Vitals:
         counts=counts.read(counted),
         paused=backlog.paused(),
         workers=workers(redis),
+        maintenance=maintenance and maintenance.decode(),
         ledger_records=records,
         memory_bytes=memory["used_memory"],
         memory_limit_bytes=memory["maxmemory"],

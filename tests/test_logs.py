@@ -33,9 +33,9 @@ def lines(stack: Stack, job_id: str) -> list[dict[str, Any]]:
 
 
 def _written(log: Path) -> list[str]:
+    complete, _, _ = log.read_text().rpartition("\n")
     # Celery's warning about the superuser is Python's, and goes past all logging.
-    text = log.read_text().splitlines()
-    return [line for line in text if line.startswith("{")]
+    return [line for line in complete.splitlines() if line.startswith("{")]
 
 
 def chat(stack: Stack, **more: Any) -> requests.Response:

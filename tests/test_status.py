@@ -201,3 +201,15 @@ def test_without_redis_or_with_wrong_settings_it_is_one_sentence(stack: Stack) -
     done = status(stack, SLUICE_PORT="x")
     assert (done.returncode, done.stdout) == (2, "")
     assert "SLUICE_PORT" in done.stderr
+
+
+def test_a_lost_maintenance_is_shown(home: Path) -> None:
+    with running(Stack(home, [SIM]), workers=0) as stack:
+        await_that(lambda: stack.redis.exists(keys.MAINTENANCE))
+        maintenance = stack.part("maintenance")
+        assert look(stack)["maintenance"].endswith(f"-{maintenance.pid}")
+        assert "maintenance" not in status(stack, "--once").stdout
+        maintenance.kill()
+        stack.redis.delete(keys.MAINTENANCE)  # its seconds pass faster
+        assert look(stack)["maintenance"] is None
+        assert "no maintenance lives" in status(stack, "--once").stdout

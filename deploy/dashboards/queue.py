@@ -184,11 +184,12 @@ def _beside() -> list[Panel]:
             {"{{outcome}}": webhooks},
         ),
         graph(
-            "Redis answers",
-            "0 while the APIs cannot reach the queue's Redis: all requests get 503, and all that "
-            "is read from it is missing here.",
+            "Redis and maintenance",
+            "Redis is 0 while the APIs cannot reach it: all requests get 503, and all that is read "
+            "from it is missing here. Maintenance is 0 while none works: nobody hands on the jobs "
+            "of dead workers.",
             "short",
-            {"up": "min(sluice_redis_up)"},
+            {"Redis": "min(sluice_redis_up)", "maintenance": "max(sluice_maintenance_up)"},
         ),
         graph(
             "Redis memory",
