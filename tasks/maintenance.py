@@ -40,6 +40,9 @@ ALERT_INTERVAL_S = 5.0
 SHOWN_ROUNDS = 5
 LEAST_SHOWN_S = 10
 
+# Work that can wait a little: where processors are few, requests go first.
+NICENESS = 5
+
 # Up to four may wait, for the database and for receivers; that must not stop the reaper.
 THREADS = 6
 
@@ -138,6 +141,7 @@ def run() -> int:
     """Runs maintenance until a signal; returns the exit code."""
     settings = get_settings()
     logs.configure(settings)
+    os.nice(NICENESS)
     celery = get_celery()
     schedule = {}
     for task, interval_s in (
