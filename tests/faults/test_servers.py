@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -161,14 +161,16 @@ def test_10_a_stream_resumes_on_another_api_process_byte_for_byte(
     stack.start_api()
     first, other = (f"http://127.0.0.1:{port}" for port in stack.api_ports)
     body = chat(1, stream=True)
-    if path == "job":
-        job_id = submit(stack, body)["id"]
-    else:
-        asked = requests.post(first + ENDPOINT, json=body, stream=True, timeout=30)
-        job_id = asked.headers["x-sluice-job"]
     seen = b""
-    with requests.get(f"{first}/v1/jobs/{job_id}/events", stream=True, timeout=30) as stream:
-        for line in stream.iter_lines(chunk_size=1, delimiter=b"\n\n"):
+    with ExitStack() as answers:
+        if path == "job":
+            job_id = submit(stack, body)["id"]
+        else:
+            asked = requests.post(first + ENDPOINT, json=body, stream=True, timeout=30)
+            job_id = answers.enter_context(asked).headers["x-sluice-job"]
+        stream = requests.get(f"{first}/v1/jobs/{job_id}/events", stream=True, timeout=30)
+        lines = answers.enter_context(stream).iter_lines(chunk_size=1, delimiter=b"\n\n")
+        for line in lines:
             seen += line + b"\n\n" if line.startswith(b"id: ") else b""
             if seen.count(b"id: ") == 10:
                 break
@@ -177,11 +179,11 @@ def test_10_a_stream_resumes_on_another_api_process_byte_for_byte(
     last = ids(seen.decode())[-1]
     address = f"{other}/v1/jobs/{job_id}/events"
     killed_s = time.monotonic()
-    rest = requests.get(address, headers={"Last-Event-ID": last}, stream=True, timeout=30)
-    pieces = rest.iter_content(None)
-    begin = next(pieces)
-    fault.recovery_s.append(time.monotonic() - killed_s)
-    rest_of_it = begin + b"".join(pieces)
+    with requests.get(address, headers={"Last-Event-ID": last}, stream=True, timeout=30) as rest:
+        pieces = rest.iter_content(None)
+        begin = next(pieces)
+        fault.recovery_s.append(time.monotonic() - killed_s)
+        rest_of_it = begin + b"".join(pieces)
     assert seen + rest_of_it.replace(b": keep-alive\n\n", b"") == _get(address).content
     stack.api_ports.pop(0)
     (expected,) = ask(stack, [chat(1)])
