@@ -107,7 +107,7 @@ def test_the_same_again_passes(sim_stack: Stack, baseline: Path, tmp_path: Path)
 
 
 def test_a_slower_model_fails_and_is_not_saved(home: Path, baseline: Path) -> None:
-    slower = SIM | {"args": {"tokens-per-s": 20, "first-token-s": 0.4}}
+    slower = SIM | {"args": {"tokens-per-s": 5, "first-token-s": 1}}
     saved = home / "slower.json"
     with running(Stack(home, [slower], keep_alive_s=1)) as stack:
         judged = "--baseline", baseline, "--save", saved, "--json"
