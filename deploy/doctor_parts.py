@@ -17,7 +17,7 @@ from deploy.findings import Remark, UnusableError, explain, ok, warning, without
 from deploy.install import WITHOUT_VLLM
 from tasks import keys
 from tasks.backlog import Backlog
-from tasks.control import WorkerState
+from tasks.control import WorkerState, maintenance
 from tasks.errors import SluiceError
 from tasks.message import Lane
 from tasks.models import BUILT_IN, get_catalog
@@ -80,14 +80,14 @@ def _judge_workers(model: str, states: Counter[WorkerState], waiting: int) -> Re
 def check_maintenance(settings: Settings) -> Iterator[Remark]:
     """Whether the reaper ran lately."""
     with open_redis(settings.redis_url) as redis:
-        process: Any = redis.get(keys.MAINTENANCE)
+        process = maintenance(redis)
     if process is None:
         yield wrong(
             "no maintenance lives: jobs of dead workers and the ledger wait for it",
             "start it: `sluice maintenance`; if it ran before, its log tells why it ended",
         )
         return
-    yield ok(f"{process.decode()} lives")
+    yield ok(f"{process} lives")
 
 
 def check_ledger(settings: Settings) -> Iterator[Remark]:

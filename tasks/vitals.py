@@ -7,7 +7,7 @@ from typing import Any
 
 from tasks import counts, keys
 from tasks.backlog import Backlog
-from tasks.control import WorkerView, workers
+from tasks.control import WorkerView, maintenance, workers
 from tasks.counts import Happening
 from tasks.depth import Depth, ask_depths, read_depths
 from tasks.message import Lane
@@ -53,7 +53,6 @@ def look(backlog: Backlog, models: Iterable[str]) -> Vitals:
     moment.xlen(keys.LEDGER)
     depths, leases, delayed, counted, records = moment.execute()
     memory: Any = redis.info("memory")
-    maintenance: Any = redis.get(keys.MAINTENANCE)
     return Vitals(
         depths=read_depths(names, depths),
         leases=leases,
@@ -61,7 +60,7 @@ def look(backlog: Backlog, models: Iterable[str]) -> Vitals:
         counts=counts.read(counted),
         paused=backlog.paused(),
         workers=workers(redis),
-        maintenance=maintenance and maintenance.decode(),
+        maintenance=maintenance(redis),
         ledger_records=records,
         memory_bytes=memory["used_memory"],
         memory_limit_bytes=memory["maxmemory"],

@@ -90,9 +90,9 @@ def test_a_saved_run_tells_what_it_was_measured_with(baseline: Path) -> None:
         assert 0 <= percentiles["p50"]["median"] <= percentiles["p95"]["median"]
         assert percentiles["p95"]["low"] <= percentiles["p95"]["median"]
     # The engine waits 10 ms for the first token, and 5 ms for each of the other seven; on a busy
-    # machine tokens that were late come together.
+    # machine a late first token comes together with others, but not in nearly all answers.
     assert latency["ttft_ms"]["p50"]["median"] >= 10
-    assert 0 < latency["tpot_ms"]["p95"]["median"] < latency["end_to_end_ms"]["p95"]["median"]
+    assert latency["tpot_ms"]["p95"]["median"] >= 4
     assert latency["end_to_end_ms"]["p50"]["median"] >= 40
 
 
