@@ -24,7 +24,7 @@ REPEAT ?= 1
 OUTAGE_S ?= 60
 
 faults: .venv/installed-test  ## kills every part in every way; REPEAT=20 does it more often
-	$(BIN)/pytest tests/faults --repeat $(REPEAT) --outage-s $(OUTAGE_S)
+	$(BIN)/pytest tests/faults -n 2 --dist loadfile --repeat $(REPEAT) --outage-s $(OUTAGE_S)
 
 bench: .venv/installed-test  ## Sluice against vLLM's own server, on this machine
 	$(BIN)/python -m bench

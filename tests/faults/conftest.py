@@ -1,7 +1,7 @@
 """Repeats the tests of the suite, and tells at the end what was done and what came of it."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -30,6 +30,12 @@ class Fault:
     def inflict(self, what: str) -> None:
         self.inflicted.append(what)
 
+    def add(self, other: "Fault") -> None:
+        self.rounds += other.rounds
+        self.inflicted += other.inflicted
+        self.recovery_s += other.recovery_s
+        self.tokens += other.tokens
+
     def row(self) -> str:
         what = ", ".join(f"{n} {w}" for w, n in _counted(self.inflicted))
         p50, most = (
@@ -37,14 +43,11 @@ class Fault:
             if self.recovery_s
             else ("", "")
         )
-        return f"{self.test:58} {self.rounds:>6} {p50:>7} {most:>7} {self.tokens:>8}  {what}"
+        return f"{self.test:66} {self.rounds:>6} {p50:>7} {most:>7} {self.tokens:>8}  {what}"
 
 
 def _counted(names: list[str]) -> list[tuple[str, int]]:
     return [(name, names.count(name)) for name in dict.fromkeys(names)]
-
-
-_FAULTS: dict[str, Fault] = {}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -55,19 +58,31 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def fault(request: pytest.FixtureRequest) -> Fault:
+def fault(
+    request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> Iterator[Fault]:
     """Where a test notes what it does."""
-    name = str(request.node.originalname).removeprefix("test_")
-    fault = _FAULTS.setdefault(name, Fault(name))
-    fault.rounds += 1
-    return fault
+    fault = Fault(str(request.node.originalname).removeprefix("test_"), rounds=1)
+    yield fault
+    record_property("fault", asdict(fault))
+
+
+# Reports come from the processes that run the tests to the one that tells of them.
+_FAULTS: dict[str, Fault] = {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    noted = dict(report.user_properties).get("fault")
+    if report.when == "teardown" and isinstance(noted, dict):
+        fault = Fault(**noted)
+        _FAULTS.setdefault(fault.test, Fault(fault.test)).add(fault)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not _FAULTS:
         return
     terminalreporter.section("faults")
-    head = f"{'':58} {'rounds':>6} {'p50':>7} {'max':>7} {'tokens':>8}  inflicted"
+    head = f"{'':66} {'rounds':>6} {'p50':>7} {'max':>7} {'tokens':>8}  inflicted"
     terminalreporter.write_line(head)
     for each in _FAULTS.values():
         terminalreporter.write_line(each.row())
