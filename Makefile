@@ -11,7 +11,8 @@ up: .venv/installed-$(UP_NEEDS)  ## runs everything on this machine, until Ctrl-
 	@exec $(BIN)/sluice up
 
 test: .venv/installed-test lint  ## everything that a change has to pass
-	$(BIN)/pytest
+	$(BIN)/pytest --ignore tests/faults
+	$(MAKE) faults OUTAGE_S=10
 
 lint: .venv/installed-test  ## style, types and who may import whom
 	$(BIN)/ruff check .

@@ -24,17 +24,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-_REPORTS: dict[str, list[str]] = {}
-
-
 @pytest.fixture
-def report(request: pytest.FixtureRequest) -> Callable[[str], None]:
+def report(record_property: Callable[[str, object], None]) -> Iterator[Callable[[str], None]]:
     """Where a test says, line by line, what shall be seen when all tests are over."""
-    return _REPORTS.setdefault(request.node.name, []).append
+    lines: list[str] = []
+    yield lines.append
+    record_property("report", lines)
+
+
+_REPORTED: dict[str, list[str]] = {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    lines = dict(report.user_properties).get("report")
+    if report.when == "teardown" and isinstance(lines, list):
+        _REPORTED[report.nodeid] = lines
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for test, lines in _REPORTS.items():
+    for test, lines in _REPORTED.items():
         terminalreporter.section(test)
         for line in lines:
             terminalreporter.write_line(line)
