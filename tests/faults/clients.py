@@ -10,7 +10,7 @@ import requests
 
 from tasks.response import fold
 from tests.faults.conftest import Fault
-from tests.stack import Stack
+from tests.stack import Stack, await_that
 
 ENDPOINT = "/v1/chat/completions"
 LONGEST_S = 120.0
@@ -76,6 +76,11 @@ class Client(threading.Thread):
     def gap_after(self, moment_s: float) -> float:
         """From that moment to the next token."""
         return min(at for at, _ in self.chunks if at > moment_s) - moment_s
+
+
+def await_tokens(clients: Sequence[Client], number: int, timeout_s: float = 30) -> None:
+    """Waits until every client has so many."""
+    await_that(lambda: all(client.tokens >= number for client in clients), timeout_s)
 
 
 def ask(stack: Stack, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import pytest
 
 from tasks import keys
 from tasks.models import Model
-from tests.faults.clients import Client, ask, chat, compare
+from tests.faults.clients import Client, ask, await_tokens, chat, compare
 from tests.faults.conftest import LEASE_S, Fault
 from tests.stack import Process, Stack, await_that, running
 
@@ -63,7 +63,7 @@ def test_2_real_streams_of_a_killed_worker_go_on_token_for_token(
     stack.start_worker(MODEL)
     stack.await_workers(2)
     clients = [Client(stack, body) for body in bodies]
-    await_that(lambda: all(client.tokens >= 20 for client in clients), 120)
+    await_tokens(clients, 20, 120)
     victim = max(stack.workers, key=lambda worker: len(stack.jobs_of(worker)))
     _, started = _engine(victim)
     fault.inflict("SIGKILL vLLM worker")
@@ -83,7 +83,7 @@ def test_15_the_jobs_of_a_lost_enginecore_go_on_with_the_replacement(
     bodies = [chat(n, **LONG) for n in range(8)]
     expected = ask(stack, bodies)
     clients = [Client(stack, body) for body in bodies]
-    await_that(lambda: all(client.tokens >= 20 for client in clients), 60)
+    await_tokens(clients, 20, 60)
     core, started = _engine(worker)
     fault.inflict(f"{how.name} EngineCore")
     lost_s = time.monotonic()

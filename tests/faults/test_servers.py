@@ -19,7 +19,7 @@ from sqlalchemy import select
 from db import get_engine, reading
 from db.models import LedgerEntry
 from tasks import keys
-from tests.faults.clients import ENDPOINT, Client, ask, chat, compare
+from tests.faults.clients import ENDPOINT, Client, ask, await_tokens, chat, compare
 from tests.faults.conftest import LEASE_S, SLOW_SIM, Fault
 from tests.postgres import Postgres
 from tests.stack import Stack, await_that, running, send
@@ -32,10 +32,6 @@ pytestmark = pytest.mark.timeout(300)
 def outage_s(request: pytest.FixtureRequest) -> float:
     """How long a server stays away: shorter in `make test` than in `make faults`."""
     return float(request.config.getoption("--outage-s"))
-
-
-def _await_tokens(clients: list[Client], number: int) -> None:
-    await_that(lambda: all(client.tokens >= number for client in clients))
 
 
 def _await_status(stack: Stack, job_ids: list[str], status: str, timeout_s: float = 120) -> None:
@@ -72,7 +68,7 @@ def test_5_a_redis_that_takes_no_writes_for_a_while(
     bodies = [chat(n, stream=True) for n in range(8)]
     expected = ask(stack, bodies)
     clients = [Client(stack, body) for body in bodies]
-    _await_tokens(clients, 10)
+    await_tokens(clients, 10)
     fault.inflict(f"Redis {fault_kind} for 4 s")
     pause = threading.Event()
     if fault_kind == "read-only":

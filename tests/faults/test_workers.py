@@ -16,7 +16,7 @@ from db import reading
 from db.models import JobRecord, LedgerEntry
 from tasks import keys
 from tasks.app import make_ticket
-from tests.faults.clients import Client, ask, chat, compare
+from tests.faults.clients import Client, ask, await_tokens, chat, compare
 from tests.faults.conftest import LEASE_S, REAP_S, SLOW_SIM, Fault
 from tests.stack import Process, Stack, await_that, running
 from tests.test_client import sluice
@@ -29,10 +29,6 @@ STREAMS = 32
 
 def _await_running(stack: Stack, number: int) -> None:
     await_that(lambda: stack.redis.zcard(keys.LEASES) == number)
-
-
-def _await_tokens(clients: list[Client], number: int) -> None:
-    await_that(lambda: all(client.tokens >= number for client in clients))
 
 
 def _kill(fault: Fault, worker: Process) -> float:
@@ -91,7 +87,7 @@ def test_2_streams_of_a_killed_worker_go_on_elsewhere(two_workers: Stack, fault:
     bodies = [chat(n, stream=True) for n in range(STREAMS)]
     expected = ask(stack, bodies)
     clients = [Client(stack, body) for body in bodies]
-    _await_tokens(clients, 10)
+    await_tokens(clients, 10)
     victim = max(stack.workers, key=lambda worker: len(stack.jobs_of(worker)))
     assert stack.jobs_of(victim)
     killed_s = _kill(fault, victim)
@@ -106,7 +102,7 @@ def test_2b_streams_survive_one_worker_after_the_other(stack: Stack, fault: Faul
     clients = [Client(stack, body) for body in bodies]
     killed_s = 0.0
     for tokens in (10, 40):
-        _await_tokens(clients, tokens)
+        await_tokens(clients, tokens)
         (worker,) = stack.workers
         killed_s = _kill(fault, worker)
         stack.start_worker("sim")
@@ -130,7 +126,7 @@ def test_4_cut_connections_lose_and_double_nothing(stack: Stack, fault: Fault, k
     clients = [Client(stack, body) for body in bodies]
     cut_s = 0.0
     for tokens in range(10, 60, 10):
-        _await_tokens(clients, tokens)
+        await_tokens(clients, tokens)
         fault.inflict(f"CLIENT KILL TYPE {kind}")
         cut_s = time.monotonic()
         stack.redis.client_kill_filter(_type=kind, skipme=True)
@@ -181,7 +177,7 @@ def test_9_poison_is_given_up_and_others_are_unharmed(stack: Stack, fault: Fault
     expected = ask(stack, bodies)
     with _supervised(stack):
         clients = [Client(stack, body) for body in bodies]
-        _await_tokens(clients, 5)
+        await_tokens(clients, 5)
         poison = submit(stack, chat(9, stream=True, sim={"failure": "crash"}))
         fault.inflict("poisoned request")
         await_that(lambda: get(stack, poison["id"])["status"] == "failed", 90)
@@ -236,7 +232,7 @@ def test_11_a_zombie_adds_nothing(two_workers: Stack, fault: Fault) -> None:
     bodies = [chat(n, stream=True) for n in range(8)]
     expected = ask(stack, bodies)
     clients = [Client(stack, body) for body in bodies]
-    _await_tokens(clients, 5)
+    await_tokens(clients, 5)
     zombie = max(stack.workers, key=lambda worker: len(stack.jobs_of(worker)))
     fault.inflict("SIGSTOP worker")
     zombie.signal(signal.SIGSTOP)
@@ -281,7 +277,7 @@ def test_a_dead_engine_takes_nobody_along(stack: Stack, fault: Fault) -> None:
     expected = ask(stack, bodies)
     with _supervised(stack):
         clients = [Client(stack, body) for body in bodies]
-        _await_tokens(clients, 5)
+        await_tokens(clients, 5)
         fault.inflict("engine: die")
         begun_s = time.monotonic()
         died = submit(stack, chat(9, stream=True, sim={"failure": "die"}))
@@ -366,7 +362,7 @@ def test_one_maintenance_goes_on_when_the_other_dies(stack: Stack, fault: Fault)
     first = stack.part("maintenance")
     stack.start_maintenance()
     clients = [Client(stack, body) for body in bodies]
-    _await_tokens(clients, 5)
+    await_tokens(clients, 5)
     fault.inflict("SIGKILL maintenance")
     first.kill()
     (worker,) = stack.workers
