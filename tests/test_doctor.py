@@ -1,8 +1,10 @@
 """`sluice doctor`: what it says of parts that are well, and of parts that are really broken."""
 
 import os
+import re
 import resource
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
@@ -186,6 +188,72 @@ def test_a_redis_that_is_getting_full(stack: Stack, share: float, code: int, lev
     assert seen.code == code
     assert "MiB in use" in seen.of("redis", level)
     assert "give it a greater maxmemory" in seen.of("redis", level)
+
+
+def test_a_replica_takes_no_writes(stack: Stack, home: Path) -> None:
+    port = free_port()
+    url = f"redis://127.0.0.1:{port}/0"
+    command = [
+        *server_command(find_server(), home, port),
+        *("--replicaof", "127.0.0.1", str(stack.redis_port)),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as replica:
+        try:
+            await_that(lambda: answers(url))
+            seen = diagnose(stack, SLUICE_BUS_URL=url)
+        finally:
+            replica.terminate()
+    assert (seen.code, seen.wrong) == (1, {"bus"})
+    assert "a replica, which takes no writes; give the URL of its primary" in seen.of(
+        "bus", "wrong"
+    )
+
+
+@contextmanager
+def altered(stack: Stack, said: bytes, instead: bytes) -> Iterator[str]:
+    """The URL of a relay to the stack's Redis, in whose answers one thing is another."""
+
+    class Relay(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with socket.create_connection(("127.0.0.1", stack.redis_port)) as redis:
+                answering = threading.Thread(target=self.answer, args=(redis,))
+                answering.start()
+                while asked := self.request.recv(65536):
+                    redis.sendall(asked)
+                redis.shutdown(socket.SHUT_WR)
+                answering.join()
+
+        def answer(self, redis: socket.socket) -> None:
+            while answer := redis.recv(65536):
+                self.request.sendall(re.sub(said, instead, answer))
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Relay) as relay:
+        serving = threading.Thread(target=relay.serve_forever)
+        serving.start()
+        try:
+            yield f"redis://127.0.0.1:{relay.server_address[1]}/0"
+        finally:
+            relay.shutdown()
+            serving.join()
+
+
+def test_a_redis_that_is_too_old(stack: Stack) -> None:
+    with altered(stack, rb"redis_version:\d+", b"redis_version:5") as url:
+        seen = diagnose(stack, SLUICE_REDIS_URL=url)
+    assert (seen.code, seen.wrong) == (1, {"redis"})
+    assert "Redis 5." in seen.of("redis", "wrong")
+    assert "install Redis 6.2 or newer" in seen.of("redis", "wrong")
+
+
+def test_clocks_that_differ(stack: Stack) -> None:
+    # TIME answers seconds, of ten digits, and microseconds: here a thousand million seconds later.
+    with altered(stack, rb"(\*2\r\n\$10\r\n)1", rb"\g<1>2") as url:
+        seen = diagnose(stack, SLUICE_REDIS_URL=url)
+    assert (seen.code, seen.wrong) == (0, set())
+    assert re.search(
+        r"(1000000000|999999999)\.\d s behind that of Redis", seen.of("clock", "warning")
+    )
+    assert "have NTP set both clocks" in seen.of("clock", "warning")
 
 
 def test_jobs_that_wait_for_a_worker_and_a_maintenance_that_died(home: Path) -> None:
