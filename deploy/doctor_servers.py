@@ -30,6 +30,7 @@ MEMORY_HIGH = 0.8
 MEMORY_FULL = 0.95
 CLOCK_APART_S = 2.0
 
+SAME_HOME = "beside a `sluice up`, set SLUICE_HOME as it is there"
 NTP = "have NTP set both clocks (`timedatectl`): times in lists are wrong; leases do not mind"
 
 
@@ -83,10 +84,7 @@ def _redis_remedy(failure: RedisError, variable: str) -> str:
         return f"give {variable} a user and a password that may use all commands"
     if isinstance(failure, BusyLoadingError):
         return "wait until it has loaded its data"
-    return (
-        f"start it, or set {variable} to where it runs; "
-        "beside a `sluice up`, set SLUICE_HOME as it is there"
-    )
+    return f"start it, or set {variable} to where it runs; {SAME_HOME}"
 
 
 def _judge_version(info: dict[str, Any], url: str) -> Remark:
@@ -214,7 +212,7 @@ def _make_engine(settings: Settings) -> Engine:
     if not Path(location.database).exists():
         raise UnusableError(
             f"there is no database at {location.database}",
-            "start the API or maintenance once: they make it",
+            f"start the API or maintenance once: they make it; {SAME_HOME}",
         )
     query = {"mode": "ro", "uri": "true"}
     location = location.set(database=f"file:{location.database}", query=query)

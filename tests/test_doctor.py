@@ -209,6 +209,13 @@ def test_a_replica_takes_no_writes(stack: Stack, home: Path) -> None:
     )
 
 
+def test_a_state_directory_that_is_not_that_of_sluice_up(stack: Stack, home: Path) -> None:
+    seen = diagnose(stack, SLUICE_HOME=str(home))
+    assert (seen.code, seen.wrong) == (1, {"database"})
+    assert f"there is no database at {home}/sluice.db" in seen.of("database", "wrong")
+    assert "beside a `sluice up`, set SLUICE_HOME as it is there" in seen.of("database", "wrong")
+
+
 @contextmanager
 def altered(stack: Stack, said: bytes, instead: bytes) -> Iterator[str]:
     """The URL of a relay to the stack's Redis, in whose answers one thing is another."""
