@@ -4,13 +4,15 @@ import os
 import shutil
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 import psutil
@@ -228,6 +230,22 @@ def await_that(
         if time.monotonic() > deadline_s:
             raise AssertionError(f"still not so after {timeout_s} s {explain()}")
         time.sleep(0.02)
+
+
+AnyServer = TypeVar("AnyServer", bound=socketserver.BaseServer)
+
+
+@contextmanager
+def serving(server: AnyServer) -> Iterator[AnyServer]:
+    """A server of a test's own, which answers while the block runs."""
+    with server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def send(stack: Stack, body: dict[str, Any]) -> socket.socket:

@@ -5,11 +5,9 @@ import pty
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import orjson
@@ -19,7 +17,7 @@ import pytest
 from deploy.redis_server import free_port
 from tasks import keys
 from tests.conftest import SIM
-from tests.stack import Stack, await_that, running
+from tests.stack import Stack, await_that, running, serving
 from tests.test_client import command, sluice
 
 LOAD = {"streams": 4, "requests": 20, "max-tokens": 8}
@@ -240,23 +238,10 @@ class Other(BaseHTTPRequestHandler):
         """Says nothing."""
 
 
-@contextmanager
-def serving_other() -> Iterator[str]:
-    """The base URL of another's server."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), Other) as server:
-        serving = Thread(target=server.serve_forever)
-        serving.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/gateway"
-        finally:
-            server.shutdown()
-            serving.join()
-
-
 def test_any_server_of_the_same_api_is_measured_with_the_key(sim_stack: Stack) -> None:
     run = command(sim_stack, "bench", "--requests=6", "--rounds=2", "--json")
-    with serving_other() as url:
-        run["args"] += ["--url", url]
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Other)) as other:
+        run["args"] += ["--url", f"http://127.0.0.1:{other.server_port}/gateway"]
         run |= {"capture_output": True, "text": True, "timeout": 60}
         stranger = subprocess.run(**run, check=False)
         run["env"] |= {"SLUICE_API_KEY": "s3cret"}

@@ -27,7 +27,7 @@ from tasks import keys
 from tasks.models import get_catalog
 from tasks.settings import get_settings
 from tests.conftest import SIM
-from tests.stack import Stack, await_that, running
+from tests.stack import Process, Stack, await_that, running, serving
 
 PARTS = {
     *("settings", "models", "redis", "bus", "database", "workers", "maintenance", "ledger"),
@@ -197,12 +197,12 @@ def test_a_replica_takes_no_writes(stack: Stack, home: Path) -> None:
         *server_command(find_server(), home, port),
         *("--replicaof", "127.0.0.1", str(stack.redis_port)),
     ]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as replica:
-        try:
-            await_that(lambda: answers(url))
-            seen = diagnose(stack, SLUICE_BUS_URL=url)
-        finally:
-            replica.terminate()
+    replica = Process(command, stack.env, home / "replica.log")
+    try:
+        await_that(lambda: answers(url))
+        seen = diagnose(stack, SLUICE_BUS_URL=url)
+    finally:
+        replica.stop()
     assert (seen.code, seen.wrong) == (1, {"bus"})
     assert "a replica, which takes no writes; give the URL of its primary" in seen.of(
         "bus", "wrong"
@@ -234,14 +234,8 @@ def altered(stack: Stack, said: bytes, instead: bytes) -> Iterator[str]:
             while answer := redis.recv(65536):
                 self.request.sendall(re.sub(said, instead, answer))
 
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Relay) as relay:
-        serving = threading.Thread(target=relay.serve_forever)
-        serving.start()
-        try:
-            yield f"redis://127.0.0.1:{relay.server_address[1]}/0"
-        finally:
-            relay.shutdown()
-            serving.join()
+    with serving(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Relay)) as relay:
+        yield f"redis://127.0.0.1:{relay.server_address[1]}/0"
 
 
 def test_a_redis_that_is_too_old(stack: Stack) -> None:
@@ -315,12 +309,8 @@ class Stranger(BaseHTTPRequestHandler):
 
 
 def test_a_port_that_something_else_has_taken(stack: Stack) -> None:
-    with HTTPServer(("127.0.0.1", 0), Stranger) as stranger:
-        thread = threading.Thread(target=stranger.serve_forever)
-        thread.start()
+    with serving(HTTPServer(("127.0.0.1", 0), Stranger)) as stranger:
         seen = diagnose(stack, SLUICE_API_URL=f"http://127.0.0.1:{stranger.server_port}")
-        stranger.shutdown()
-        thread.join()
     assert (seen.code, seen.wrong) == (1, {"api"})
     assert f"does not answer as the API does by pid {os.getpid()}" in seen.of("api", "wrong")
     assert "end it or choose another SLUICE_PORT" in seen.of("api", "wrong")

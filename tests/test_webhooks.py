@@ -10,7 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -38,7 +38,7 @@ from tasks.webhooks import (
 )
 from tests.conftest import SIM
 from tests.postgres import Postgres
-from tests.stack import Stack, await_that, running
+from tests.stack import Stack, await_that, running, serving
 
 OLD, NEW, OTHER = (f"whsec_{letter * 32}" for letter in "ABC")
 SETTINGS = Settings(webhook_secrets=f"{OLD}, {NEW}", webhook_allow_private=True)
@@ -82,16 +82,8 @@ class Handler(BaseHTTPRequestHandler):
         """Says nothing."""
 
 
-@contextmanager
-def receiving(*statuses: int) -> Iterator[Receiver]:
-    with Receiver(*statuses or (204,)) as receiver:
-        thread = threading.Thread(target=receiver.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield receiver
-        finally:
-            receiver.shutdown()
-            thread.join()
+def receiving(*statuses: int) -> AbstractContextManager[Receiver]:
+    return serving(Receiver(*statuses or (204,)))
 
 
 @pytest.fixture
