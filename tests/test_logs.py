@@ -82,8 +82,13 @@ def test_what_goes_wrong_is_told_with_the_same_fields(stack: Stack) -> None:
 def test_errors_are_lines_of_the_same_form(stack: Stack) -> None:
     stack.redis.lpush(keys.job("job_1"), "not a hash")
     assert requests.get(f"{stack.url}/v1/jobs/job_1", timeout=10).status_code == 503
-    parsed = [orjson.loads(line) for line in _written(stack.api_processes[0].log)]
-    (error,) = [line for line in parsed if line["level"] == "error"]
+
+    def errors() -> list[dict[str, Any]]:
+        parsed = [orjson.loads(line) for line in _written(stack.api_processes[0].log)]
+        return [line for line in parsed if line["level"] == "error"]
+
+    await_that(errors)  # a thread writes it
+    (error,) = errors()
     assert "WRONGTYPE" in error["event"]
     assert error["logger"] == "api.errors"
 

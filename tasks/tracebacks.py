@@ -1,0 +1,119 @@
+"""Exceptions as text for the log: of a bounded size and cost, whatever was thrown.
+
+Places and messages only: a frame's variables hold what was asked, and keys.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from types import TracebackType
+
+# Of one exception: the first frames tell who called, the last ones where it went wrong.
+FIRST_FRAMES = 4
+LAST_FRAMES = 10
+MOST_EXCEPTIONS = 5
+LONGEST_MESSAGE = 500
+LONGEST_TEXT = 10_000
+
+CAUSE = "\nThe above exception was the direct cause of the following exception:\n"
+CONTEXT = "\nDuring handling of the above exception, another exception occurred:\n"
+MEMBER = "\nOne of the exceptions of the group above:\n"
+
+
+def render(error: BaseException) -> str:
+    """The exception and what led to it, in Python's form and order."""
+    lines: list[str] = []
+    for link, wording in reversed(_chain(error)):
+        lines += [*_block(link), *filter(None, [wording])]
+    for member in _members(error):
+        lines += [MEMBER, *_block(member)]
+    text = "\n".join(lines)
+    if len(text) > LONGEST_TEXT:
+        text = f"{text[: LONGEST_TEXT // 2]}\n…\n{text[-LONGEST_TEXT // 2 :]}"
+    return text
+
+
+def place(error: BaseException) -> str:
+    """Where it was raised; '' when that is not known."""
+    last = deque(_frames(error), 1)
+    return _where(last[0]) if last else ""
+
+
+def cut(text: str, most: int) -> str:
+    """The text, or its beginning and how much is missing."""
+    return text if len(text) <= most else f"{text[:most]}… ({len(text) - most} more characters)"
+
+
+def _chain(error: BaseException) -> list[tuple[BaseException, str]]:
+    """The exception, then the ones before it, each with the words that follow it."""
+    chain, seen = [(error, "")], {id(error)}
+    while len(chain) < MOST_EXCEPTIONS:
+        if error.__cause__ is not None:
+            before, wording = error.__cause__, CAUSE
+        elif error.__context__ is not None and not error.__suppress_context__:
+            before, wording = error.__context__, CONTEXT
+        else:
+            break
+        if id(before) in seen:
+            break
+        seen.add(id(before))
+        chain.append((before, wording))
+        error = before
+    return chain
+
+
+def _members(error: BaseException) -> list[BaseException]:
+    """The exceptions of a group, and of groups in it."""
+    found: list[BaseException] = []
+    groups = deque([error])
+    while groups and len(found) < MOST_EXCEPTIONS:
+        group = groups.popleft()
+        if isinstance(group, BaseExceptionGroup):
+            members = group.exceptions[:MOST_EXCEPTIONS]
+            found += members
+            groups += members
+    return found[:MOST_EXCEPTIONS]
+
+
+def _block(error: BaseException) -> list[str]:
+    first: list[TracebackType] = []
+    last: deque[TracebackType] = deque(maxlen=LAST_FRAMES)
+    frames = 0
+    for frame in _frames(error):
+        frames += 1
+        (first if frames <= FIRST_FRAMES else last).append(frame)
+    missing = frames - len(first) - len(last)
+    return [
+        *(["Traceback (most recent call last):"] if frames else []),
+        *(f"  {_where(frame)}" for frame in first),
+        *([f"  … {missing} more frames"] if missing else []),
+        *(f"  {_where(frame)}" for frame in last),
+        _summary(error),
+    ]
+
+
+def _frames(error: BaseException) -> Iterator[TracebackType]:
+    traceback = error.__traceback__
+    while traceback is not None:
+        yield traceback
+        traceback = traceback.tb_next
+
+
+def _where(frame: TracebackType) -> str:
+    code = frame.tb_frame.f_code
+    return f'File "{code.co_filename[-200:]}", line {frame.tb_lineno}, in {code.co_name[:100]}'
+
+
+def _summary(error: BaseException) -> str:
+    """The exception's type and, in one line, its message."""
+    kind = type(error)
+    name = (
+        kind.__qualname__
+        if kind.__module__ == "builtins"
+        else f"{kind.__module__}.{kind.__qualname__}"
+    )
+    try:
+        message = cut(str(error), LONGEST_MESSAGE)
+    except Exception:  # noqa: BLE001 (anybody's code)
+        message = "(its message cannot be told)"
+    message = "".join(c if c.isprintable() else " " for c in message)
+    return f"{name[:200]}: {message}" if message else name[:200]

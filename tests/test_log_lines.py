@@ -1,0 +1,259 @@
+"""Logging costs who logs next to nothing: lines of a bounded size, written by somebody else."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import requests
+
+from tests.conftest import SIM
+from tests.stack import Process, Stack, await_that, running, send
+
+SECRET = "sk-a-secret"
+
+DEEP = """
+def throw(depth=900, body="{secret}" * 100_000):
+    if depth == 0:
+        raise ValueError("deep")
+    throw(depth - 1, [body] * 100)
+"""
+CHAIN = """
+def throw(depth=100, body="{secret}"):
+    try:
+        raise KeyError(str(depth) * 1000)
+    except KeyError as error:
+        if depth == 0:
+            raise ValueError("last") from error
+        throw(depth - 1)
+"""
+GROUP = """
+def throw(body="{secret}"):
+    inner = [ValueError("x" * 10_000) for _ in range(5_000)]
+    raise ExceptionGroup("group", [ExceptionGroup("inner", inner) for _ in range(10)])
+"""
+HUGE = """
+def throw(body="{secret}"):
+    raise ValueError("ü\\n" * 10_000_000)
+"""
+LOG = """
+import logging, os, sys, time
+from tasks import logs
+from tasks.settings import Settings
+logs.configure(Settings(log_format="{form}"))
+log = logging.getLogger("api.test")
+"""
+TIMED = """
+try:
+    1 / 0
+except ZeroDivisionError:
+    log.exception("first")  # the renderer's first time
+logs.flush() if hasattr(logs, "flush") else None
+try:
+    throw()
+except Exception:
+    begun_s = time.perf_counter()
+    log.exception("it failed")
+    print(time.perf_counter() - begun_s)
+"""
+
+
+def run(script: str, form: str = "json") -> subprocess.CompletedProcess[str]:
+    """What a program that logs prints and logs."""
+    program = (LOG + script).replace("{form}", form).replace("{secret}", SECRET)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+@pytest.mark.parametrize(
+    "throw", [DEEP, CHAIN, GROUP, HUGE], ids=["deep", "chain", "group", "huge"]
+)
+def test_a_traceback_is_quick_and_short_whatever_was_thrown(throw: str, form: str) -> None:
+    done = run(throw + TIMED, form)
+    assert float(done.stdout) < 0.05
+    written = done.stderr[done.stderr.index("it failed") :]
+    assert 100 < len(written.encode()) < 16_384
+    assert SECRET not in done.stderr
+    assert "Traceback" in written
+    assert "in throw" in written
+
+
+def test_the_same_trouble_is_told_once_and_how_often_it_was() -> None:
+    done = run("""
+for number in range(1000):
+    try:
+        raise ConnectionError(f"try {number}")
+    except ConnectionError as error:
+        log.exception("job %d: not cancelled", number)
+        log.error("Redis: %s", error)
+    log.info("job claimed", extra={"job": number})
+    log.warning("job taken back", extra={"job": number})
+log.error("Redis: %s", TimeoutError())
+""")
+    lines = [orjson.loads(line) for line in done.stderr.splitlines()]
+    events = [line["event"] for line in lines]
+    assert events.count("job claimed") == events.count("job taken back") == 1000
+    trouble = [e for e in events if not e.startswith("job claimed") and e != "job taken back"]
+    told = ["job 0: not cancelled", "Redis: try 0", "Redis: "]
+    assert trouble == [*told, "again: job %d: not cancelled", "again: Redis: %s"]
+    assert [line["left_out"] for line in lines if "left_out" in line] == [999, 999]
+
+
+def test_all_lines_are_there_at_the_end_also_those_of_a_forked_child() -> None:
+    done = run("""
+for number in range(500):
+    log.info("parent %d", number)
+if os.fork():
+    os.wait()
+else:
+    for number in range(500):
+        log.info("child %d", number)
+""")
+    events = sorted(orjson.loads(line)["event"] for line in done.stderr.splitlines())
+    assert events == sorted(f"{who} {n}" for who in ("parent", "child") for n in range(500))
+
+
+def test_under_gevent_a_reader_that_reads_nothing_holds_up_nobody() -> None:
+    program = (
+        "from gevent import monkey; monkey.patch_all()\nimport gevent"
+        + LOG
+        + """
+ticks = []
+def tick():
+    while True:
+        ticks.append(time.perf_counter())
+        gevent.sleep(0.01)
+gevent.spawn(tick)
+for number in range(200):
+    for _ in range(100):
+        log.info("a line of some length %d %s", number, "." * 1000)
+    gevent.sleep(0.001)
+print(max(b - a for a, b in zip(ticks, ticks[1:])))
+"""
+    )
+    command = [sys.executable, "-c", program.replace("{form}", "json")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            os.set_blocking(process.stdout.fileno(), False)
+            await_that(lambda: process.stdout and process.stdout.peek(), 20)
+            assert float(process.stdout.readline()) < 0.5
+            # It ends, too, and what fits is told when somebody reads again.
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
+
+
+def test_lines_that_had_no_room_are_counted() -> None:
+    program = (
+        LOG
+        + """
+for number in range(30_000):
+    log.info("a line of some length %d %s", number, "." * 1000)
+print("done", flush=True)
+"""
+    )
+    command = [sys.executable, "-c", program.replace("{form}", "json")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"done\n"
+        lines = [orjson.loads(line) for line in process.stderr]
+    left_out = [line["left_out"] for line in lines if "left_out" in line]
+    assert sum(left_out) + len(lines) - len(left_out) == 30_000
+    assert sum(left_out) > 5_000
+
+
+class Unread(Process):
+    """A part whose standard error is a pipe that nobody reads."""
+
+    def __init__(self, command: list[str], env: dict[str, str], log: Path) -> None:
+        self.log = log
+        self._is_asked = False
+        self.popen = subprocess.Popen(
+            command, env=env, stderr=subprocess.PIPE, start_new_session=True
+        )
+
+
+def test_streams_go_on_while_nobody_reads_the_log(home: Path) -> None:
+    chat: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    with running(Stack(home, [SIM])) as stack:
+        port = stack.api_ports[0]
+        stack.api_processes[0].stop()
+        stack.processes.remove(stack.api_processes[0])
+        command = [sys.executable, "-m", "deploy.cli", "api", "--bind", f"127.0.0.1:{port}"]
+        api = Unread(command, stack.env, home / "none")
+        try:
+            _await_live(stack)
+            # A line for each, more than the pipe holds.
+            with requests.Session() as client:
+                for _ in range(500):
+                    url = f"{stack.url}/v1/chat/completions"
+                    assert client.post(url, json=chat, timeout=5).status_code == 200
+        finally:
+            api.kill_all()
+            api.popen.communicate()
+
+
+def _await_live(stack: Stack) -> None:
+    def is_live() -> bool:
+        try:
+            return requests.get(f"{stack.url}/health/live", timeout=1).ok
+        except requests.RequestException:
+            return False
+
+    await_that(is_live)
+
+
+@pytest.fixture
+def slow_stack(home: Path) -> Iterator[Stack]:
+    slow = SIM | {"args": {"tokens-per-s": 20, "first-token-s": 0.01}, "slots": 64}
+    with running(Stack(home, [slow], keep_alive_s=1)) as stack:
+        yield stack
+
+
+def test_clients_that_leave_while_redis_is_away_do_not_silence_the_api(slow_stack: Stack) -> None:
+    stack = slow_stack
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2000}
+    clients = [send(stack, body | {"stream": True}) for _ in range(60)]
+    for client in clients:
+        assert client.recv(4000)
+    stack.part("redis").signal(signal.SIGSTOP)
+    try:
+        for client in clients:
+            client.shutdown(socket.SHUT_RDWR)
+            client.close()
+        longest_s, until_s = 0.0, time.monotonic() + 12
+        while time.monotonic() < until_s:
+            begun_s = time.monotonic()
+            assert requests.get(f"{stack.url}/health/live", timeout=10).ok
+            longest_s = max(longest_s, time.monotonic() - begun_s)
+    finally:
+        stack.part("redis").signal(signal.SIGCONT)
+    assert longest_s < 1
+    log = stack.api_processes[0].log
+    assert "not cancelled" in log.read_text()
+    assert len(log.read_text()) < 100_000
+
+
+def test_what_gunicorn_says_is_a_line_of_the_same_form(home: Path) -> None:
+    with running(Stack(home, [SIM], log_format="json")) as stack:
+        with socket.create_connection(("127.0.0.1", stack.api_ports[0]), timeout=10) as client:
+            client.sendall(b"no HTTP at all\r\n\r\n")
+            client.recv(1000)
+        log = stack.api_processes[0].log
+        await_that(lambda: "gunicorn.error" in log.read_text())
+        lines = [line for line in log.read_text().splitlines() if "gunicorn.error" in line]
+        assert orjson.loads(lines[0])["level"] == "warning"
