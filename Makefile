@@ -1,5 +1,5 @@
 # Needs Python 3.11+ and make, nothing else; all that it installs goes to .venv.
-.PHONY: up test lint faults bench dashboards clean
+.PHONY: up test lint faults model bench dashboards clean
 
 # 3.11 is what Sluice is developed with; vLLM has CPU builds for it.
 PYTHON ?= $(firstword $(shell command -v python3.11) python3)
@@ -11,7 +11,7 @@ up: .venv/installed-$(UP_NEEDS)  ## runs everything on this machine, until Ctrl-
 	@exec $(BIN)/sluice up
 
 test: .venv/installed-test lint  ## everything that a change has to pass
-	$(BIN)/pytest --ignore tests/faults
+	$(BIN)/pytest --ignore tests/faults --ignore tests/model
 	$(MAKE) faults OUTAGE_S=10
 
 lint: .venv/installed-test  ## style, types and who may import whom
@@ -26,6 +26,11 @@ OUTAGE_S ?= 60
 
 faults: .venv/installed-test  ## kills every part in every way; REPEAT=20 does it more often
 	$(BIN)/pytest tests/faults -n 2 --dist loadfile --repeat $(REPEAT) --outage-s $(OUTAGE_S)
+
+STEPS ?= 100000
+
+model: .venv/installed-test  ## drives the queue's scripts at random against a model of them
+	$(BIN)/pytest tests/model --steps $(STEPS)
 
 bench: .venv/installed-test  ## Sluice against vLLM's own server, on this machine
 	$(BIN)/python -m bench

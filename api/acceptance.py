@@ -5,23 +5,20 @@ database, and under SQLite the whole process, is held up once and not for each.
 """
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import gevent
 from gevent.event import AsyncResult
 from gevent.queue import Queue
 from redis.exceptions import RedisError
+from sqlalchemy.exc import SQLAlchemyError
 
 from db import jobs
 from db.models import JobRecord
-from tasks.errors import (
-    DatabaseUnavailableError,
-    IdempotencyError,
-    JobNotFoundError,
-    OverloadedError,
-)
+from tasks.errors import DatabaseUnavailableError, IdempotencyError, KeyInUseError
 from tasks.jobs import Jobs
-from tasks.reconciler import queued, terms
+from tasks.reconciler import dispatch, queued, terms
 
 log = logging.getLogger(__name__)
 
@@ -55,34 +52,52 @@ class Acceptance:
 
         Raises:
             IdempotencyError: another request holds the key.
+            KeyInUseError: the job that held the key was deleted just now.
             OverloadedError: the lane is full; nothing is stored.
             SQLAlchemyError: the database is away; nothing is stored.
             DatabaseUnavailableError: it does not answer; the job may be stored nevertheless.
         """
+        holder = self._reserve(job)
+        if holder != job.id and self._is_known(holder):
+            return holder
+        # Of equal requests that are being accepted at once, the one that SQL has first is it.
+        if not self._commit(job):
+            self._release(job)
+            return self._holder(job)
+        dispatch(self._queue, job)
+        return job.id
+
+    def _reserve(self, job: JobRecord) -> str:
+        """What may refuse the job comes before its commit: an accepted one is never forgotten."""
+        try:
+            return self._queue.backlog.reserve(queued(job), terms(job))
+        except RedisError as away:
+            log.warning("job %s: to be accepted without the queue: %s", job.id, away)
+            return job.id
+
+    def _commit(self, job: JobRecord) -> bool:
         waiting = _Waiting(job)
         self._waiting.put(waiting)
         try:
-            is_new = waiting.is_new.get(timeout=LONGEST_COMMIT_S)
+            return bool(waiting.is_new.get(timeout=LONGEST_COMMIT_S))
         except gevent.Timeout:
             raise DatabaseUnavailableError from None
-        if not is_new:
-            return self._holder(job)
-        try:
-            job_id = self._queue.backlog.submit(queued(job), terms(job))
-        except RedisError as away:
-            log.warning("job %s: accepted, to be queued by maintenance: %s", job.id, away)
-            return job.id
-        except (OverloadedError, IdempotencyError):
-            jobs.forget(self._url, job.id)
+        except SQLAlchemyError:
+            self._release(job)
             raise
-        if job_id != job.id:
-            jobs.forget(self._url, job.id)
-        return job_id
+
+    def _release(self, job: JobRecord) -> None:
+        with suppress(RedisError):  # it runs out by itself
+            self._queue.backlog.release(queued(job), terms(job))
+
+    def _is_known(self, job_id: str) -> bool:
+        is_queued = self._queue.backlog.look([job_id]) != [None]
+        return is_queued or jobs.load(self._url, job_id) is not None
 
     def _holder(self, job: JobRecord) -> str:
         held = jobs.holder(self._url, job.tenant, job.idempotency_key or "")
         if held is None:
-            raise JobNotFoundError
+            raise KeyInUseError
         if held.fingerprint != job.fingerprint:
             raise IdempotencyError
         return held.id

@@ -159,7 +159,11 @@ class Answer:
 
     def _take(self, timeout_s: float) -> tuple[bytes, bool]:
         """The body's next piece, and whether nothing came for the length of a keep-alive."""
-        entries = self._stream.take(min(timeout_s, self._settings.keep_alive_s))
+        try:
+            entries = self._stream.take(min(timeout_s, self._settings.keep_alive_s))
+        except StreamBrokenError as broken:
+            self.end = End.failed(broken)
+            return b"", False
         if not entries:
             self.end = self._jobs.end_without_log(self._stream.job_id)
         return self._absorb(entries), not entries

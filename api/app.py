@@ -1,14 +1,19 @@
 """The Flask app: OpenAI's endpoints, health, and the docs page."""
 
 import gc
+import logging
 from importlib.metadata import version
 
+import gevent
 from flask import Response, request
 from flask_openapi3 import Info, OpenAPI
 
 from api import admin, errors, health, instruments, jobs, metrics, routes, websocket
 from api.services import Services
 from tasks import logs
+from tasks.settings import get_settings
+
+log = logging.getLogger(__name__)
 
 
 def create_app() -> OpenAPI:
@@ -19,8 +24,9 @@ def create_app() -> OpenAPI:
         doc_prefix="/docs",
         validation_error_callback=errors.refuse_parameters,
     )
+    logs.configure(get_settings())
+    gevent.get_hub().print_exception = _log_lost  # type: ignore[assignment,method-assign]
     services = Services.start()
-    logs.configure(services.settings)
     app.config["MAX_CONTENT_LENGTH"] = services.settings.max_body_bytes
     app.extensions["sluice"] = services
     app.register_api(routes.blueprint)
@@ -36,6 +42,12 @@ def create_app() -> OpenAPI:
     gc.collect()
     gc.freeze()
     return app
+
+
+def _log_lost(context: object, _kind: object, error: object, _traceback: object) -> None:
+    """Has what ends a greenlet logged; gevent itself would write it out, and wait for that."""
+    thrown = error if isinstance(error, BaseException) else None
+    log.error("%s ended", type(context).__name__, exc_info=thrown)
 
 
 def _add_request_id(response: Response) -> Response:

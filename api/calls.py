@@ -11,9 +11,14 @@ from api.services import Services
 from tasks.errors import InvalidRequestError
 from tasks.models import Model
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 LONGEST_WAIT_S = 60
 LONGEST_KEY = 255
+# Field of the inputs, and those that say how many sequences each of them gets.
+_SEQUENCES = {
+    "/v1/chat/completions": ("", ("n",)),
+    "/v1/completions": ("prompt", ("n", "best_of")),
+    "/v1/embeddings": ("input", ()),
+}
 _ON_DISCONNECT = ("abort", "continue")
 
 
@@ -24,6 +29,8 @@ class Call:
     endpoint: str
     body: bytes
     model: Model
+    sequences: int
+    """How many the engine generates at once for it."""
     wants_stream: bool
     continues: bool
     """Whether the job runs on when its client goes away."""
@@ -35,7 +42,8 @@ class Call:
         """Reads a body as it came.
 
         Raises:
-            InvalidRequestError: it is not JSON, or an option of ours is wrong.
+            InvalidRequestError: it is not JSON, an option of ours is wrong, or it asks for more at
+                once than a worker of the model takes.
             ModelNotFoundError: the model does not exist.
         """
         whole = document = read_object(body)
@@ -43,11 +51,13 @@ class Call:
             document = _expand_short_form(document)
         on_disconnect, document = _take_on_disconnect(document, headers)
         name = document.get("model")
+        model = services.catalog.resolve(name if isinstance(name, str) else None)
         key = read_key(headers)
         return cls(
             endpoint,
             body if document is whole else orjson.dumps(document),
-            services.catalog.resolve(name if isinstance(name, str) else None),
+            model,
+            _admit_sequences(endpoint, document, model),
             wants_stream=document.get("stream") is True,
             # A key says that the client will come back for the answer.
             continues=(on_disconnect or ("continue" if key else "abort")) == "continue",
@@ -67,6 +77,38 @@ def read_object(body: bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError as broken:
         raise InvalidRequestError(f"The body is not valid JSON: {broken}") from None
     return document if isinstance(document, dict) else {}
+
+
+def count_sequences(endpoint: str, document: dict[str, Any]) -> int:
+    """How many sequences the engine is to generate, or embed, for a request.
+
+    What is malformed counts as one: the engine refuses it.
+    """
+    inputs, numbers = _SEQUENCES[endpoint]
+    asked = [document.get(name) for name in numbers]
+    each = max([1, *(number for number in asked if type(number) is int)])
+    return each * _count_inputs(document.get(inputs))
+
+
+def _count_inputs(given: Any) -> int:
+    """Several are a list of texts, or of lists of tokens; a list of tokens is one."""
+    is_list = isinstance(given, list) and given and isinstance(given[0], (str, list))
+    return len(given) if is_list else 1
+
+
+def _admit_sequences(endpoint: str, document: dict[str, Any], model: Model) -> int:
+    sequences = count_sequences(endpoint, document)
+    inputs, numbers = _SEQUENCES[endpoint]
+    if not numbers:
+        # Inputs to embed are done in a moment each: many take all slots, and wait in the engine.
+        return min(sequences, model.slots)
+    if sequences > model.slots:
+        raise InvalidRequestError(
+            f"The request asks for {sequences:,} sequences at once, and {model.name} takes up to "
+            f"{model.slots:,}; send it as several requests.",
+            param=inputs if _count_inputs(document.get(inputs)) > 1 else "n",
+        )
+    return sequences
 
 
 def fingerprint(endpoint: str, body: bytes) -> str:

@@ -47,7 +47,11 @@ class Generation:
         self._resources = ExitStack()
         model = call.model.name
         job = Job.create(
-            model=model, endpoint=call.endpoint, body=call.body, listener=services.relay.process
+            model=model,
+            endpoint=call.endpoint,
+            body=call.body,
+            listener=services.relay.process,
+            sequences=call.sequences,
         )
         terms = Terms(idempotency_key=call.idempotency_key, fingerprint=call.fingerprint)
         stream: JobStream = self._resources.enter_context(services.relay.stream(job.id))
@@ -74,17 +78,17 @@ class Generation:
         return self._resources.enter_context(self._services.relay.follow(self.job_id))
 
     def close(self) -> None:
-        """Lets go of the job, and cancels it if nobody else may want it."""
+        """Lets go of the job, and cancels it unless somebody else may want it."""
         self._resources.close()
         if self.answer.end is None and self._is_own and not self._continues:
-            self.cancel()
+            self.cancel(unless_attached=True)
 
-    def cancel(self) -> None:
-        """Cancels the job."""
+    def cancel(self, *, unless_attached: bool = False) -> None:
+        """Cancels the job, whoever waits for it; or only if no other client has asked for it."""
         try:
-            self._services.jobs.cancel(self.job_id, self._model)
-        except RedisError:
-            log.exception("job %s: not cancelled", self.job_id)
+            self._services.jobs.cancel(self.job_id, self._model, unless_attached=unless_attached)
+        except RedisError as away:
+            log.error("job %s: not cancelled: %s", self.job_id, away)
 
     def respond(self, wants_stream: bool) -> Response:
         """Waits for the head of the answer and gives it back; its body may still be coming.

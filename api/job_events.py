@@ -4,17 +4,21 @@ Only what the job's log holds has an id. Where it stands in the queue, and that 
 lives, is told in between and not again.
 """
 
+import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import orjson
+from redis.exceptions import RedisError
 
 from api.job_stream import ClientGoneError, JobStream, ServerStoppingError
 from api.job_view import describe, find_queued, places_of
 from api.services import TENANT, Services
 from tasks.depth import Place
-from tasks.errors import InvalidRequestError
+from tasks.errors import InvalidRequestError, StreamBrokenError
 from tasks.events import End, Entry, Kind, Position, Start
+
+log = logging.getLogger(__name__)
 
 DONE = b"[DONE]"
 # A log begins with its head, after the takeovers of attempts that got no further.
@@ -69,7 +73,11 @@ class JobEvents:
             if place:
                 yield _place_event(place)
             while not self._has_ended:
-                entries = self._stream.take(keep_alive_s)
+                try:
+                    entries = self._stream.take(keep_alive_s)
+                except StreamBrokenError as broken:
+                    yield from self._read_end("", End.failed(broken))
+                    return
                 moved = queue.take()
                 if moved and not entries and self._head is None:
                     yield _place_event(moved)
@@ -135,7 +143,10 @@ class Follower:
     def cancel(self) -> None:
         """Cancels the job."""
         if self._job:
-            self._services.jobs.cancel(self._job_id, self._job.model)
+            try:
+                self._services.jobs.cancel(self._job_id, self._job.model)
+            except RedisError as away:
+                log.error("job %s: not cancelled: %s", self._job_id, away)
 
     def hang_up(self) -> None:
         """The client is gone: ends `events`."""

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from gevent.event import Event
 from redis.exceptions import RedisError
 
-from tasks.errors import OverloadedError
-from tasks.events import Entry, Position
+from tasks.errors import DecodeError, OverloadedError, StreamBrokenError
+from tasks.events import Entry, Kind, Position
 from tasks.token_log import TokenLog
 
 log = logging.getLogger(__name__)
@@ -40,27 +40,31 @@ class JobStream:
         self._is_behind = False
         self._is_gone = False
         self._is_left = False
+        self._is_broken = False
         self._is_nudged = False
 
     @property
     def is_full(self) -> bool:
-        return len(self._ready) >= ENTRIES_AT_ONCE
+        """Whether it takes nothing now: its client is slow, or it is broken."""
+        return self._is_broken or len(self._ready) >= ENTRIES_AT_ONCE
 
     def accept(self, entry: Entry) -> None:
         """Takes the entry if it is the next one; if entries before it are missing, notes that."""
-        last = self.position
-        attempt, seq = entry.position
-        if last is None:
-            is_next = seq == 0
-        elif entry.position <= last:
+        if self.position is not None and entry.position <= self.position:
             return
-        else:
-            is_next = seq == (last.seq + 1 if attempt == last.attempt else 0)
-        if is_next and not self._is_behind and not self.is_full:
+        if self._is_next(entry) and not self._is_behind and not self.is_full:
             self._take_over([entry])
         else:
             self._is_behind = True
         self._wake.set()
+
+    def _is_next(self, entry: Entry) -> bool:
+        last = self.position
+        if entry.kind is Kind.TAKEOVER:
+            return entry.data.decode() == ("" if last is None else str(last))
+        if last is None:
+            return entry.kind is Kind.START and entry.position.seq == 0
+        return entry.position == (last.attempt, last.seq + 1)
 
     def catch_up(self) -> None:
         """Has the stream read the log: something may have been missed."""
@@ -82,12 +86,18 @@ class JobStream:
         self._is_left = True
         self._wake.set()
 
+    def break_off(self) -> None:
+        """What is in the log cannot follow what was taken: the next `take` raises."""
+        self._is_broken = True
+        self._wake.set()
+
     def take(self, timeout_s: float) -> list[Entry]:
         """Everything that came since the last call; [] after that time without any, or a nudge.
 
         Raises:
             ClientGoneError: the client closed its connection.
             ServerStoppingError: the process is about to end.
+            StreamBrokenError: what comes next is not what follows.
         """
         deadline_s = time.monotonic() + timeout_s
         while True:
@@ -101,8 +111,12 @@ class JobStream:
             if self._is_left:
                 raise ServerStoppingError
             self._catch_up()
+            if self._is_broken and not self._ready:
+                raise StreamBrokenError
             if self._ready or self._is_nudged or not is_awake:
                 break
+        if self._is_broken:
+            self._wake.set()
         self._is_nudged = False
         taken, self._ready = self._ready, []
         return taken
@@ -116,6 +130,9 @@ class JobStream:
             # The relay has lost its connection too, and wakes all streams when it is back.
             log.warning("job %s: log not read: %s", self.job_id, failure)
             self._is_behind = True
+        except DecodeError as broken:
+            log.error("job %s: %s", self.job_id, broken)
+            self.break_off()
 
     def _read_log(self) -> None:
         """Reads on in the log; what is not read yet is left for the next call of `take`."""
@@ -128,5 +145,15 @@ class JobStream:
 
     def _take_over(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
+            if self._has_more_than(entry):
+                self.break_off()
+            if self._is_broken:
+                return
             self.position = entry.position
             self._ready.append(entry)
+
+    def _has_more_than(self, entry: Entry) -> bool:
+        """Whether an attempt takes over from an entry before what the client has: Redis lost it."""
+        if entry.kind is not Kind.TAKEOVER or self.position is None:
+            return False
+        return not entry.data or self.position > Position.parse(entry.data)

@@ -4,16 +4,19 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+import gevent
 import orjson
 from flask import Response
 
+from api.job_stream import ENTRIES_AT_ONCE
 from api.services import Services
 from db import jobs
 from db.models import JobRecord, JobResult
 from tasks.depth import Place, places
 from tasks.errors import JobNotFoundError, SluiceError
+from tasks.events import Kind
 from tasks.message import Snapshot, State
-from tasks.response import Outcome
+from tasks.response import Outcome, assemble
 
 
 def describe(services: Services, tenant: str, job_id: str) -> dict[str, Any]:
@@ -25,11 +28,11 @@ def describe(services: Services, tenant: str, job_id: str) -> dict[str, Any]:
     job = find_queued(services, tenant, job_id)
     if job is not None and not job.state.is_final:
         return _of_snapshot(job, *places_of(services, [job]))
-    if job is not None and (outcome := services.jobs.outcome(job_id)):
-        return _of_snapshot(job) | _of_outcome(outcome)
     found = jobs.get(services.settings.database_url, tenant, job_id)
-    if found is not None and found[0].completed_at is not None:
+    if found is not None and found[0].completed_at is not None and (job is None or found[1]):
         return of_record(*found)
+    if job is not None and (outcome := _outcome(services, job_id)):
+        return _of_snapshot(job) | _of_outcome(outcome)
     if job is not None:
         # Its last words are on their way to its log.
         return _of_snapshot(job) | {"status": State.IN_PROGRESS, "completed_at": None}
@@ -99,16 +102,42 @@ def of_record(job: JobRecord, result: JobResult | None) -> dict[str, Any]:
 
 
 def describe_all(
-    services: Services, rows: Sequence[tuple[JobRecord, JobResult | None]]
+    services: Services,
+    rows: Sequence[tuple[JobRecord, JobResult | None]],
+    status: State | None,
+    most: int,
 ) -> list[dict[str, Any]]:
-    """The job objects of SQL's rows; what has not ended, the queue knows better."""
+    """The job objects of the first of SQL's rows that still have the status.
+
+    What SQL takes for open, the queue knows better.
+    """
     known = services.jobs.backlog.look([job.id for job, _ in rows if job.completed_at is None])
-    live = [job for job in known if job]
+    at = {job.id: job for job in known if job}
+    states = [(row, at[row[0].id].state if row[0].id in at else row[0].status) for row in rows]
+    shown = [row for row, state in states if status in (None, state)][:most]
+    live = [at[job.id] for job, _ in shown if job.id in at]
     views = {}
     for job, place in zip(live, places_of(services, live), strict=True):
-        outcome = services.jobs.outcome(job.id) if job.state.is_final else None
+        outcome = _outcome(services, job.id) if job.state.is_final else None
         views[job.id] = _of_snapshot(job, place) | (_of_outcome(outcome) if outcome else {})
-    return [views.get(job.id) or of_record(job, result) for job, result in rows]
+    return [views.get(job.id) or of_record(job, result) for job, result in shown]
+
+
+def _outcome(services: Services, job_id: str) -> Outcome | None:
+    """How the job ended, from its log; None: that does not tell.
+
+    Requests that wait meanwhile are served: a log may hold 100,000 entries.
+    """
+    token_log = services.jobs.log
+    last = token_log.last(job_id)
+    if last is None or last.kind is not Kind.END:
+        return None
+    entries = token_log.read_after(job_id, None, ENTRIES_AT_ONCE)
+    while entries and (more := token_log.read_after(job_id, entries[-1].position, ENTRIES_AT_ONCE)):
+        entries += more
+        gevent.sleep(0)
+    outcome: Outcome | None = gevent.get_hub().threadpool.apply(assemble, (entries,))
+    return outcome
 
 
 def _of_snapshot(job: Snapshot, place: Place | None = None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from werkzeug.datastructures import Headers
 
 from api import schemas
 from api.answer import event_stream
-from api.calls import Call, Preference, fingerprint, read_key, read_object
+from api.calls import Call, Preference, count_sequences, fingerprint, read_key, read_object
 from api.job_events import Follower, encode
 from api.job_stream import ServerStoppingError
 from api.job_view import describe, describe_all, find_queued, of_record
@@ -22,7 +22,13 @@ from api.services import TENANT, Services, get_services
 from db import jobs as records
 from db.models import JobRecord
 from db.webhooks import attempts_of
-from tasks.errors import ConflictError, InvalidRequestError, JobNotFoundError
+from tasks.errors import (
+    ConflictError,
+    InvalidRequestError,
+    JobCancelledError,
+    JobNotFoundError,
+    StreamBrokenError,
+)
 from tasks.events import Kind
 from tasks.message import Lane, Snapshot, State, new_id
 from tasks.webhooks import check_webhook
@@ -33,7 +39,10 @@ JOBS = [Tag(name="Jobs", description="Any request, by the id in x-sluice-job")]
 LOOK_S = 5.0
 # From a job's last entry to its final state.
 MOMENT_S = 0.005
-OPEN = [State.QUEUED, State.IN_PROGRESS]
+# SQL is told within a second or so what the queue does. When it has not been for long, the rest of
+# what it takes for open is shown as it is.
+MOST_LOOKS = 5
+ROWS_AT_A_LOOK = 500
 
 
 @blueprint.post(
@@ -84,6 +93,7 @@ def _of_call(call: Call) -> dict[str, Any]:
         "model": call.model.name,
         "endpoint": call.endpoint,
         "request": call.body,
+        "sequences": call.sequences,
         "created_at": datetime.now(UTC),
     }
 
@@ -98,7 +108,10 @@ def _accept(services: Services, job: JobRecord) -> Response:
 
 @blueprint.get("/v1/jobs", tags=JOBS, summary="List jobs")
 def list_jobs(query: schemas.JobQuery) -> Response:
-    """The newest first; `after` is the id of the last one of the page before."""
+    """The newest first; `after` is the id of the last one of the page before.
+
+    One that has just begun or ended may be missing for a second among those of its new status.
+    """
     services = get_services()
     if query.after and records.get(services.settings.database_url, TENANT, query.after) is None:
         raise JobNotFoundError(f"There is no job {query.after!r} to go on after.", param="after")
@@ -117,23 +130,18 @@ def list_jobs(query: schemas.JobQuery) -> Response:
 
 def _page(services: Services, query: schemas.JobQuery) -> list[dict[str, Any]]:
     """One job more than asked for, if there are so many."""
-    statuses = [] if query.status is None else [query.status]
-    if query.status in OPEN:
-        # SQL is told later than the queue knows.
-        statuses = OPEN
     found: list[dict[str, Any]] = []
     after, wanted = query.after, query.limit + 1
-    url = services.settings.database_url
-    while len(found) < wanted:
-        rows = records.page(
-            url, TENANT, model=query.model, statuses=statuses, after=after, limit=wanted
-        )
-        views = describe_all(services, rows)
-        found += [view for view in views if query.status in (None, view["status"])]
-        if len(rows) < wanted:
+    url, terms = services.settings.database_url, {"model": query.model, "status": query.status}
+    for look in range(MOST_LOOKS):
+        limit = max(wanted, ROWS_AT_A_LOOK if look else 0)
+        rows = records.page(url, TENANT, **terms, after=after, limit=limit)
+        status = query.status if look < MOST_LOOKS - 1 else None
+        found += describe_all(services, rows, status, wanted - len(found))
+        if len(found) == wanted or len(rows) < limit:
             break
         after = rows[-1][0].id
-    return found[:wanted]
+    return found
 
 
 @blueprint.get("/v1/jobs/<string:job_id>", tags=JOBS, summary="Get a job")
@@ -187,7 +195,9 @@ def cancel(path: schemas.JobPath) -> Response:
     job = find_queued(services, TENANT, path.job_id)
     has_cancelled = job is not None and services.jobs.cancel(job.id, job.model)
     if job is None:
-        has_cancelled = records.end_lost(services.settings.database_url, path.job_id, "cancelled")
+        error = JobCancelledError().body()["error"]
+        url = services.settings.database_url
+        has_cancelled = records.end_lost(url, path.job_id, State.CANCELLED, error)
     view = describe(services, TENANT, path.job_id)
     if not has_cancelled and view["status"] != State.CANCELLED:
         raise ConflictError(f"The job is {view['status']} already.")
@@ -199,13 +209,14 @@ def retry(path: schemas.JobPath) -> Response:
     """A new job with the same request, for one that failed, expired or was cancelled."""
     services = get_services()
     known = find_queued(services, TENANT, path.job_id)
-    stored = records.get(services.settings.database_url, TENANT, path.job_id)
+    url = services.settings.database_url
+    stored = records.get(url, TENANT, path.job_id)
     if known is None and stored is None:
         raise JobNotFoundError
     status = known.state if known else State(stored[0].status if stored else "")
     if not status.is_final or status is State.COMPLETED:
         raise ConflictError(f"The job is {status}; only what did not succeed can be retried.")
-    body = services.jobs.backlog.body(path.job_id) or (stored and stored[0].request)
+    body = records.request(url, path.job_id)
     if body is None:
         raise ConflictError("The job's request is no longer kept; send it again.")
     return _accept(services, _again(known, stored[0] if stored else None, body))
@@ -221,6 +232,7 @@ def _again(known: Snapshot | None, stored: JobRecord | None, body: bytes) -> Job
         lane=old.lane,
         created_at=datetime.now(UTC),
         request=body,
+        sequences=count_sequences(old.endpoint, read_object(body)),
         priority=stored.priority if stored else 0,
         deadline_s=stored.deadline_s if stored else None,
         webhook=stored.webhook if stored else None,
@@ -241,7 +253,7 @@ def _await_end(services: Services, job_id: str, wait_s: int) -> None:
     """Waits until the log and the queue both say that the job has ended, in whatever order."""
     deadline_s = time.monotonic() + wait_s
     has_log_ended = False
-    with suppress(ServerStoppingError), services.relay.follow(job_id) as stream:
+    with suppress(ServerStoppingError, StreamBrokenError), services.relay.follow(job_id) as stream:
         while (left_s := deadline_s - time.monotonic()) > 0:
             job = find_queued(services, TENANT, job_id)
             if job is None or (has_log_ended and job.state.is_final):

@@ -75,6 +75,8 @@ class Places:
                 self._look()
             except RedisError as away:
                 log.warning("places in the queue are not known: %s", away)
+            except Exception:  # who waits is told in the next round
+                log.exception("places in the queue were not read")
 
     def _look(self) -> None:
         # One that has sent something has left the queue.

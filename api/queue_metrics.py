@@ -28,7 +28,11 @@ def families(seen: Vitals) -> Iterator[Metric]:
         ("maintenance_up", "Whether a maintenance process works.", bool(seen.maintenance)),
         ("ledger_records", "Changes of jobs that are not in SQL yet.", seen.ledger_records),
         ("redis_memory_bytes", "Memory that the queue's Redis uses.", seen.memory_bytes),
-        ("redis_memory_limit_bytes", "Its maxmemory; 0: none.", seen.memory_limit_bytes),
+        (
+            "redis_memory_limit_bytes",
+            "What it may use, or its machine has.",
+            seen.memory_limit_bytes,
+        ),
     ):
         yield GaugeMetricFamily(f"sluice_{name}", what, value)
 
@@ -45,9 +49,13 @@ def _depths(seen: Vitals) -> Iterator[Metric]:
     paused = GaugeMetricFamily(
         "sluice_queue_paused", "1: the operator has paused the model.", labels=["model"]
     )
+    body_bytes = GaugeMetricFamily(
+        "sluice_backlog_bytes", "Requests of open jobs, in Redis.", labels=["model"]
+    )
     for model in seen.models:
         paused.add_metric([model], model in seen.paused)
-    yield from (depth, oldest, paused)
+        body_bytes.add_metric([model], seen.body_bytes.get(model, 0))
+    yield from (depth, oldest, paused, body_bytes)
 
 
 def _workers(workers: list[WorkerView]) -> Iterator[Metric]:
@@ -110,4 +118,9 @@ def _counts(seen: Vitals) -> Iterator[Metric]:
     webhooks = CounterMetricFamily("sluice_webhook_calls", "Webhook calls.", labels=["outcome"])
     for outcome in ("delivered", "pending", "failed", "disabled"):
         webhooks.add_metric([outcome], counts[Happening(Counted.WEBHOOKS, outcome)])
-    yield from (jobs, requeues, dead, tickets, webhooks)
+    repairs = CounterMetricFamily(
+        "sluice_repairs", "What maintenance found and mended.", labels=["kind"]
+    )
+    for kind in ("misplaced", "stray", "unrecorded", "lost", "bytes"):
+        repairs.add_metric([kind], counts[Happening(Counted.REPAIRS, kind)])
+    yield from (jobs, requeues, dead, tickets, webhooks, repairs)

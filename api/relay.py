@@ -88,8 +88,12 @@ class Relay:
                 feed(bus)
             except RedisError as failure:
                 log.warning("relay lost its connection, connecting again: %s", failure)
-                gevent.sleep(RECONNECT_S)
-                self._catch_up()
+            except Exception:  # without it every stream of this process would stand still
+                log.exception("relay: %s failed, and goes on", feed.__name__)
+            else:
+                continue
+            gevent.sleep(RECONNECT_S)
+            self._catch_up()
 
     def _listen(self, bus: Any) -> None:
         with bus.pubsub() as subscription:
@@ -125,10 +129,16 @@ class Relay:
         }
         for key, entries in bus.xread(positions, count=ENTRIES_AT_ONCE, block=FOLLOW_MS):
             job_id = key.decode().removeprefix(keys.LOG_PREFIX)
-            for log_id, fields in entries:
-                entry = Entry.decode_log(job_id, log_id, fields)
+            try:
+                for log_id, fields in entries:
+                    entry = Entry.decode_log(job_id, log_id, fields)
+                    for stream in waiting[job_id]:
+                        stream.accept(entry)
+            except DecodeError as broken:
+                # One job's; the others are read on.
+                log.error("relay: %s", broken)
                 for stream in waiting[job_id]:
-                    stream.accept(entry)
+                    stream.break_off()
 
     def _catch_up(self) -> None:
         for stream in [*self._streams.values(), *self._followed]:

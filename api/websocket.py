@@ -118,18 +118,24 @@ class Conversation:
 
     def _read(self) -> None:
         """Takes all frames, also while an answer is sent."""
-        with contextlib.suppress(ConnectionClosed):
-            while (frame := self._ws.receive()) is not None:
-                if _is_cancellation(frame):
-                    if self.on_cancel:
-                        self.on_cancel()
-                elif self._requests.qsize() < MOST_WAITING:
-                    self._requests.put(frame)
-                else:
-                    self._ws.close(POLICY_VIOLATION, "too many requests wait on this socket")
-        self._requests.put(None)
-        if self.on_gone:
-            self.on_gone()
+        try:
+            self._take_frames()
+        except ConnectionClosed:
+            pass
+        finally:
+            self._requests.put(None)
+            if self.on_gone:
+                self.on_gone()
+
+    def _take_frames(self) -> None:
+        while (frame := self._ws.receive()) is not None:
+            if _is_cancellation(frame):
+                if self.on_cancel:
+                    self.on_cancel()
+            elif self._requests.qsize() < MOST_WAITING:
+                self._requests.put(frame)
+            else:
+                self._ws.close(POLICY_VIOLATION, "too many requests wait on this socket")
 
 
 def _is_cancellation(frame: str | bytes) -> bool:

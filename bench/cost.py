@@ -25,25 +25,20 @@ WHOLE = "Sluice"
 
 # What each copy lacks: file, lines there, lines instead.
 COPIES = {
-    "without leases and logs": (
-        ("tasks/lua/append.lua", "local reply = redis.pcall(unpack(command))", "local reply = id"),
-        (
-            "tasks/lua/claim.lua",
-            "redis.call('ZADD', KEYS[1], string.format('%d', at_us + ARGV[2]), id)",
-            "",
-        ),
+    "without logs and renewed leases": (
+        ("tasks/lua/append.lua", "return redis.pcall(unpack(command))", "return id"),
         (
             "gpu_worker/keeper.py",
-            "for job_id in worker.backlog.renew(worker.claims()):",
-            "for job_id in ():",
+            "for lost in worker.backlog.renew(worker.claims.held()):",
+            "for lost in ():",
         ),
         ("gpu_worker/tape.py", "self._new.append(note)", "pass"),
     ),
     "without metrics": (
         (
-            "tasks/lua/record.lua",
-            "local function count(what, value, model, lane)",
-            "local function count(what, value, model, lane) if true then return end",
+            "tasks/lua/state.lua",
+            "local function count(what, value, job)",
+            "local function count(what, value, job) if true then return end",
         ),
         ("gpu_worker/runner.py", "self.meter.output(self.tape.output_tokens)", "pass"),
         (

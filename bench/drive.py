@@ -25,6 +25,8 @@ def run_client(load: Load, tell: Callable[[int], None] = lambda _finished: None)
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        # A terminal's Ctrl-C is for this process, which ends the client without a word from it.
+        process_group=0,
     ) as client:
         assert client.stdin is not None
         assert client.stdout is not None

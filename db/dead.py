@@ -6,7 +6,7 @@ from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
 from db.models import JobEvent, JobRecord
-from db.session import reading, writing
+from db.session import database_now, insert_new, reading, writing
 
 
 def letters(url: str, limit: int) -> list[JobRecord]:
@@ -32,11 +32,17 @@ def letter(url: str, job_id: str) -> tuple[JobRecord, list[JobEvent]] | None:
         return job, list(session.scalars(query.order_by(JobEvent.at)))
 
 
-def settle(url: str, job_id: str) -> bool:
-    """Takes the job off the dead letters; False: it was none, or somebody else did so first."""
+def replace(url: str, job_id: str, job: JobRecord) -> bool:
+    """Takes the job off the dead letters and accepts another for it, both or neither.
+
+    False: it was none, or somebody else did so first.
+    """
     dead = update(JobRecord).where(JobRecord.id == job_id, JobRecord.died_at.is_not(None))
     with writing(url) as session:
-        return session.connection().execute(dead.values(died_at=None)).rowcount == 1
+        if session.connection().execute(dead.values(died_at=None)).rowcount == 0:
+            return False
+        job.created_at = database_now(session)
+        return insert_new(session, [job]) == 1
 
 
 def purge(url: str, job_ids: Sequence[str] | None) -> int:

@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
+from typing import Any
 
 from sqlalchemy import delete, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 
 from db.models import JobEvent, JobRecord, JobResult, LedgerEntry, WebhookDelivery
 from db.session import database_now, insert_new, reading, writing
 
-FINAL = ("completed", "failed", "cancelled", "expired")
+# Megabytes that nobody shows.
+_WITHOUT_REQUEST = defer(JobRecord.request, raiseload=True)
 DELETED_AT_ONCE = 1000
 
 
@@ -42,19 +44,19 @@ def accept(url: str, jobs: Sequence[JobRecord]) -> set[str]:
         return set(session.scalars(select(JobRecord.id).where(JobRecord.id.in_(ids))))
 
 
-def forget(url: str, job_id: str) -> None:
-    """Takes back a job whose acceptance was not told to anybody."""
-    with writing(url) as session:
-        session.execute(delete(JobRecord).where(JobRecord.id == job_id))
-
-
 def get(url: str, tenant: str, job_id: str) -> tuple[JobRecord, JobResult | None] | None:
-    """The tenant's job and its result."""
+    """The tenant's job, without its request, and its result."""
     with reading(url) as session:
-        job = session.get(JobRecord, job_id)
+        job = session.get(JobRecord, job_id, options=[_WITHOUT_REQUEST])
         if job is None or job.tenant != tenant:
             return None
         return job, session.get(JobResult, job_id)
+
+
+def request(url: str, job_id: str) -> bytes | None:
+    """The job's request, where it is kept."""
+    with reading(url) as session:
+        return session.scalar(select(JobRecord.request).where(JobRecord.id == job_id))
 
 
 def holder(url: str, tenant: str, idempotency_key: str) -> JobRecord | None:
@@ -71,35 +73,35 @@ def page(
     tenant: str,
     *,
     model: str | None,
-    statuses: Sequence[str],
+    status: str | None,
     after: str | None,
     limit: int,
 ) -> list[tuple[JobRecord, JobResult | None]]:
-    """The tenant's newest jobs, those older than `after` only, with their results."""
+    """The tenant's newest jobs without their requests, those older than `after` only, and results.
+
+    One status is looked up in its index, however many jobs have another.
+    """
     query = select(JobRecord, JobResult).outerjoin(JobResult, JobResult.job_id == JobRecord.id)
-    query = query.where(JobRecord.tenant == tenant).order_by(JobRecord.id.desc()).limit(limit)
+    query = query.options(_WITHOUT_REQUEST)
+    query = query.order_by(JobRecord.id.desc()).limit(limit)
+    # SQLite would take the index of the tenants, who have few of some statuses among very many.
+    owner = JobRecord.tenant if status is None else JobRecord.tenant + ""
+    query = query.where(owner == tenant)
     if model is not None:
         query = query.where(JobRecord.model == model)
-    if statuses:
-        query = query.where(JobRecord.status.in_(statuses))
+    if status is not None:
+        query = query.where(JobRecord.status == status)
     if after is not None:
         query = query.where(JobRecord.id < after)
     with reading(url) as session:
         return [(job, result) for job, result in session.execute(query)]
 
 
-def still_open(url: str, after: str, older_than_s: float, limit: int) -> list[str]:
+def still_open(url: str, after: str, limit: int) -> list[str]:
     """Ids of jobs that have not ended, in their order."""
+    query = select(JobRecord.id).where(JobRecord.completed_at.is_(None), JobRecord.id > after)
     with reading(url) as session:
-        latest = database_now(session) - timedelta(seconds=older_than_s)
-        query = (
-            select(JobRecord.id)
-            .where(JobRecord.status.not_in(FINAL), JobRecord.id > after)
-            .where(JobRecord.created_at < latest)
-            .order_by(JobRecord.id)
-            .limit(limit)
-        )
-        return list(session.scalars(query))
+        return list(session.scalars(query.order_by(JobRecord.id).limit(limit)))
 
 
 def load(url: str, job_id: str) -> JobRecord | None:
@@ -113,7 +115,7 @@ def note_dispatch(url: str, job: JobRecord) -> bool:
     query = (
         update(JobRecord)
         .where(JobRecord.id == job.id, JobRecord.dispatches == job.dispatches)
-        .where(JobRecord.status.not_in(FINAL))
+        .where(JobRecord.completed_at.is_(None))
         .values(dispatches=job.dispatches + 1, status="queued")
     )
     with writing(url) as session:
@@ -149,18 +151,18 @@ def _as_queued(job: JobRecord) -> JobRecord:
 
 def _update(session: Session, job: JobRecord) -> None:
     dead = {"died_at": job.died_at, "request": job.request} if job.died_at and job.request else {}
+    newer = update(JobRecord).where(JobRecord.id == job.id, JobRecord.completed_at.is_(None))
+    # An end counts, even if Redis has lost attempts that were recorded here.
+    if job.completed_at is None:
+        newer = newer.where(JobRecord.attempts <= job.attempts)
     session.execute(
-        update(JobRecord)
-        .where(JobRecord.id == job.id, JobRecord.status.not_in(FINAL))
-        .where(JobRecord.attempts <= job.attempts)
-        .values(
+        newer.values(
             status=job.status,
             attempts=job.attempts,
             started_at=job.started_at,
             completed_at=job.completed_at,
             **dead,
-        )
-        .execution_options(synchronize_session=False)
+        ).execution_options(synchronize_session=False)
     )
 
 
@@ -182,15 +184,49 @@ def _plan_webhooks(session: Session, job_ids: Sequence[str]) -> None:
     )
 
 
-def end_lost(url: str, job_id: str, status: str) -> bool:
+def end_lost(url: str, job_id: str, status: str, error: dict[str, Any]) -> bool:
     """Ends a job that the queue does not know; False: it has ended already."""
     with writing(url) as session:
+        now = database_now(session)
         query = (
             update(JobRecord)
-            .where(JobRecord.id == job_id, JobRecord.status.not_in(FINAL))
-            .values(status=status, completed_at=database_now(session))
+            .where(JobRecord.id == job_id, JobRecord.completed_at.is_(None))
+            .values(status=status, completed_at=now)
         )
-        return session.connection().execute(query).rowcount == 1
+        if session.connection().execute(query).rowcount == 0:
+            return False
+        job = session.get_one(JobRecord, job_id)
+        result = JobResult(job_id=job_id, status_code=None, body=None, error=error, usage=None)
+        insert_new(session, [result])
+        insert_new(session, [_ledger_entry(job, now)])
+        _plan_webhooks(session, [job_id])
+        return True
+
+
+def _ledger_entry(job: JobRecord, ended_at: datetime) -> LedgerEntry:
+    return LedgerEntry(
+        job_id=job.id,
+        model=job.model,
+        tenant=job.tenant,
+        endpoint=job.endpoint,
+        lane=job.lane,
+        state=job.status,
+        attempts=job.attempts,
+        queued_at=job.created_at,
+        started_at=job.started_at,
+        ended_at=ended_at,
+    )
+
+
+def accepted(url: str, job_ids: Sequence[str]) -> set[str]:
+    """Those of the jobs that were accepted in the background and have not ended."""
+    query = select(JobRecord.id).where(
+        JobRecord.id.in_(job_ids),
+        JobRecord.request.is_not(None),
+        JobRecord.completed_at.is_(None),
+    )
+    with reading(url) as session:
+        return set(session.scalars(query))
 
 
 def delete_old(url: str, age_s: float) -> int:

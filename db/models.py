@@ -12,6 +12,7 @@ from sqlalchemy import (
     Index,
     MetaData,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 from sqlalchemy.types import TypeDecorator
@@ -58,6 +59,9 @@ class Base(MappedAsDataclass, DeclarativeBase, kw_only=True):
     }
 
 
+_IS_OPEN = text("completed_at IS NULL")
+
+
 class JobRecord(Base):
     """A job that was accepted in the background, or another that has started.
 
@@ -71,6 +75,8 @@ class JobRecord(Base):
         Index(None, "status", "id"),
         Index(None, "completed_at"),
         Index(None, "died_at"),
+        # The jobs that have not ended, few among many.
+        Index("ix_jobs_open", "id", sqlite_where=_IS_OPEN, postgresql_where=_IS_OPEN),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -84,6 +90,8 @@ class JobRecord(Base):
     attempts: Mapped[int] = mapped_column(default=0)
     dispatches: Mapped[int] = mapped_column(default=1)
     """How often it was put in the queue: once, and again whenever Redis lost it."""
+    sequences: Mapped[int] = mapped_column(default=1, server_default="1")
+    """How many the engine generates at once for it."""
     request: Mapped[bytes | None] = mapped_column(default=None, repr=False)
     """Body for the engine; None: not accepted in the background, lives in Redis only."""
     meta: Mapped[dict[str, Any]] = mapped_column("metadata", default_factory=dict)

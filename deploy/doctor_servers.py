@@ -1,5 +1,6 @@
 """Checks of the servers that Sluice stands on: Redis, the bus and the database."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from tasks.connections import COMMAND_TIMEOUT_S, CONNECT_TIMEOUT_S
 from tasks.settings import PREFIX, Settings
 
 # The first with all commands that tasks/ uses.
-LEAST_REDIS = (6, 2)
+LEAST_REDIS = (7, 0)
 MEMORY_HIGH = 0.8
 MEMORY_FULL = 0.95
 CLOCK_APART_S = 2.0
@@ -92,7 +93,7 @@ def _judge_version(info: dict[str, Any], url: str) -> Remark:
     server = f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {version}"
     found = f"{url} answers, {server}"
     if tuple(map(int, version.split(".")[:2])) < LEAST_REDIS:
-        return wrong(found, "install Redis 6.2 or newer")
+        return wrong(found, "install Redis 7.0 or newer")
     if info["role"] != "master":
         return wrong(f"{found}, a replica, which takes no writes", "give the URL of its primary")
     return ok(found)
@@ -133,10 +134,12 @@ def _judge_eviction(info: dict[str, Any]) -> Remark:
 
 def _judge_memory(info: dict[str, Any]) -> Remark:
     used, limit = info["used_memory"], info["maxmemory"]
-    if not limit:
-        return ok(f"{used / 2**20:.0f} MiB in use, no maxmemory is set")
     found = f"{used / 2**20:.0f} of {limit / 2**20:.0f} MiB in use"
     do = "give it a greater maxmemory, or shorten SLUICE_LOG_RETENTION_S"
+    if not limit:
+        limit = info.get("total_system_memory", math.inf)
+        found = f"{used / 2**20:.0f} MiB in use, no maxmemory is set"
+        do = "set a maxmemory: its machine's memory is nearly full, and the kernel may kill it"
     if used > MEMORY_FULL * limit:
         return wrong(f"{found}: when it is full, requests get 503", do)
     return warning(found, do) if used > MEMORY_HIGH * limit else ok(found)

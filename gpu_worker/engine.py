@@ -3,7 +3,8 @@
 Another kind of engine is a module with an `open_engine`, named in ENGINES.
 """
 
-from collections.abc import Awaitable, Callable, MutableMapping
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from contextlib import AbstractAsyncContextManager
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -84,3 +85,22 @@ async def read_body(receive: Receive) -> bytes:
         body += bytes(message.get("body", b""))
         if not message.get("more_body"):
             return body
+
+
+async def answer_unless_left(receive: Receive, answering: Coroutine[Any, Any, None]) -> None:
+    """An app's answer to a request that has been read; a client that leaves ends it at once."""
+    answer = asyncio.ensure_future(answering)
+    leaving = asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait({answer, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            answer.result()
+    finally:
+        answer.cancel()
+        leaving.cancel()
+        await asyncio.gather(answer, leaving, return_exceptions=True)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,15 +1,18 @@
-"""How a worker ends: drained when it is told to, or because its engine is dead or hangs."""
+"""How a worker ends: drained when it is told to, or because its engine or a part of it fails."""
 
 import logging
 import os
 import threading
 import time
+import traceback
 from typing import TYPE_CHECKING
 
 import psutil
 
 from gpu_worker.engine import Engine
+from tasks import logs
 from tasks.control import WorkerState
+from tasks.events import Attempt
 from tasks.message import Cause
 
 if TYPE_CHECKING:
@@ -21,19 +24,22 @@ LOOK_S = 0.2
 PROGRESS_LINE_S = 5.0
 # What is left of a worker without an engine is worth no waiting.
 LAST_MOMENT_S = 8.0
+MOST_FRAMES = 5
+MOST_TRACE_CHARS = 2000
 
 
 def drain(worker: "Worker") -> None:
     """Lets running jobs finish up to the limit, hands on the rest, then ends the worker."""
     worker.stop_consuming()
+    worker.claims.close()
     deadline_s = time.monotonic() + worker.settings.drain_s
-    while (left := worker.claims()) and (left_s := deadline_s - time.monotonic()) > 0:
-        log.info("draining: %d jobs run, %.0f s left for them", len(left), left_s)
-        with worker.idle:
-            worker.idle.wait_for(lambda: not worker.claims(), min(left_s, PROGRESS_LINE_S))
-    for claim in left:
+    while not worker.claims.is_idle() and (left_s := deadline_s - time.monotonic()) > 0:
+        held = len(worker.claims.held())
+        log.info("draining: %d jobs run, %.0f s left for them", held, left_s)
+        worker.claims.await_idle(min(left_s, PROGRESS_LINE_S))
+    for claim in worker.claims.give_up():
         worker.hand_back(claim, Cause.HANDED_BACK, "its worker was stopped")
-        worker.stop_job(claim.job.id)
+        worker.stop_job(Attempt.of(claim))
     worker.shut_down(0)
 
 
@@ -49,19 +55,27 @@ def watch(worker: "Worker", engine: Engine) -> None:
         if steps is None or steps != seen:
             seen, moved_s = steps, now_s
         if engine.is_dead():
-            _abandon(worker, "the engine died")
+            _abandon(worker, "the engine died", Cause.ENGINE_DIED)
         elif now_s - moved_s > stall_s:
-            _abandon(worker, f"the engine made no step for {stall_s:g} s")
+            reason = f"the engine made no step for {stall_s:g} s"
+            _abandon(worker, reason, Cause.ENGINE_DIED)
 
 
-def _abandon(worker: "Worker", reason: str) -> None:
+def give_up(worker: "Worker", part: str, failure: Exception) -> None:
+    """Ends the worker, one of whose own parts has failed: no job's fault, all jobs' trouble."""
+    trace = "".join(traceback.format_exception(failure, limit=-MOST_FRAMES))
+    log.error("%s failed: %s", part, trace[-MOST_TRACE_CHARS:])
+    _abandon(worker, f"{part} failed", Cause.HANDED_BACK)
+
+
+def _abandon(worker: "Worker", reason: str, cause: Cause) -> None:
     """Ends the worker with an error, after handing on its jobs."""
     log.error("%s; the worker ends and its jobs run elsewhere", reason)
     worker.state = WorkerState.DRAINING
     worker.stop_consuming()
     threading.Thread(target=_end_at_last, daemon=True).start()
-    for claim in worker.claims():
-        worker.hand_back(claim, Cause.ENGINE_DIED, reason)
+    for claim in worker.claims.give_up():
+        worker.hand_back(claim, cause, reason)
     worker.loop.call_soon_threadsafe(worker.runner.stop_all)
     _kill_children()
     worker.shut_down(1)
@@ -80,4 +94,5 @@ def _end_at_last() -> None:
     """Ends this process when it cannot end by itself."""
     time.sleep(LAST_MOMENT_S)
     log.error("the worker does not end by itself")
+    logs.flush()
     os._exit(1)

@@ -2,19 +2,21 @@
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 from redis import Redis
 from redis.exceptions import RedisError
 
+from gpu_worker.claims import Claims
 from gpu_worker.engine import Engine
 from gpu_worker.metrics import recent_ttft
 from tasks import keys
 from tasks.backlog import Backlog
 from tasks.connections import connect_listener
 from tasks.control import DRAIN, WorkerState
-from tasks.message import Claim
+from tasks.errors import DecodeError
+from tasks.events import Attempt
 from tasks.models import Model
 from tasks.settings import get_settings
 
@@ -29,15 +31,13 @@ class Kept(Protocol):
     id: str
     model: Model
     backlog: Backlog
+    claims: Claims
     metrics_address: str
 
     @property
     def state(self) -> WorkerState: ...
 
-    def claims(self) -> Sequence[Claim]:
-        """The claims that it holds."""
-
-    def stop_job(self, job_id: str) -> None: ...
+    def stop_job(self, attempt: Attempt) -> None: ...
 
     def drain(self) -> None: ...
 
@@ -52,8 +52,8 @@ def keep(worker: Kept, engine: Engine, closing: threading.Event) -> None:
         try:
             if beat(worker.backlog.redis, worker, engine):
                 worker.drain()
-            for job_id in worker.backlog.renew(worker.claims()):
-                worker.stop_job(job_id)
+            for lost in worker.backlog.renew(worker.claims.held()):
+                worker.stop_job(Attempt.of(lost))
         except RedisError as failure:
             log.warning("leases not renewed, trying again: %s", failure)
             closing.wait(RECONNECT_S)
@@ -90,8 +90,8 @@ def leave(redis: Redis, worker_id: str) -> None:
         log.warning("the worker is still listed for the length of a lease: %s", failure)
 
 
-def hear(worker_id: str, stop_job: Callable[[str], None], drain: Callable[[], None]) -> None:
-    """For ever: stops the jobs whose ids arrive on the control channel, and drains when told.
+def hear(worker_id: str, stop_job: Callable[[Attempt], None], drain: Callable[[], None]) -> None:
+    """For ever: stops the attempts that the control channel names, and drains when told.
 
     What a broken connection loses, the next heartbeat and renewal of the leases find.
     """
@@ -103,11 +103,18 @@ def hear(worker_id: str, stop_job: Callable[[str], None], drain: Callable[[], No
             with pubsub as subscription:
                 subscription.subscribe(keys.control(worker_id))
                 for message in subscription.listen():
-                    told = message["data"].decode()
-                    if told == DRAIN:
+                    told = message["data"]
+                    if told == DRAIN.encode():
                         drain()
                     else:
-                        stop_job(told)
+                        _stop_told(told, stop_job)
         except RedisError as failure:
             log.warning("the control channel is not heard, subscribing again: %s", failure)
             closing.wait(RECONNECT_S)
+
+
+def _stop_told(told: bytes, stop_job: Callable[[Attempt], None]) -> None:
+    try:
+        stop_job(Attempt.parse(told))
+    except DecodeError as unknown:
+        log.warning("the control channel told something else: %s", unknown)

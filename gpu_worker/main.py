@@ -3,10 +3,11 @@
 Celery thread            engine's loop                      other threads
 ticket -> claim job -->  run the job on the engine          renew leases, beat (keeper)
 (waits)                  pieces -> publisher -> Redis       hear cancellations (keeper)
-finish job          <--  state                              watch the engine, drain (guard)
+finish, claim next  <--  state                              watch the engine, drain (guard)
 """
 
 import asyncio
+import functools
 import logging
 import os
 import random
@@ -15,9 +16,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 import uvloop
 from celery.app.trace import setup_worker_optimizations
@@ -26,16 +28,18 @@ from celery.worker import state as celery_state
 from redis.exceptions import RedisError
 
 from gpu_worker import guard, keeper, metrics, orphans
+from gpu_worker.claims import Claims
 from gpu_worker.engine import Engine, open_engine
 from gpu_worker.pool import SlotPool
 from gpu_worker.publisher import Publisher
-from gpu_worker.runner import EngineDiedError, EngineFailedError, History, Runner
+from gpu_worker.runner import EngineDiedError, EngineFailedError, History, LogLostError, Runner
 from tasks import keys, logs
 from tasks.app import TICKET, get_celery
 from tasks.backlog import Backlog
 from tasks.connections import connect, connect_async
 from tasks.control import WorkerState
 from tasks.errors import ConfigurationError, SluiceError
+from tasks.events import Attempt
 from tasks.message import Cause, Claim, State, about_job
 from tasks.models import Model, get_catalog
 from tasks.response import assemble
@@ -79,8 +83,7 @@ class Worker:
         self.metrics_address = self._serve_metrics()
         self.state = WorkerState.SERVING
         self.closing = threading.Event()
-        self.idle = threading.Condition()
-        self._held: dict[str, Claim] = {}
+        self.claims = Claims(model.slots)
         self._loaded = threading.Event()
         self._controller: Any = None
         self._exit_code = 0
@@ -102,7 +105,7 @@ class Worker:
         """Loads the engine, works on tickets until told to stop, then closes everything."""
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
-        engine_thread = self._start(self._run_engine, daemon=False)
+        engine_thread = self._start(self._run_engine, "engine", daemon=False)
         self._loaded.wait()
         if self._load_failure:
             raise self._load_failure
@@ -115,24 +118,29 @@ class Worker:
         return self._exit_code
 
     def serve_ticket(self, _model_name: str) -> None:
-        """The Celery task: claims the best job of the backlog and sees it through."""
-        if self.state is not WorkerState.SERVING:
-            # Somebody else's.
+        """The Celery task: claims the best job of the backlog, sees it through, and so on.
+
+        Until nothing is there that fits: a ticket only wakes a thread that has nothing to do.
+        """
+        if not self.claims.has_room():
+            # Somebody else's; and this thread takes no other one while there is no room.
             self.persist(lambda: self.backlog.send_tickets(self.model.name))
-            return
-        claim = self.backlog.claim(self.model.name, self.id)
-        if claim is None:
-            return
-        about = {"attempt": claim.attempt, "queue_ms": claim.queue_ms}
-        log.info("job claimed", extra=about_job(claim.job) | about)
-        with self.idle:
-            self._held[claim.job.id] = claim
-        try:
-            self._see_through(claim)
-        finally:
-            with self.idle:
-                del self._held[claim.job.id]
-                self.idle.notify_all()
+            self.claims.await_room()
+        while claim := self.claims.take(self._claim):
+            about = {"attempt": claim.attempt, "queue_ms": claim.queue_ms}
+            log.info("job claimed", extra=about_job(claim.job) | about)
+            try:
+                if self.claims.is_given_up:
+                    self.hand_back(claim, Cause.HANDED_BACK, "its worker was stopped")
+                else:
+                    self._see_through(claim)
+            finally:
+                self.claims.release(claim)
+
+    def _claim(self, free_slots: int) -> Claim | None:
+        """The next job. A claim whose reply is lost has happened: its token finds the same job."""
+        token = uuid4().hex
+        return self.persist(lambda: self.backlog.claim(self.model.name, self.id, token, free_slots))
 
     def _see_through(self, claim: Claim) -> None:
         begun_s = time.monotonic()
@@ -141,7 +149,11 @@ class Worker:
             state = None if history is None else self._on_loop(self.runner.run(claim, history))
         except EngineDiedError:
             self.state = WorkerState.DRAINING
+            self.claims.close()
             self.hand_back(claim, Cause.ENGINE_DIED, "the engine died")
+            return
+        except LogLostError as lost:
+            self.hand_back(claim, Cause.HANDED_BACK, str(lost))
             return
         except EngineFailedError as failed:
             pause_s = ENGINE_RETRY_S * 2**claim.failures * random.uniform(1, 1.5)  # noqa: S311
@@ -152,9 +164,6 @@ class Worker:
         is_dead = state is State.FAILED and claim.failures > 0 and claim.is_last
         reason = "the engine failed on its last attempt too" if is_dead else ""
         self.persist(lambda: self.backlog.finish(claim, state, reason))
-        if claim.is_last:
-            # Others like it may have waited for this one to end (lua/claim.lua).
-            self.persist(lambda: self.backlog.send_tickets(self.model.name))
         self._log_end(claim, state, time.monotonic() - begun_s)
 
     def _log_end(self, claim: Claim, state: State, ran_s: float) -> None:
@@ -193,20 +202,19 @@ class Worker:
             if self.closing.wait(RETRY_S):
                 return None
 
-    def claims(self) -> Sequence[Claim]:
-        """The claims that this worker holds."""
-        with self.idle:
-            return list(self._held.values())
-
-    def stop_job(self, job_id: str) -> None:
+    def stop_job(self, attempt: Attempt) -> None:
         """Stops a job that is no longer this worker's."""
-        self.loop.call_soon_threadsafe(self.runner.stop, job_id)
+        self.loop.call_soon_threadsafe(self.runner.stop, attempt)
+
+    def _clear(self, claim: Claim) -> None:
+        """The job has got further than ever: it is not what kills its workers."""
+        self.persist(lambda: self.backlog.clear(claim))
 
     def drain(self) -> None:
         """Takes no more jobs, lets running ones finish up to the limit, and ends the worker."""
         if self.state is WorkerState.SERVING:
             self.state = WorkerState.DRAINING
-            self._start(lambda: guard.drain(self))
+            self._start_part("the drain", lambda: guard.drain(self))
 
     def stop_consuming(self) -> None:
         """Has Celery take no more tickets."""
@@ -260,17 +268,37 @@ class Worker:
         async with open_engine(self.model) as engine:
             with orphans.recorded():
                 publisher = Publisher(connect_async(self.settings.bus_url), self.stop_job)
-                self.runner = Runner(engine, publisher)
-                publishing = asyncio.ensure_future(publisher.run())
+                self.runner = Runner(engine, publisher, self._clear)
+                publishing = asyncio.ensure_future(self._publish(publisher))
+                # The engine's libraries have set up loggers of their own.
+                logs.adopt()
                 self._start_keepers(engine)
                 self._loaded.set()
                 await self._stop_engine.wait()
                 publishing.cancel()
 
+    async def _publish(self, publisher: Publisher) -> None:
+        try:
+            await publisher.run()
+        except Exception as failure:  # noqa: BLE001 (a part's boundary, as in _start_part)
+            part = functools.partial(guard.give_up, self, "the publisher", failure)
+            self._start(part, "publisher failed")
+
     def _start_keepers(self, engine: Engine) -> None:
-        self._start(lambda: keeper.keep(self, engine, self.closing))
-        self._start(lambda: keeper.hear(self.id, self.stop_job, self.drain))
-        self._start(lambda: guard.watch(self, engine))
+        self._start_part("the keeper", lambda: keeper.keep(self, engine, self.closing))
+        self._start_part("the listener", lambda: keeper.hear(self.id, self.stop_job, self.drain))
+        self._start_part("the guard", lambda: guard.watch(self, engine))
+
+    def _start_part(self, name: str, run: Callable[[], None]) -> None:
+        """Runs in a thread what the worker cannot do without: if it fails, the worker ends."""
+
+        def run_guarded() -> None:
+            try:
+                run()
+            except Exception as failure:  # noqa: BLE001 (a thread's boundary)
+                guard.give_up(self, name, failure)
+
+        self._start(run_guarded, name)
 
     def _on_signal(self, number: int, _frame: object) -> None:
         if not self._loaded.is_set():
@@ -278,8 +306,10 @@ class Worker:
         log.info("%s: draining", signal.Signals(number).name)
         self.drain()
 
-    def _start(self, target: Callable[[], None], daemon: bool = True) -> threading.Thread:
-        thread = threading.Thread(target=target, daemon=daemon, name=target.__qualname__)
+    def _start(
+        self, target: Callable[[], None], name: str, daemon: bool = True
+    ) -> threading.Thread:
+        thread = threading.Thread(target=target, daemon=daemon, name=name)
         thread.start()
         return thread
 

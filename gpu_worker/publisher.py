@@ -2,46 +2,117 @@
 
 While one write is under way the next batch gathers, so the busier the engine, the larger a batch:
 one round trip per engine tick, however many streams there are.
+
+What was written lately is kept: a Redis that comes back without its last second is given it again.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from tasks.backlog import load_script
+from tasks.events import Attempt, Entry, Kind, Position
+from tasks.message import Claim
 from tasks.settings import get_settings
-from tasks.token_log import Addressed, append_arguments
+from tasks.token_log import Wire, encode, wire_arguments
 
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.2
 # Bounds one script's run in Redis, after a pause that let much gather.
 MOST_AT_ONCE = 1000
+# Of each attempt: more than the fastest engine makes in the two seconds that Redis may lose.
+KEPT = 500
+
+
+class Refusal(Enum):
+    """Why a log takes nothing more from an attempt."""
+
+    STALE = "a later attempt has written"
+    GAP = "its log has lost entries that are not kept any more"
+
+
+class Feed:
+    """What one attempt writes into its job's log: numbered, and lately written entries kept."""
+
+    def __init__(self, publisher: "Publisher", claim: Claim, continued: bytes = b"") -> None:
+        self.attempt = Attempt.of(claim)
+        self.refusal: Refusal | None = None
+        self._publisher = publisher
+        self._listener = claim.job.listener
+        self._continued = continued
+        self._next_seq = 0
+        self._kept: deque[Wire] = deque(maxlen=KEPT)
+        self._written = 0
+        if claim.attempt > 1:
+            # Its first entry stands in the log since the job was taken over.
+            self.note_written([self._encode(Kind.TAKEOVER, continued)])
+
+    def put(self, *pieces: tuple[Kind, bytes, bytes]) -> None:
+        """Hands over entries (kind, data, record) that are written together or not at all."""
+        if self.refusal is None:
+            self._publisher.put(self, [self._encode(*piece) for piece in pieces])
+
+    async def written(self) -> bool:
+        """Returns when Redis has all that was put so far; False: it has refused it."""
+        await self._publisher.written()
+        return self.refusal is None
+
+    def note_written(self, entries: Sequence[Wire]) -> None:
+        """Redis has these entries, the next ones of the attempt."""
+        self._kept.extend(entries)
+        self._written += len(entries)
+
+    def take_back(self, last: bytes) -> list[Wire]:
+        """What Redis had after the entry with that id, and has lost; [] if it is not kept."""
+        attempt, _, seq = last.partition(b"-")
+        if last == self._continued:
+            there = 0
+        elif attempt == b"%d" % self.attempt.number:
+            there = int(seq) + 1
+        else:
+            return []
+        count = self._written - there
+        if count > len(self._kept):
+            return []
+        self._written = there
+        return [self._kept.pop() for _ in range(count)][::-1]
+
+    def _encode(self, kind: Kind, data: bytes, record: bytes = b"") -> Wire:
+        position = Position(self.attempt.number, self._next_seq)
+        self._next_seq += 1
+        return encode(Entry(self.attempt.job_id, position, kind, data, record), self._listener)
+
+
+Put = tuple[Feed, list[Wire]]
 
 
 class Publisher:
     """Writes entries to the token logs and to the relays that listen, on the engine's loop."""
 
-    def __init__(self, bus: Redis, on_refused: Callable[[str], None]) -> None:
+    def __init__(self, bus: Redis, on_refused: Callable[[Attempt], None]) -> None:
         self._append = load_script(bus, "append")
         self._on_refused = on_refused
         self._settings = get_settings()
-        self._pending: list[list[Addressed]] = []
+        self._pending: list[Put] = []
         self._wake = asyncio.Event()
         self._put, self._written = 0, 0
         self._progress = asyncio.Event()
 
-    def put(self, entries: list[Addressed]) -> None:
+    def put(self, feed: Feed, entries: list[Wire]) -> None:
         """Hands over entries; they are written within an engine tick, all of them or none."""
-        self._pending.append(entries)
+        self._pending.append((feed, entries))
         self._put += 1
         self._wake.set()
 
     async def written(self) -> None:
-        """Returns when Redis has all that was put so far."""
+        """Returns when all that was put so far is written or refused."""
         wanted = self._put
         while self._written < wanted:
             await self._progress.wait()
@@ -51,27 +122,50 @@ class Publisher:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while self._pending:
-                puts = self._pending[:MOST_AT_ONCE]
-                del self._pending[:MOST_AT_ONCE]
-                await self._write([addressed for entries in puts for addressed in entries])
-                self._written += len(puts)
-                self._progress.set()
-                self._progress = asyncio.Event()
+            puts, self._pending = self._pending, []
+            await self._write(puts)
+            self._written += len(puts)
+            self._progress.set()
+            self._progress = asyncio.Event()
 
-    async def _write(self, batch: list[Addressed]) -> None:
-        """Writes the batch, however long Redis is away."""
-        arguments = append_arguments(batch, self._settings)
-        uncertain = False
+    async def _write(self, puts: list[Put]) -> None:
+        """Writes the puts, and before them what Redis has lost."""
+        while puts:
+            now = [put for put in puts[:MOST_AT_ONCE] if not put[0].refusal]
+            puts = puts[MOST_AT_ONCE:]
+            refused = await self._send([entry for _, entries in now for entry in entries])
+            lost = self._take_back(now, refused) if refused else {}
+            for feed, entries in now:
+                if feed not in lost and not feed.refusal:
+                    feed.note_written(entries)
+            again = [put for put in now if put[0] in lost]
+            puts = [*((f, [e]) for f, entries in lost.items() for e in entries), *again, *puts]
+
+    async def _send(self, batch: Sequence[Wire]) -> list[Any]:
+        """Writes the batch, however long Redis is away; returns what append.lua does."""
+        if not batch:
+            return []
+        arguments = wire_arguments(batch, self._settings)
         while True:
             try:
-                refused = await self._append(**arguments)
-                break
+                refused: list[Any] = await self._append(**arguments)
+                return refused
             except RedisError as failure:
                 log.warning("token log not written, trying again: %s", failure)
-                # The write may have happened: an id that is refused now tells nothing.
-                uncertain = True
                 await asyncio.sleep(RETRY_S)
-        if refused and not uncertain:
-            for job_id in {batch[place - 1].entry.job_id for place in refused}:
-                self._on_refused(job_id)
+
+    def _take_back(self, puts: Sequence[Put], refused: Sequence[Any]) -> dict[Feed, list[Wire]]:
+        """What the attempts that were refused can write once more; stops those that cannot."""
+        feeds = [feed for feed, entries in puts for _ in entries]
+        lost: dict[Feed, list[Wire]] = {}
+        for place, reason in zip(refused[::2], refused[1::2], strict=True):
+            feed = feeds[place - 1]
+            if feed in lost or feed.refusal:
+                continue
+            if missing := feed.take_back(reason):
+                log.warning("job %s: writes %d lost entries again", feed.attempt, len(missing))
+                lost[feed] = missing
+            else:
+                feed.refusal = Refusal.STALE if reason == b"stale" else Refusal.GAP
+                self._on_refused(feed.attempt)
+        return lost

@@ -14,7 +14,7 @@ from contextlib import aclosing, asynccontextmanager
 import httpx
 from pydantic import BaseModel, ConfigDict, Field
 
-from gpu_worker.engine import Load, Message, Receive, Send, read_args, read_body
+from gpu_worker.engine import Load, Message, Receive, Send, answer_unless_left, read_args, read_body
 from tasks.errors import ConfigurationError, OverloadedError, StreamBrokenError
 from tasks.models import Model
 
@@ -65,8 +65,11 @@ class RemoteEngine:
         return None  # `read_timeout_s` bounds the server's silence
 
     async def app(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Relays one request; leaving it closes the connection, which frees the server's slot."""
+        """Relays one request; if the client leaves, the connection closes, which frees a slot."""
         body = self._renamed(await read_body(receive))
+        await answer_unless_left(receive, self._relay(scope, body, send))
+
+    async def _relay(self, scope: Message, body: bytes, send: Send) -> None:
         headers = [pair for pair in scope["headers"] if pair[0] in FORWARDED]
         request = self._client.build_request(
             scope["method"], scope["path"], content=body, headers=headers

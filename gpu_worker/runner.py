@@ -3,24 +3,25 @@
 import asyncio
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from gpu_worker.engine import Engine, Message
 from gpu_worker.metrics import Meter
-from gpu_worker.publisher import Publisher
+from gpu_worker.publisher import Feed, Publisher, Refusal
 from gpu_worker.tape import Tape, current_tape
 from tasks.errors import JobFailedError, StreamBrokenError
-from tasks.events import End, Entry, Kind, Position, Start
+from tasks.events import Attempt, End, Entry, Kind, Start
 from tasks.message import Claim, State
-from tasks.token_log import Addressed
 
 log = logging.getLogger(__name__)
 
 # The moment at which the first attempt began stands in each chunk, before anything of the model's.
 _CREATED = re.compile(rb'"created": ?\d+')
 NOT_IMPLEMENTED = 501
+# An app that is told that its client has left ends within milliseconds.
+MOST_LEAVING_S = 5.0
 
 
 class EngineDiedError(Exception):
@@ -31,18 +32,24 @@ class EngineFailedError(Exception):
     """The engine answered 5xx, and nothing of it was sent: the job is to be tried again."""
 
 
+class LogLostError(Exception):
+    """The log has lost what only a next attempt can bring again."""
+
+
 class DivergedError(Exception):
     """The engine did not say again what clients have already."""
 
 
 @dataclass(frozen=True)
 class History:
-    """What earlier attempts of a job have left in its log."""
+    """What earlier attempts of a job have left in its log, up to the takeover."""
 
     head: Start | None = None
     events: Sequence[bytes] = ()
     records: Sequence[bytes] = ()
     end: End | None = None
+    continued: bytes = b""
+    """Position of the last entry, as the takeover tells it."""
 
     @classmethod
     def read(cls, entries: Sequence[Entry]) -> "History":
@@ -55,6 +62,7 @@ class History:
             [entry.data for entry in by_kind[Kind.BODY]],
             [entry.record for entry in entries if entry.record],
             End.decode(ends[0].data) if ends else None,
+            entries[-1].data if entries[-1].kind is Kind.TAKEOVER else b"",
         )
 
     @property
@@ -73,29 +81,44 @@ class Running:
     history: History
     tape: Tape = field(init=False)
     meter: Meter = field(init=False)
+    feed: Feed = field(init=False)
     task: "asyncio.Task[None] | None" = None
     head: Start | None = None
-    has_ended: asyncio.Event = field(default_factory=asyncio.Event)
+    is_stopped: bool = False
     body_given: bool = False
+    _has_left: asyncio.Event = field(default_factory=asyncio.Event)
+    """The client needs nothing more: it has all of the answer, or the job was stopped."""
     _whole: list[bytes] = field(default_factory=list)
     """The pieces of a body that is not streamed: clients get all of it or nothing."""
     has_diverged: bool = False
+    has_progressed: asyncio.Event = field(default_factory=asyncio.Event)
+    """It has sent an event that no earlier attempt has sent."""
     _repeated: int = 0
     _created: tuple[bytes, bytes] = (b"", b"")
 
     def __post_init__(self) -> None:
         self.tape = Tape(self.history.records)
         self.meter = Meter(self.claim)
-        # The first entry of a later attempt is its takeover.
-        self._next_seq = 0 if self.claim.attempt == 1 else 1
+        self.feed = Feed(self.publisher, self.claim, self.history.continued)
 
     async def receive(self) -> Message:
-        """ASGI's receive: the request's body, then nothing until the task is cancelled."""
-        if self.body_given:
-            await self.has_ended.wait()
+        """ASGI's receive: the request's body, and, when the client has left, that it has."""
+        if self.body_given or self.is_stopped:
+            await self._has_left.wait()
             return {"type": "http.disconnect"}
         self.body_given = True
         return {"type": "http.request", "body": self.claim.job.body, "more_body": False}
+
+    def stop(self) -> None:
+        """Tells the app that its client has left; what it still says is heard by nobody.
+
+        An app may run its handler in a task of its own, as vLLM's does for an answer that is not
+        streamed: to cancel the app's task would leave that one running.
+        """
+        self.is_stopped = True
+        self._has_left.set()
+        if self.task:
+            asyncio.get_running_loop().call_later(MOST_LEAVING_S, self.task.cancel)
 
     async def send(self, message: Message) -> None:
         """ASGI's send: each message becomes an entry of the job's log.
@@ -104,6 +127,8 @@ class Running:
             EngineDiedError: what the app says is the engine's death, not the job's answer.
             DivergedError: it is not what clients have.
         """
+        if self.is_stopped:
+            return
         if self.engine.is_dead():
             raise EngineDiedError
         if self.has_diverged:
@@ -117,7 +142,7 @@ class Running:
             else:
                 self._whole.append(body)
         if not message.get("more_body"):
-            self.has_ended.set()
+            self._has_left.set()
 
     async def close(self) -> State:
         """Ends the job as the engine has answered it.
@@ -144,7 +169,7 @@ class Running:
         """Ends the log. Whoever sees the job in its final state then finds the end there."""
         self.meter.end(self.tape.input_tokens, self.tape.output_tokens)
         self._put((Kind.END, end.encode()))
-        await self.publisher.written()
+        await self.feed.written()
         return end.state
 
     def _begin(self, message: Message) -> None:
@@ -168,17 +193,14 @@ class Running:
             return
         self.meter.output(self.tape.output_tokens)
         self._put((Kind.BODY, event))
+        self.has_progressed.set()
 
     def _put(self, *pieces: tuple[Kind, bytes]) -> None:
         """Puts entries that stand in the log together or not at all."""
-        claim, entries = self.claim, []
-        for kind, data in pieces:
-            position = Position(claim.attempt, self._next_seq)
-            record = self.tape.take() if kind is Kind.BODY else b""
-            entry = Entry(claim.job.id, position, kind, data, record)
-            entries.append(Addressed(entry, claim.job.listener))
-            self._next_seq += 1
-        self.publisher.put(entries)
+        take = self.tape.take
+        self.feed.put(
+            *((kind, data, take() if kind is Kind.BODY else b"") for kind, data in pieces)
+        )
 
 
 def _found(pattern: re.Pattern[bytes], text: bytes) -> bytes:
@@ -193,66 +215,95 @@ def _text(headers: Any) -> list[tuple[str, str]]:
 class Runner:
     """Runs claimed jobs on the engine, all at once, on its event loop."""
 
-    def __init__(self, engine: Engine, publisher: Publisher) -> None:
+    def __init__(
+        self, engine: Engine, publisher: Publisher, on_cleared: Callable[[Claim], None]
+    ) -> None:
+        """`on_cleared` is called, in a thread, when a suspect has got further than ever before."""
         self._engine = engine
         self._publisher = publisher
-        self._running: dict[str, Running] = {}
+        self._on_cleared = on_cleared
+        self._running: dict[Attempt, Running] = {}
 
     async def run(self, claim: Claim, history: History) -> State | None:
         """Runs the job to its end, from where earlier attempts have brought it.
 
         Returns:
-            Its final state; None when it was stopped and is no longer this worker's.
+            Its final state; None when it was stopped and is no longer this worker's. Either way
+            the engine has done with it.
 
         Raises:
             EngineDiedError: the engine died; nothing that it said of its death was sent.
             EngineFailedError: the job is to be tried again.
+            LogLostError: its log has a gap that only a next attempt can fill.
         """
         running = Running(claim, self._publisher, self._engine, history)
-        if history.end:
-            return await running.end(history.end)
-        if history.is_lost:
+        self._running[Attempt.of(claim)] = running
+        try:
+            state = await self._run(running)
+        finally:
+            del self._running[Attempt.of(claim)]
+        if running.feed.refusal is Refusal.GAP:
+            raise LogLostError(Refusal.GAP.value)
+        return None if running.is_stopped or running.feed.refusal else state
+
+    async def _run(self, running: Running) -> State | None:
+        if running.history.end:
+            return await running.end(running.history.end)
+        if running.history.is_lost:
             return await running.end(End.failed(StreamBrokenError()))
-        self._running[claim.job.id] = running
+        if not running.claim.is_suspect:
+            return await self._answer(running)
+        clearing = asyncio.ensure_future(self._clear(running))
         try:
             return await self._answer(running)
         finally:
-            self._running.pop(claim.job.id, None)
+            clearing.cancel()
+
+    async def _clear(self, running: Running) -> None:
+        await running.has_progressed.wait()
+        if await running.feed.written():
+            await asyncio.to_thread(self._on_cleared, running.claim)
 
     async def _answer(self, running: Running) -> State | None:
-        claim = running.claim
         current_tape.set(running.tape)
         running.task = asyncio.ensure_future(
-            self._engine.app(_scope(claim), running.receive, running.send)
+            self._engine.app(_scope(running.claim), running.receive, running.send)
         )
         try:
             await running.task
-            return await running.close()
+            return None if running.is_stopped else await running.close()
         except asyncio.CancelledError:
             return None
         except EngineFailedError:
             raise
-        except Exception as failure:  # the process boundary of foreign code: vLLM's app
-            if self._engine.is_dead():
-                raise EngineDiedError from failure
-            if running.has_diverged or isinstance(failure, DivergedError):
-                log.warning("job %s: cannot be continued as it began", claim.job.id)
-                return await running.end(End.failed(StreamBrokenError()))
-            log.exception("job %s: the engine's app failed", claim.job.id)
-            failed = End.failed(JobFailedError("the engine failed on this request"))
-            return await running.end(failed)
+        except Exception as failure:  # noqa: BLE001 (boundary of foreign code: vLLM's app)
+            if running.is_stopped:
+                return None
+            return await self._fail(running, failure)
 
-    def stop(self, job_id: str) -> None:
+    async def _fail(self, running: Running, failure: Exception) -> State:
+        """Ends the job that the engine's app has not answered."""
+        job_id = running.claim.job.id
+        if self._engine.is_dead():
+            raise EngineDiedError from failure
+        if running.has_diverged or isinstance(failure, DivergedError):
+            log.warning("job %s: cannot be continued as it began", job_id)
+            return await running.end(End.failed(StreamBrokenError()))
+        log.error("job %s: the engine's app failed", job_id, exc_info=failure)
+        failed = End.failed(JobFailedError("the engine failed on this request"))
+        return await running.end(failed)
+
+    def stop(self, attempt: Attempt) -> None:
         """Stops a job that is no longer this worker's: the engine frees its slot."""
-        running = self._running.get(job_id)
-        if running and running.task:
-            log.info("job %s: stopped", job_id)
-            running.task.cancel()
+        running = self._running.get(attempt)
+        if running and not running.is_stopped:
+            log.info("job %s: stopped", attempt)
+            running.stop()
 
     def stop_all(self) -> None:
         """Stops whatever runs."""
-        for job_id in list(self._running):
-            self.stop(job_id)
+        for attempt in list(self._running):
+            self.stop(attempt)
 
 
 def _scope(claim: Claim) -> Message:
@@ -260,7 +311,8 @@ def _scope(claim: Claim) -> Message:
     job = claim.job
     return {
         "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        # From 2.4 on Starlette's streams do not listen for a client that leaves.
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
         "http_version": "1.1",
         "method": "POST",
         "scheme": "http",

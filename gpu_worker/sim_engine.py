@@ -17,7 +17,7 @@ from uuid import uuid4
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
-from gpu_worker.engine import Load, Message, Receive, Send, read_args, read_body
+from gpu_worker.engine import Load, Message, Receive, Send, answer_unless_left, read_args, read_body
 from gpu_worker.sim_answers import (
     CONTEXT_TOKENS,
     ROUTES,
@@ -34,6 +34,7 @@ from gpu_worker.tape import get_tape
 from tasks.models import Model
 
 FAILS_AT_TOKEN = 3  # the client has something by then
+LOOP_ROUNDS_S = 0.001
 
 
 class Args(BaseModel):
@@ -73,16 +74,7 @@ class SimEngine:
     async def app(self, scope: Message, receive: Receive, send: Send) -> None:
         """One request; a client that goes away ends it at once."""
         body = await read_body(receive)
-        answering = asyncio.ensure_future(self._answer(scope, body, send))
-        leaving = asyncio.ensure_future(_left(receive))
-        try:
-            await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if answering.done():
-                answering.result()
-        finally:
-            answering.cancel()
-            leaving.cancel()
-            await asyncio.gather(answering, leaving, return_exceptions=True)
+        await answer_unless_left(receive, self._answer(scope, body, send))
 
     async def _answer(self, scope: Message, body: bytes, send: Send) -> None:
         endpoint = ROUTES.get(scope["path"])
@@ -145,9 +137,11 @@ class SimEngine:
         if number == 0:
             await asyncio.sleep(self._args.first_token_s)
         elif rate := self._args.tokens_per_s:
-            # Woken on common ticks, as sequences of one batch are.
-            ticks = asyncio.get_running_loop().time() * rate
-            await asyncio.sleep((math.floor(ticks) + 1 - ticks) / rate)
+            # Woken on common ticks, as sequences of one batch are. The loop rounds to milliseconds:
+            # who is woken that much too early has had this tick.
+            now_s = asyncio.get_running_loop().time()
+            tick = math.floor(now_s * rate + min(rate * LOOP_ROUNDS_S, 0.5)) + 1
+            await asyncio.sleep(tick / rate - now_s)
         else:
             await asyncio.sleep(0)
         last = answer.length - 1
@@ -199,11 +193,6 @@ async def open_engine(model: Model) -> AsyncIterator[SimEngine]:
         ConfigurationError: an argument is unknown or out of range.
     """
     yield SimEngine(model, read_args(model, Args))
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _send_head(

@@ -170,7 +170,8 @@ class Alerter:
             log.error("alerts not delivered, to be sent again: %s", type(failed).__name__)
             return False
         for alert in due:
-            log.warning("alert %s: %s", alert.status, alert.summary)
+            about = {"alert": alert.name, "model": alert.model}
+            log.warning("alert %s: %s", alert.status, alert.summary, extra=about)
         return True
 
 

@@ -8,7 +8,7 @@ nothing to do; so none of Celery's redelivery is needed, and the settings below 
 import functools
 from typing import Any
 
-from celery import Celery
+from celery import Celery, signals
 from celery.app.amqp import AMQP
 from kombu.connection import Connection
 from kombu.transport.virtual import Message
@@ -49,6 +49,11 @@ class TicketAMQP(AMQP):  # type: ignore[misc]
         consumer = super().TaskConsumer(channel, **options, no_ack=True)
         consumer.channel.Message = _Ticket
         return consumer
+
+
+@signals.setup_logging.connect  # type: ignore[untyped-decorator]
+def _leave_logging(**_options: Any) -> None:
+    """Keeps Celery from setting up loggers of its own: they write where logs.py says."""
 
 
 @functools.cache

@@ -7,7 +7,8 @@ The scripts in lua/ make every step atomic, and take the time from Redis, never 
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,26 +16,47 @@ from redis import Redis
 
 from tasks import keys
 from tasks.app import make_ticket
-from tasks.errors import IdempotencyError, OverloadedError
+from tasks.errors import (
+    BacklogBytesError,
+    IdempotencyError,
+    OverloadedError,
+    RecordsFullError,
+)
 from tasks.message import Cause, Claim, Job, Lane, Snapshot, State, Terms, about_job, new_id
 from tasks.settings import Settings, get_settings
 
 log = logging.getLogger(__name__)
 
 LUA = Path(__file__).parent / "lua"
-REAPED_AT_ONCE = 1000
+# Bounds one script's run in Redis.
+REAPED_AT_ONCE = 200
+# Tickets of a model; one per idle slot is enough, for a busy one goes on by itself.
+MOST_TICKETS = 256
+# Records of changes that wait for SQL; a million takes some 300 MB.
+MOST_RECORDS = 1_000_000
+# From a job's check to its queueing, while SQL commits it.
+RESERVATION_S = 60
+
+_FULL: dict[str, type[OverloadedError]] = {
+    "lane": OverloadedError,
+    "bytes": BacklogBytesError,
+    "records": RecordsFullError,
+}
 
 
 def load_script(client: Any, *names: str) -> Callable[..., Any]:
     """The files lua/<name>.lua as one script, run by its hash, by a blocking or asyncio client."""
-    script: Callable[..., Any] = client.register_script(_read_scripts(names))
+    script: Callable[..., Any] = client.register_script(read_scripts(names))
     return script
 
 
 @functools.cache
-def _read_scripts(names: tuple[str, ...]) -> str:
-    files = ((LUA / f"{name}.lua").read_text() for name in names)
-    return "".join([f"local COUNTS = '{keys.COUNTS}'\n", *files])
+def read_scripts(names: tuple[str, ...]) -> str:
+    """The files' text, behind the constants and functions that all scripts share."""
+    constants = keys.SCRIPT_NAMES | {"MOST_TICKETS": MOST_TICKETS}
+    lines = [f"local {name} = {value!r}\n" for name, value in constants.items()]
+    files = [(LUA / f"{name}.lua").read_text() for name in ("clock", *names)]
+    return "".join(lines + files)
 
 
 class Reaped(NamedTuple):
@@ -63,13 +85,18 @@ class Backlog:
     def __init__(self, redis: Redis, settings: Settings | None = None) -> None:
         self.redis = redis
         self._settings = settings or get_settings()
-        self._submit = load_script(redis, "record", "submit")
-        self._claim = load_script(redis, "record", "claim")
+        self._submit = load_script(redis, "state", "submit")
+        self._claim = load_script(redis, "state", "claim")
+        self._clear = load_script(redis, "state", "clear")
         self._renew = load_script(redis, "renew")
-        self._requeue = load_script(redis, "record", "requeue")
-        self._finish = load_script(redis, "record", "finish")
-        self._cancel = load_script(redis, "record", "cancel")
-        self._reap = load_script(redis, "record", "reap")
+        self._requeue = load_script(redis, "state", "requeue")
+        self._finish = load_script(redis, "state", "finish")
+        self._cancel = load_script(redis, "state", "cancel")
+        self._reap = load_script(redis, "state", "reap")
+        self._settle = load_script(redis, "state", "settle")
+        self._forget = load_script(redis, "state", "forget")
+        self._sweep = load_script(redis, "state", "sweep")
+        self._wake = load_script(redis, "state", "wake")
 
     def submit(self, job: Job, terms: Terms = Terms()) -> str:  # noqa: B008 (frozen)
         """Puts the job at the end of its priority in its lane, and sends a ticket for it.
@@ -78,32 +105,48 @@ class Backlog:
             Its id, or that of the job that holds the idempotency key.
 
         Raises:
-            OverloadedError: the lane is full.
+            OverloadedError: the lane is full, or what it holds in Redis.
             IdempotencyError: another request holds the key.
         """
+        if terms.deadline_s is None:
+            terms = terms.with_deadline(self._settings.job_ttl_s)
+        job_id = self._put("submit", job, terms)
+        if job_id == job.id:
+            self._log_accepted(job)
+        return job_id
+
+    def reserve(self, job: Job, terms: Terms) -> str:
+        """Asks whether the job could be submitted, and holds its idempotency key for a minute.
+
+        Returns and raises what `submit` would.
+        """
+        return self._put("reserve", job, terms)
+
+    def queue(self, job: Job, terms: Terms) -> None:
+        """Submits a job that SQL has: it is never refused. Doing it again changes nothing."""
+        self._put("queue", job, terms)
+        self._log_accepted(job)
+
+    def _put(self, step: str, job: Job, terms: Terms) -> str:
+        settings = self._settings
         deadline_us = "" if terms.deadline_s is None else int(terms.deadline_s * 1e6)
         fingerprint = terms.fingerprint if terms.idempotency_key else ""
         reply = self._submit(
-            keys=[
-                *(keys.job(job.id), keys.backlog(job.model, job.lane), keys.MODELS),
-                *(keys.DEADLINES, keys.tickets(job.model)),
-                keys.idempotency(job.tenant, terms.idempotency_key),
-            ],
+            keys=[keys.idempotency(job.tenant, terms.idempotency_key)],
             args=[
-                *(job.id, job.model, self._settings.max_backlog, self._settings.job_ttl_s),
-                *(terms.priority, deadline_us, fingerprint),
-                *(terms.first_attempt, self._settings.max_attempts),
+                *(step, job.id, job.model, job.lane, len(job.body)),
+                *(settings.max_backlog, settings.max_backlog_bytes, MOST_RECORDS),
+                *(fingerprint, RESERVATION_S if step == "reserve" else settings.job_ttl_s),
+                *(terms.priority, deadline_us, terms.first_attempt, settings.max_attempts),
                 make_ticket(job.model, job.id),
                 *job.encode(),
             ],
         )
-        if not reply:
-            raise OverloadedError
-        job_id, *known = (value.decode() for value in reply)
-        if known and known != [fingerprint]:
+        job_id, *told = (value.decode() for value in reply)
+        if not job_id:
+            raise _FULL[told[0]]
+        if told and told != [fingerprint]:
             raise IdempotencyError
-        if job_id == job.id:
-            self._log_accepted(job)
         return str(job_id)
 
     def _log_accepted(self, job: Job) -> None:
@@ -112,19 +155,11 @@ class Backlog:
             about["request"] = job.body.decode(errors="replace")
         log.info("job accepted", extra=about_job(job) | about)
 
-    def holder(self, tenant: str, idempotency_key: str, fingerprint: str) -> str | None:
-        """The job that holds the key, if there is one.
-
-        Raises:
-            IdempotencyError: another request holds the key.
-        """
-        held: Any = self.redis.get(keys.idempotency(tenant, idempotency_key))
-        if held is None:
-            return None
-        known, job_id = held.decode().split()
-        if known != fingerprint:
-            raise IdempotencyError
-        return str(job_id)
+    def release(self, job: Job, terms: Terms) -> None:
+        """Gives up the key that `reserve` holds for a job that is not accepted after all."""
+        key = keys.idempotency(job.tenant, terms.idempotency_key)
+        if self.redis.get(key) == f"{terms.fingerprint} {job.id}".encode():
+            self.redis.delete(key)
 
     def look(self, job_ids: Sequence[str]) -> list[Snapshot | None]:
         """The jobs as they stand; None for one that Redis does not hold."""
@@ -133,38 +168,34 @@ class Backlog:
             pipeline.hmget(keys.job(job_id), Snapshot.FIELDS)
         return [Snapshot.decode(*found) for found in zip(job_ids, pipeline.execute(), strict=True)]
 
-    def missing(self, job_ids: Sequence[str]) -> list[str]:
-        """Those of the jobs that Redis does not hold."""
-        pipeline = self.redis.pipeline(transaction=False)
-        for job_id in job_ids:
-            pipeline.exists(keys.job(job_id))
-        return [j for j, is_there in zip(job_ids, pipeline.execute(), strict=True) if not is_there]
+    def claim(self, model: str, worker: str, token: str = "", free_slots: int = 1) -> Claim | None:
+        """Leases the first job of the model to the worker; None when none waits that fits.
 
-    def body(self, job_id: str) -> bytes | None:
-        """The request of a job that has not been completed."""
-        found: Any = self.redis.hget(keys.job(job_id), "body")
-        return None if found is None else bytes(found)
-
-    def claim(self, model: str, worker: str) -> Claim | None:
-        """Leases the first job of the model to the worker; None when nothing waits."""
+        The same token again, for a claim whose reply was lost, returns the same job.
+        """
         lease_us = int(self._settings.lease_s * 1e6)
         reply = self._claim(
-            keys=[
-                *(keys.LEASES, keys.LEDGER, keys.DEADLINES, keys.PAUSED),
-                *(keys.suspect(worker), *lanes(model)),
+            keys=[keys.claim(token or uuid.uuid4().hex), keys.suspect(worker)],
+            args=[
+                *(worker, lease_us, model, free_slots, make_ticket(model, new_id())),
+                " ".join(Lane),
+                *Claim.FIELDS,
             ],
-            args=[worker, lease_us, keys.JOB_PREFIX, model, *Claim.FIELDS],
         )
         return None if reply is None else Claim.decode(reply)
 
-    def renew(self, held: Iterable[Claim]) -> list[str]:
-        """Renews the leases of these claims; returns the jobs that are no longer held."""
+    def clear(self, claim: Claim) -> None:
+        """Notes that a suspect has produced what no attempt before it did."""
+        ticket = make_ticket(claim.job.model, new_id())
+        self._clear(keys=[keys.suspect(claim.worker)], args=[claim.job.id, claim.attempt, ticket])
+
+    def renew(self, held: Sequence[Claim]) -> list[Claim]:
+        """Renews the leases of these claims; returns those that are no longer held."""
+        if not held:
+            return []
         lease_us = int(self._settings.lease_s * 1e6)
         pairs = [value for claim in held for value in (claim.job.id, claim.attempt)]
-        if not pairs:
-            return []
-        lost = self._renew(keys=[keys.LEASES], args=[lease_us, keys.JOB_PREFIX, *pairs])
-        return [job_id.decode() for job_id in lost]
+        return [held[position - 1] for position in self._renew(args=[lease_us, *pairs])]
 
     def requeue(self, claim: Claim, cause: Cause, reason: str, delay_s: float = 0) -> State | None:
         """Hands a claimed job back, for another worker or a later try; or ends it as a dead letter.
@@ -172,17 +203,9 @@ class Backlog:
         Returns:
             Its new state; None: it was taken from this worker before.
         """
-        model = claim.job.model
+        ticket = make_ticket(claim.job.model, new_id())
         state = self._requeue(
-            keys=[
-                *(keys.job(claim.job.id), keys.LEASES, keys.LEDGER, keys.DELAYED),
-                keys.tickets(model),
-            ],
-            args=[
-                *(claim.job.id, claim.attempt, keys.BACKLOG_PREFIX),
-                *(self._settings.log_retention_s, reason, cause, int(delay_s * 1e6)),
-                make_ticket(model, new_id()),
-            ],
+            args=[claim.job.id, claim.attempt, reason, cause, int(delay_s * 1e6), ticket]
         )
         return None if state is None else State(state.decode())
 
@@ -192,26 +215,17 @@ class Backlog:
         False: it was taken from this worker before, and its result is void.
         """
         ended = self._finish(
-            keys=[
-                *(keys.job(claim.job.id), keys.LEASES, keys.LEDGER),
-                keys.service(claim.job.model),
-            ],
-            args=[
-                *(claim.job.id, claim.attempt, state),
-                *(self._settings.log_retention_s, dead_because),
-            ],
+            keys=[keys.service(claim.job.model)],
+            args=[claim.job.id, claim.attempt, state, dead_because],
         )
         return bool(ended)
 
-    def cancel(self, job_id: str, model: str) -> Cancelled | None:
-        """Cancels a queued or running job; None when it has ended already."""
-        reply = self._cancel(
-            keys=[
-                *(keys.job(job_id), keys.LEASES, keys.LEDGER, keys.DEADLINES, keys.DELAYED),
-                *lanes(model),
-            ],
-            args=[job_id, self._settings.log_retention_s],
-        )
+    def cancel(self, job_id: str, *, unless_attached: bool = False) -> Cancelled | None:
+        """Cancels a queued or running job; None when it has ended otherwise.
+
+        With `unless_attached` a job stays that another client has asked for by its key.
+        """
+        reply = self._cancel(args=[job_id, int(unless_attached)])
         if reply is None:
             return None
         tenant, attempt, worker, listener = (value.decode() for value in reply)
@@ -220,25 +234,40 @@ class Backlog:
     def reap(self) -> list[Reaped]:
         """Takes the jobs whose lease has expired from their workers, and ends those too late.
 
-        And has those wait again whose delay is over.
+        And has those wait again whose delay is over. A bounded number at once.
         """
-        reply = self._reap(
-            keys=[keys.LEASES, keys.LEDGER, keys.DEADLINES, keys.DELAYED],
-            args=[
-                *(keys.JOB_PREFIX, keys.BACKLOG_PREFIX),
-                *(self._settings.log_retention_s, REAPED_AT_ONCE),
-            ],
-        )
         return [
             Reaped(job_id, model, tenant, int(attempt), listener, State(state))
-            for row in reply
+            for row in self._reap(args=[REAPED_AT_ONCE])
             for job_id, model, tenant, attempt, listener, state in [map(bytes.decode, row)]
         ]
+
+    def settle(self, job_ids: Sequence[str]) -> list[str]:
+        """Lets ended jobs expire, now that SQL has them; returns those that have ended here too."""
+        if not job_ids:
+            return []
+        settled = self._settle(args=[self._settings.log_retention_s, *job_ids])
+        return [job_id for job_id, has_ended in zip(job_ids, settled, strict=True) if has_ended]
+
+    def forget(self, job_id: str, attempt: int) -> None:
+        """Forgets an accepted job that ended without an answer: the reconciler queues it again."""
+        self._forget(args=[job_id, attempt])
+
+    def sweep(self, job_ids: Sequence[str], *, place: str = "", is_open: bool = False) -> list[str]:
+        """Mends what does not fit (lua/sweep.lua); returns what was found, for each job.
+
+        They are the members of the zset `place` if it is given. `is_open`: SQL says that they have
+        not ended.
+        """
+        if not job_ids:
+            return []
+        found = self._sweep(args=[place, int(is_open), *job_ids])
+        return [kind.decode() for kind in found]
 
     def send_tickets(self, model: str, number: int = 1) -> None:
         """Tells the model's workers once more that there is work."""
         tickets = [make_ticket(model, new_id()) for _ in range(number)]
-        self.redis.lpush(keys.tickets(model), *tickets)
+        self._wake(args=[model, *tickets])
 
     def pause(self, model: str) -> None:
         """Has all workers of the model leave its backlog alone; what runs goes on."""
@@ -257,8 +286,3 @@ class Backlog:
         """The models that have had a job."""
         names: set[bytes] = self.redis.smembers(keys.MODELS)  # type: ignore[assignment]
         return sorted(name.decode() for name in names)
-
-
-def lanes(model: str) -> list[str]:
-    """The keys of a model's backlog, in the order of service."""
-    return [keys.backlog(model, lane) for lane in Lane]

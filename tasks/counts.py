@@ -24,6 +24,8 @@ class Counted(StrEnum):
     """[`letter`]"""
     TICKETS = "tickets"
     """[`reissued`]"""
+    REPAIRS = "repairs"
+    """[what maintenance mended: `misplaced`, `stray`, `unrecorded` (lua/sweep.lua), `lost`]"""
     WEBHOOKS = "webhooks"
     """[what came of a call (webhooks.py): `delivered`, `pending`, `failed`, `disabled`]"""
 

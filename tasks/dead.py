@@ -3,12 +3,12 @@
 from datetime import UTC, datetime
 from typing import Any
 
-from db import dead, jobs
+from db import dead
 from db.models import JobEvent, JobRecord
 from tasks.errors import ConflictError, NotKnownError
 from tasks.jobs import Jobs
 from tasks.message import new_id
-from tasks.reconciler import queued, terms
+from tasks.reconciler import dispatch
 
 
 def describe(job: JobRecord, reasons: list[JobEvent] | None = None) -> dict[str, Any]:
@@ -54,7 +54,6 @@ def retry(queue: Jobs, url: str, job_id: str) -> str:
     Raises:
         NotKnownError: there is no such dead letter.
         ConflictError: its request is no longer kept.
-        OverloadedError: the lane is full.
     """
     old, _ = _find(url, job_id)
     if old.request is None:
@@ -67,14 +66,14 @@ def retry(queue: Jobs, url: str, job_id: str) -> str:
         lane=old.lane,
         created_at=datetime.now(UTC),
         request=old.request,
+        sequences=old.sequences,
         priority=old.priority,
         webhook=old.webhook,
         meta=old.meta,
     )
-    if not dead.settle(url, job_id):
+    if not dead.replace(url, job_id, job):
         raise _not_found(job_id)
-    jobs.accept(url, [job])
-    queue.backlog.submit(queued(job), terms(job))
+    dispatch(queue, job)
     return job.id
 
 

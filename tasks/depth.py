@@ -43,9 +43,9 @@ def depths(redis: Redis, models: Iterable[str]) -> dict[tuple[str, Lane], Depth]
 
 def ask_depths(redis: Any, models: Sequence[str]) -> Any:
     """Sends the question for `depths`, through a pipeline too; `read_depths` reads the reply."""
-    lanes = [keys.backlog(model, lane) for model in models for lane in Lane]
+    lanes = [f"{model}:{lane}" for model in models for lane in Lane]
     script = load_script(redis, "depths")
-    return script(keys=lanes, args=[LOWEST_PRIORITY, int(ONE_PRIORITY)])
+    return script(args=[LOWEST_PRIORITY, int(ONE_PRIORITY), *lanes])
 
 
 def read_depths(models: Sequence[str], reply: Sequence[int]) -> dict[tuple[str, Lane], Depth]:
@@ -64,20 +64,30 @@ def depth(redis: Redis, model: str) -> Depth:
 
 
 def places(redis: Redis, queued: Sequence[Snapshot]) -> list[Place | None]:
-    """Where these jobs stand; None for one that waits no longer."""
+    """Where these jobs stand; None for one that waits no longer.
+
+    Suspects count as the first of their lane: their score is that of their first time in it.
+    """
     pipeline = redis.pipeline(transaction=False)
     for job in queued:
+        pipeline.zrank(keys.suspects(job.model, job.lane), job.id)
         pipeline.zrank(keys.backlog(job.model, job.lane), job.id)
-    ranks = pipeline.execute()
+        pipeline.zcard(keys.suspects(job.model, job.lane))
+    asked = pipeline.execute()
+    ranks = [
+        rank if rank is not None else ready if ready is None else ready + suspects
+        for rank, ready, suspects in zip(asked[::3], asked[1::3], asked[2::3], strict=True)
+    ]
     slots = _slots(redis) if queued else {}
     models = {job.model for job in queued}
-    ahead: dict[str, Any] = {m: redis.zcard(keys.backlog(m, Lane.INTERACTIVE)) for m in models}
+    waiting = depths(redis, models)
     each_s = {model: _start_interval_s(redis, model, slots.get(model, 0)) for model in models}
 
     def place(job: Snapshot, rank: int | None) -> Place | None:
         if rank is None:
             return None
-        position = rank + 1 + (ahead[job.model] if job.lane is Lane.BATCH else 0)
+        interactive = waiting[job.model, Lane.INTERACTIVE].jobs
+        position = rank + 1 + (interactive if job.lane is Lane.BATCH else 0)
         interval_s = each_s[job.model]
         eta_s = None if interval_s is None else math.ceil(position * interval_s * 10) / 10
         return Place(position, eta_s)

@@ -121,6 +121,28 @@ class OverloadedError(SluiceError):
     retry_after_s = 5.0
 
 
+class RecordsFullError(OverloadedError):
+    """Too many ended jobs wait to be recorded: maintenance or the database is away; try later."""
+
+    code = "records_full"
+
+
+class BacklogBytesError(OverloadedError):
+    """The requests that wait for this model hold too many bytes; try again later."""
+
+    code = "backlog_bytes_full"
+
+
+class KeyInUseError(SluiceError):
+    """The request that has this Idempotency-Key is just being accepted; try again shortly."""
+
+    status = 409
+    type = "conflict_error"
+    code = "idempotency_key_in_use"
+    retry_after_s = 1.0
+    should_retry = True
+
+
 class QueueUnavailableError(SluiceError):
     """The queue cannot be reached at the moment; try again shortly."""
 

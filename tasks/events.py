@@ -1,7 +1,8 @@
 """What a worker sends back: entries of a job's token log, also published to the relay.
 
 An entry is START (status and headers), BODY (a piece of the response's body), END (how it ended),
-or TAKEOVER, the first entry of each attempt after the first.
+or TAKEOVER, the first entry of each attempt after the first: its data is the position of the last
+entry that it goes on from, b"" for none. A client that has more than that has what is gone.
 Its position is `<attempt>-<seq>`: the id in the log, where Redis refuses ids that do not grow, so
 nothing that a worker writes after another took over can enter. `seq` counts from 0 without gaps.
 What a next attempt needs to go on stands beside the entries, as records: only workers read them.
@@ -16,10 +17,38 @@ from typing import Any, NamedTuple, Self
 import orjson
 
 from tasks.errors import DecodeError, SluiceError
-from tasks.message import State
+from tasks.message import Claim, State
 
 LOG_FIELD = b"e"
 RECORD_FIELD = b"r"
+
+
+class Attempt(NamedTuple):
+    """One run of a job: what a worker holds, runs, and is told to stop."""
+
+    job_id: str
+    number: int
+
+    def __str__(self) -> str:
+        """As it stands on a control channel."""
+        return f"{self.job_id} {self.number}"
+
+    @classmethod
+    def parse(cls, told: bytes) -> Self:
+        """Reads what `str` has made.
+
+        Raises:
+            DecodeError: it is something else.
+        """
+        try:
+            job_id, number = told.decode().split()
+            return cls(job_id, int(number))
+        except ValueError as broken:
+            raise DecodeError(f"no attempt of a job: {told[:100]!r}") from broken
+
+    @classmethod
+    def of(cls, claim: Claim) -> Self:
+        return cls(claim.job.id, claim.attempt)
 
 
 class Kind(IntEnum):

@@ -7,7 +7,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from tasks import counts, keys
-from tasks.backlog import Backlog
+from tasks.backlog import MOST_TICKETS, Backlog, Reaped
 from tasks.counts import Counted
 from tasks.depth import depth
 from tasks.errors import (
@@ -20,15 +20,15 @@ from tasks.errors import (
 from tasks.events import End, Kind
 from tasks.message import State
 from tasks.response import Outcome, assemble
+from tasks.settings import Settings
 from tasks.token_log import TokenLog
 
 log = logging.getLogger(__name__)
 
-# A job this young has its ticket still on the way; and one round need not send all at once.
+# A job this young has its ticket still on the way.
 OLD_ENOUGH_S = 2.0
-MOST_TICKETS_AT_ONCE = 500
 
-_REASONS: dict[State, type[SluiceError]] = {
+REASONS: dict[State, type[SluiceError]] = {
     State.FAILED: JobFailedError,
     State.EXPIRED: JobExpiredError,
     State.CANCELLED: JobCancelledError,
@@ -38,24 +38,28 @@ _REASONS: dict[State, type[SluiceError]] = {
 class Jobs:
     """The queue as a whole: backlog, tickets and logs."""
 
-    def __init__(self, redis: Redis, bus: Redis) -> None:
-        self.backlog = Backlog(redis)
-        self.log = TokenLog(bus)
+    def __init__(self, redis: Redis, bus: Redis, settings: Settings | None = None) -> None:
+        self.backlog = Backlog(redis, settings)
+        self.log = TokenLog(bus, settings)
         self.bus = bus
 
-    def cancel(self, job_id: str, model: str) -> bool:
+    def cancel(self, job_id: str, model: str, *, unless_attached: bool = False) -> bool:
         """Takes the job out of the backlog, or stops the worker that runs it.
 
+        Doing it again tells whom the first try did not reach. With `unless_attached` a job stays
+        that another client has asked for by its key.
+
         Returns:
-            Whether it had not ended yet.
+            Whether it is cancelled; False: it had ended otherwise, or stays.
         """
-        cancelled = self.backlog.cancel(job_id, model)
+        cancelled = self.backlog.cancel(job_id, unless_attached=unless_attached)
         if cancelled is None:
             return False
         end = End.failed(JobCancelledError(), State.CANCELLED)
         self.log.end(job_id, cancelled.attempt, end, cancelled.listener)
         if cancelled.worker:
-            self.bus.publish(keys.control(cancelled.worker), job_id)
+            channel = keys.control(cancelled.worker)
+            self.bus.publish(channel, f"{job_id} {cancelled.attempt}")
         log.info(
             "job cancelled",
             extra={
@@ -85,38 +89,43 @@ class Jobs:
             return End.failed(JobLostError())
         if not job.state.is_final or (last and last.kind is Kind.END):
             return None
-        return End.failed(_REASONS.get(job.state, JobLostError)(), job.state)
+        return End.failed(REASONS.get(job.state, JobLostError)(), job.state)
 
     def reap(self) -> int:
         """Hands on the jobs of workers that fell silent, ends those too late; returns how many."""
-        reaped = self.backlog.reap()
-        for job in reaped:
-            log.warning(
-                "job taken back: its lease, deadline or delay is over",
-                extra={
-                    "job": job.job_id,
-                    "tenant": job.tenant,
-                    "model": job.model,
-                    "attempt": job.attempt,
-                    "state": job.state,
-                },
-            )
-            if job.state is State.QUEUED:
-                self.backlog.send_tickets(job.model)
-            else:
-                end = End.failed(_REASONS[job.state](), job.state)
-                self.log.end(job.job_id, job.attempt, end, job.listener)
-        return len(reaped)
+        number = 0
+        while reaped := self.backlog.reap():
+            number += len(reaped)
+            for job in reaped:
+                self._hand_on(job)
+        return number
+
+    def _hand_on(self, job: Reaped) -> None:
+        log.warning(
+            "job taken back: its lease, deadline or delay is over",
+            extra={
+                "job": job.job_id,
+                "tenant": job.tenant,
+                "model": job.model,
+                "attempt": job.attempt,
+                "state": job.state,
+            },
+        )
+        if job.state is State.QUEUED:
+            self.backlog.send_tickets(job.model)
+        else:
+            end = End.failed(REASONS[job.state](), job.state)
+            self.log.end(job.job_id, job.attempt, end, job.listener)
 
     def reissue_tickets(self) -> int:
-        """Sends a ticket for each waiting job that has none left; returns how many."""
+        """Sends tickets for jobs that wait without one; returns how many."""
         issued, paused = 0, self.backlog.paused()
         for model in self.backlog.models():
             if model in paused:
                 continue
             waiting = depth(self.backlog.redis, model)
             queued: Any = self.backlog.redis.llen(keys.tickets(model))
-            missing = min(waiting.jobs - queued, MOST_TICKETS_AT_ONCE)
+            missing = min(waiting.jobs, MOST_TICKETS) - queued
             if waiting.oldest_age_s >= OLD_ENOUGH_S and missing > 0:
                 self.backlog.send_tickets(model, missing)
                 issued += missing

@@ -2,30 +2,35 @@
 
 | key                    | type    | what                                  | deleted by            |
 | ---------------------- | ------- | ------------------------------------- | --------------------- |
-| backlog:{model}:{lane} | zset    | queued job -> order of service        | claim, cancel         |
-| celery:gen.{model}     | list    | tickets (app.py)                      | workers               |
+| job:{id}               | hash    | job (message.py), state, place, times | TTL once SQL has it   |
+| backlog:{model}:{lane} | zset    | queued job -> order of service        | whoever moves the job |
+| suspects:{model}:{lane}| zset    | the same, of what may kill workers    | whoever moves the job |
+| delayed                | zset    | queued job -> us from when it may run | whoever moves the job |
+| leases                 | zset    | running job -> lease expiry, us       | whoever moves the job |
+| deadlines              | zset    | job -> us by which it must start      | claim, end            |
+| celery:gen.{model}     | list    | tickets (app.py), at most 256         | workers               |
 | models                 | set     | models that have had a job            | nobody: a few names   |
-| job:{id}               | hash    | job (message.py), state, times        | TTL                   |
-| deadlines              | zset    | job -> us by which it must start      | claim, cancel, reap   |
+| body_bytes             | hash    | model -> bytes of open jobs' bodies   | nobody: a few names   |
 | key:{tenant}:{key}     | string  | fingerprint and job of a request      | TTL                   |
+| claim:{token}          | string  | job and attempt that a claim got      | TTL                   |
+| suspect:{worker}       | string  | job and attempt that may kill it      | TTL, clear            |
 | service:{model}        | string  | mean time on the engine, us           | nobody: a few names   |
-| leases                 | zset    | running job -> lease expiry, us       | finish, requeue, reap |
-| delayed                | zset    | failed job -> us of its next try      | reap, cancel          |
 | paused                 | set     | models whose backlog is not served    | `sluice resume`       |
-| suspect:{worker}       | string  | job that may kill that worker         | TTL                   |
 | ledger                 | stream  | changes not yet in SQL (ledger.py)    | maintenance           |
+| run                    | string  | run of Redis, us when it was seen     | nobody                |
 | maintenance            | string  | process that reaped last              | TTL                   |
 | counts                 | hash    | what happened -> how often (counts.py)| nobody: few fields    |
 | alerts                 | string  | conditions that hold (alerts.py)      | nobody: a few         |
 | alerts:lock            | string  | which maintenance looks at them now   | TTL                   |
 | workers                | set     | workers that may be alive             | whoever finds it dead |
 | worker:{id}            | hash    | model, slots, running, waiting        | TTL                   |
-| log:{id}               | stream  | what the worker sent back (events.py) | TTL                   |
+| log:{id}               | stream  | what the worker sent back (events.py) | TTL once SQL has it   |
 | relay:{process}        | channel | the same entries, for one API process | -                     |
-| control:{worker}       | channel | id of a job to stop, or `drain`       | -                     |
+| control:{worker}       | channel | id and attempt to stop, or `drain`    | -                     |
 
 `log` and the channels live on the bus, all else on the queue's Redis; both may be one.
-The scripts in lua/ build keys of jobs and logs themselves: Redis Cluster is not supported.
+An open job is in one of the four zsets that come after it, its place: docs/queue.md has the rules.
+The scripts in lua/ know the keys by name (SCRIPT_NAMES): Redis Cluster is not supported.
 """
 
 PREFIX = "sluice:"
@@ -37,19 +42,44 @@ DEADLINES = f"{PREFIX}deadlines"
 DELAYED = f"{PREFIX}delayed"
 PAUSED = f"{PREFIX}paused"
 LEDGER = f"{PREFIX}ledger"
+RUN = f"{PREFIX}run"
 MAINTENANCE = f"{PREFIX}maintenance"
 COUNTS = f"{PREFIX}counts"
 ALERTS = f"{PREFIX}alerts"
 ALERTS_LOCK = f"{PREFIX}alerts:lock"
 WORKERS = f"{PREFIX}workers"
+BODY_BYTES = f"{PREFIX}body_bytes"
 BACKLOG_PREFIX = f"{PREFIX}backlog:"
+SUSPECTS_PREFIX = f"{PREFIX}suspects:"
 JOB_PREFIX = f"{PREFIX}job:"
 LOG_PREFIX = f"{PREFIX}log:"
 SERVICE_PREFIX = f"{PREFIX}service:"
+TICKETS_PREFIX = f"{CELERY_PREFIX}gen."
+
+# The keys, or their beginnings, as constants of the scripts.
+SCRIPT_NAMES = {
+    "JOB": JOB_PREFIX,
+    "BACKLOG": BACKLOG_PREFIX,
+    "SUSPECTS": SUSPECTS_PREFIX,
+    "DELAYED": DELAYED,
+    "LEASES": LEASES,
+    "DEADLINES": DEADLINES,
+    "TICKETS": TICKETS_PREFIX,
+    "MODELS": MODELS,
+    "BODY_BYTES": BODY_BYTES,
+    "PAUSED": PAUSED,
+    "LEDGER": LEDGER,
+    "RUN": RUN,
+    "COUNTS": COUNTS,
+}
 
 
 def backlog(model: str, lane: str) -> str:
     return f"{BACKLOG_PREFIX}{model}:{lane}"
+
+
+def suspects(model: str, lane: str) -> str:
+    return f"{SUSPECTS_PREFIX}{model}:{lane}"
 
 
 def job(job_id: str) -> str:
@@ -74,6 +104,10 @@ def worker(worker_id: str) -> str:
 
 def suspect(worker_id: str) -> str:
     return f"{PREFIX}suspect:{worker_id}"
+
+
+def claim(token: str) -> str:
+    return f"{PREFIX}claim:{token}"
 
 
 def relay(process: str) -> str:

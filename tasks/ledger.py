@@ -6,27 +6,28 @@ whoever dies in between, nothing is lost or doubled. Only maintenance imports th
 
 import logging
 import threading
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import orjson
-from redis import Redis
 from sqlalchemy.exc import SQLAlchemyError
 
 from db import jobs, migrate
 from db.jobs import Change
 from db.models import JobEvent, JobRecord, JobResult, LedgerEntry
 from tasks import keys
-from tasks.errors import DecodeError
+from tasks.errors import DecodeError, JobLostError
+from tasks.jobs import REASONS, Jobs
 from tasks.message import State
 from tasks.response import Outcome, assemble
-from tasks.token_log import TokenLog
 
 log = logging.getLogger(__name__)
 
 RECORDS_AT_ONCE = 500
 # The end of a log may be written a moment after the job's end; then it is lost.
 LONGEST_END_S = 30
+_LOST: dict[str, Any] = JobLostError().body()["error"]
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -72,7 +73,7 @@ def _change(record_id: str, text: dict[str, str], state: State, outcome: Outcome
     )
     if not state.is_final:
         return Change(job, event)
-    told = outcome or Outcome(state)
+    told = outcome or Outcome(state, error=_reason(state))
     result = JobResult(
         job_id=job_id,
         status_code=told.status_code,
@@ -92,6 +93,11 @@ def _change(record_id: str, text: dict[str, str], state: State, outcome: Outcome
     return Change(job, event, result, ledger)
 
 
+def _reason(state: State) -> dict[str, Any] | None:
+    """What the log would have told of a job that ended without an answer."""
+    return REASONS[state]().body()["error"] if state in REASONS else None
+
+
 def _moment(us: str) -> datetime:
     return _EPOCH + timedelta(microseconds=int(us))
 
@@ -99,9 +105,9 @@ def _moment(us: str) -> datetime:
 class Recorder:
     """Moves records to SQL; one per process."""
 
-    def __init__(self, redis: Redis, token_log: TokenLog, database_url: str) -> None:
-        self._redis = redis
-        self._log = token_log
+    def __init__(self, queue: Jobs, database_url: str) -> None:
+        self._queue = queue
+        self._redis = queue.backlog.redis
         self._url = database_url
         self._busy = threading.Lock()
         self._is_migrated = False
@@ -137,11 +143,16 @@ class Recorder:
             ended += jobs.apply(self._url, changes)
             if done:
                 self._note_presence()
+                self._settle([change.job.id for change in changes if change.result])
                 self._redis.xdel(keys.LEDGER, *done)
             is_full = len(batch) == RECORDS_AT_ONCE
             if batch:
                 start = "(" + batch[-1][0].decode()
         return ended
+
+    def _settle(self, job_ids: Sequence[str]) -> None:
+        """Only now that SQL has them may jobs and their logs expire."""
+        self._queue.log.expire(self._queue.backlog.settle(job_ids))
 
     def _read(self, batch: list[tuple[bytes, dict[bytes, bytes]]]) -> tuple[list[Change], Any]:
         """The changes of a batch, and the records that are done with: unreadable ones too."""
@@ -156,11 +167,31 @@ class Recorder:
                 change = decode(record_id.decode(), fields, outcome)
                 if change.job.died_at:
                     change.job.request = self._request(change.job.id)
-                changes.append(change)
+                if change.result is None or outcome or not self._is_void(change):
+                    changes.append(change)
             except (DecodeError, ValueError) as broken:
                 log.error("ledger: dropped: %s", broken)
             done.append(record_id)
         return changes, done
+
+    def _is_void(self, change: Change) -> bool:
+        """Whether a job that ended, and whose log tells no end, is to run again instead.
+
+        What cannot be recorded is not completed: an accepted job is queued again by the reconciler,
+        any other has failed.
+        """
+        job = change.job
+        if change.result is None or job.status != State.COMPLETED:
+            return False
+        log.error("job %s: its answer is lost", job.id)
+        if jobs.accepted(self._url, [job.id]):
+            self._queue.backlog.forget(job.id, job.attempts)
+            return True
+        job.status = change.event.state = State.FAILED
+        change.result.error = _LOST
+        if change.ledger:
+            change.ledger.state = State.FAILED
+        return False
 
     def _request(self, job_id: str) -> bytes | None:
         """What a dead letter asked for: kept in SQL, so that it can be tried again."""
@@ -170,7 +201,7 @@ class Recorder:
     def _outcome(self, fields: dict[bytes, bytes]) -> Outcome | None:
         if not _is_final(fields):
             return None
-        return assemble(self._log.read_after(fields.get(b"job_id", b"").decode()))
+        return assemble(self._queue.log.read_after(fields.get(b"job_id", b"").decode()))
 
     def _note_presence(self) -> None:
         if self._is_away:

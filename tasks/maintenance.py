@@ -23,8 +23,9 @@ from tasks.counts import Counted
 from tasks.jobs import Jobs
 from tasks.ledger import Recorder
 from tasks.models import get_catalog
-from tasks.reconciler import reconcile
+from tasks.reconciler import Reconciler
 from tasks.settings import get_settings
+from tasks.sweeper import Sweeper
 from tasks.webhooks import Deliverer
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 REISSUE_INTERVAL_S = 2.0
 LEDGER_INTERVAL_S = 1.0
 RECONCILE_INTERVAL_S = 5.0
+SWEEP_INTERVAL_S = 1.0
 RETENTION_INTERVAL_S = 60.0
 WEBHOOK_INTERVAL_S = 1.0
 ALERT_INTERVAL_S = 5.0
@@ -56,7 +58,17 @@ def _jobs() -> Jobs:
 @functools.cache
 def _recorder() -> Recorder:
     settings = get_settings()
-    return Recorder(connect(settings.redis_url), _jobs().log, settings.database_url)
+    return Recorder(_jobs(), settings.database_url)
+
+
+@functools.cache
+def _reconciler() -> Reconciler:
+    return Reconciler(_jobs(), get_settings().database_url)
+
+
+@functools.cache
+def _sweeper() -> Sweeper:
+    return Sweeper(_jobs())
 
 
 @functools.cache
@@ -113,8 +125,13 @@ def _with_database(task: Callable[[], None]) -> Callable[[], None]:
 @_with_database
 def reconcile_jobs() -> None:
     """Task: queues accepted jobs that Redis has lost."""
-    if again := reconcile(_jobs(), get_settings().database_url):
+    if again := _reconciler().reconcile():
         log.warning("queued %d accepted jobs that Redis had lost", again)
+
+
+def sweep_jobs() -> None:
+    """Task: mends what no job should ever be."""
+    _sweeper().sweep()
 
 
 @_with_database
@@ -149,6 +166,7 @@ def run() -> int:
         (reissue_tickets, REISSUE_INTERVAL_S),
         (record_ledger, LEDGER_INTERVAL_S),
         (reconcile_jobs, RECONCILE_INTERVAL_S),
+        (sweep_jobs, SWEEP_INTERVAL_S),
         (delete_old_jobs, RETENTION_INTERVAL_S),
         (deliver_webhooks, WEBHOOK_INTERVAL_S),
         (look_for_alerts, ALERT_INTERVAL_S),

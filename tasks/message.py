@@ -1,6 +1,6 @@
 """A job as the API submits it and as a worker claims it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Self
 
@@ -57,10 +57,14 @@ class Job:
     """The API process whose relay channel gets the output."""
     metadata: str = "{}"
     """JSON object of the user's own."""
+    sequences: int = 1
+    """How many the engine generates at once for it: so many slots it takes."""
 
     @classmethod
-    def create(cls, *, model: str, endpoint: str, body: bytes, listener: str = "") -> Self:
-        return cls(new_id(), model, endpoint, body, listener=listener)
+    def create(
+        cls, *, model: str, endpoint: str, body: bytes, listener: str = "", sequences: int = 1
+    ) -> Self:
+        return cls(new_id(), model, endpoint, body, listener=listener, sequences=sequences)
 
     def encode(self) -> list[str | bytes]:
         """Field, value, field, value… of the job's hash."""
@@ -72,6 +76,7 @@ class Job:
             *("tenant", self.tenant),
             *("listener", self.listener),
             *("metadata", self.metadata),
+            *("sequences", str(self.sequences)),
         ]
 
 
@@ -87,13 +92,17 @@ class Terms:
     priority: int = 0
     """Order within the lane, from -LOWEST_PRIORITY (first) to LOWEST_PRIORITY."""
     deadline_s: float | None = None
-    """From now; a job that has not started by then expires."""
+    """From now; a job that has never started by then expires."""
     idempotency_key: str = ""
     """Another job of the tenant with this key is taken instead of queueing this one."""
     fingerprint: str = ""
     """What the request with the key said."""
     first_attempt: int = 0
     """Attempts before: what they left in Redis is older than what now comes."""
+
+    def with_deadline(self, deadline_s: float) -> "Terms":
+        """The same with that deadline."""
+        return replace(self, deadline_s=deadline_s)
 
 
 LOWEST_PRIORITY = 100
@@ -145,17 +154,23 @@ class Claim:
     failures: int
     """How often it has failed before: its worker died, or the engine could not answer."""
     max_failures: int
+    worker: str = ""
 
     # The order in which claim.lua returns the fields of the hash.
     FIELDS = (
-        *("model", "endpoint", "body", "lane", "tenant", "listener"),
-        *("failures", "max_failures"),
+        *("model", "endpoint", "body", "lane", "tenant", "listener", "metadata"),
+        *("sequences", "failures", "max_failures", "worker"),
     )
 
     @property
     def is_last(self) -> bool:
         """Whether its next failure ends it; it may be what kills its workers then."""
         return self.failures + 1 >= self.max_failures
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it may be what killed its workers: they run one of these at a time."""
+        return self.failures > 0 and self.is_last
 
     @classmethod
     def decode(cls, reply: list[bytes]) -> Self:
@@ -165,8 +180,8 @@ class Claim:
             DecodeError: the reply has another shape.
         """
         try:
-            job_id, attempt, queue_ms, *texts, failures, max_failures = reply
-            model, endpoint, body, lane, tenant, listener = texts
+            job_id, attempt, queue_ms, *texts, sequences, failures, most, worker = reply
+            model, endpoint, body, lane, tenant, listener, metadata = texts
             job = Job(
                 id=job_id.decode(),
                 model=model.decode(),
@@ -175,8 +190,10 @@ class Claim:
                 lane=Lane(lane.decode()),
                 tenant=tenant.decode(),
                 listener=listener.decode(),
+                metadata=metadata.decode(),
+                sequences=int(sequences or 1),
             )
-            counts = int(failures or 0), int(max_failures)
-            return cls(job, int(attempt), int(queue_ms), *counts)
+            counts = int(failures or 0), int(most)
+            return cls(job, int(attempt), int(queue_ms), *counts, worker.decode())
         except (ValueError, AttributeError) as broken:
             raise DecodeError(f"a claimed job cannot be read: {broken}") from broken

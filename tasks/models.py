@@ -24,7 +24,7 @@ class Model(BaseModel):
     aliases: tuple[str, ...] = ()
     args: dict[str, Any] = Field({}, description="of the engine: anything `vllm serve` takes")
     env: dict[str, str] = Field({}, description="set for the engine unless already set")
-    slots: int = Field(64, ge=1, description="requests that one worker runs at once")
+    slots: int = Field(64, ge=1, description="sequences that one worker runs at once")
 
     @field_validator("env", mode="before")
     @classmethod

@@ -73,33 +73,57 @@ def fold(chunks: Iterable[dict[str, Any]]) -> dict[str, Any]:
             _merge(choices.setdefault(choice.get("index", 0), {}), choice)
         whole |= {name: value for name, value in chunk.items() if value is not None}
     if choices:
-        whole["choices"] = [choices[index] for index in sorted(choices)]
+        whole["choices"] = [_joined(choices[index]) for index in sorted(choices)]
     if "object" in whole:
         whole["object"] = whole["object"].removesuffix(".chunk")
     return whole
+
+
+class _Pieces(list[str]):
+    """A text that grows; put together once, at the end."""
 
 
 def _merge(known: dict[str, Any], delta: dict[str, Any]) -> None:
     """Adds a delta's pieces to what is known: texts grow, lists grow or merge by index."""
     for name, value in delta.items():
         old = known.get(name)
-        if old is None:
-            known[name] = value
-        elif isinstance(value, dict) and isinstance(old, dict):
+        if value is None:
+            known.setdefault(name, None)
+        elif isinstance(old, dict) and isinstance(value, dict):
             _merge(old, value)
-        elif isinstance(value, list) and isinstance(old, list):
+        elif isinstance(old, _Pieces) and isinstance(value, str):
+            old.append(value)
+        elif isinstance(old, list) and isinstance(value, list):
             _merge_list(old, value)
-        elif isinstance(value, str) and isinstance(old, str) and name not in _NAMES:
-            known[name] = old + value
-        elif value is not None:
-            known[name] = value
+        elif isinstance(value, str) and name not in _NAMES:
+            known[name] = _Pieces([value])
+        else:
+            known[name] = _fresh(value)
+
+
+def _fresh(value: Any) -> Any:
+    """A first value, ready to take what comes after it."""
+    known: dict[str, Any] = {}
+    if isinstance(value, dict):
+        _merge(known, value)
+        return known
+    return [_fresh(piece) for piece in value] if isinstance(value, list) else value
 
 
 def _merge_list(known: list[Any], pieces: list[Any]) -> None:
     for piece in pieces:
         index = piece.get("index") if isinstance(piece, dict) else None
-        same = (k for k in known if index is not None and k.get("index") == index)
-        if (old := next(same, None)) is None:
-            known.append(piece)
+        # The latest is the most likely one.
+        same = (k for k in reversed(known) if isinstance(k, dict) and k.get("index") == index)
+        if index is None or (old := next(same, None)) is None:
+            known.append(_fresh(piece))
         else:
             _merge(old, piece)
+
+
+def _joined(value: Any) -> Any:
+    if isinstance(value, _Pieces):
+        return "".join(value)
+    if isinstance(value, dict):
+        return {name: _joined(part) for name, part in value.items()}
+    return [_joined(part) for part in value] if isinstance(value, list) else value

@@ -40,6 +40,9 @@ class Settings(BaseSettings):
 
     max_body_bytes: int = Field(10_000_000, ge=1, description="larger request bodies get 413")
     max_backlog: int = Field(10_000, ge=1, description="queued jobs per model and lane, then 503")
+    max_backlog_bytes: int = Field(
+        1_000_000_000, ge=1, description="bodies of a model's open jobs in Redis, then 503"
+    )
     request_timeout_s: float = Field(600, gt=0, description="a waiting request gets 504 after it")
     keep_alive_s: float = Field(10, gt=0, le=10, description="between SSE keep-alive comments")
 
@@ -49,8 +52,12 @@ class Settings(BaseSettings):
     engine_stall_s: float = Field(120, gt=0, description="an engine that makes no step is dead")
     drain_s: float = Field(120, ge=0, description="a stopping worker's time for running jobs")
     job_retention_s: int = Field(2_592_000, ge=1, description="an ended job's time in SQL")
-    job_ttl_s: int = Field(86_400, ge=60, description="the longest life of a job in Redis")
-    log_retention_s: int = Field(3600, ge=1, description="a finished job's time in Redis")
+    job_ttl_s: int = Field(
+        86_400, ge=60, description="a chat that nobody has begun by then expires; life of a key"
+    )
+    log_retention_s: int = Field(
+        3600, ge=1, description="an ended job's time in Redis, from when SQL has it"
+    )
 
     log_format: Literal["console", "json"] = Field("console", description="how log lines look")
     log_content: bool = Field(False, description="log what is asked and answered, too")

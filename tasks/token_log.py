@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from redis import Redis
+from redis.client import Pipeline
 
 from tasks import keys
 from tasks.backlog import load_script
@@ -24,16 +25,30 @@ class Addressed(NamedTuple):
     listener: str
 
 
-def append_arguments(batch: Sequence[Addressed], settings: Settings) -> dict[str, list[Any]]:
+# An entry as lua/append.lua is given it, its log first. A plain tuple of plain values, which the
+# garbage collector leaves alone: a worker keeps thousands.
+Wire = tuple[str | bytes | int, ...]
+
+
+def encode(entry: Entry, listener: str) -> Wire:
+    """The entry for the listener ('' for none)."""
+    log, position, value = keys.log(entry.job_id), str(entry.position), entry.encode_value()
+    is_last = 1 if entry.kind is Kind.END else 0
+    channel, head = (keys.relay(listener), entry.encode_head()) if listener else ("", b"")
+    return log, position, value, entry.record, is_last, channel, head
+
+
+def wire_arguments(batch: Sequence[Wire], settings: Settings) -> dict[str, list[Any]]:
     """Keys and arguments of lua/append.lua."""
-    args: list[Any] = [settings.job_ttl_s, settings.log_retention_s]
-    for entry, listener in batch:
-        args += (
-            *(str(entry.position), entry.encode_value(), entry.record),
-            1 if entry.kind is Kind.END else 0,
-            *((keys.relay(listener), entry.encode_head()) if listener else ("", "")),
-        )
-    return {"keys": [keys.log(entry.job_id) for entry, _ in batch], "args": args}
+    args: list[Any] = [settings.job_ttl_s]
+    for _, *parts in batch:
+        args += parts
+    return {"keys": [log for log, *_ in batch], "args": args}
+
+
+def append_arguments(batch: Sequence[Addressed], settings: Settings) -> dict[str, list[Any]]:
+    """The same of entries that are not encoded yet."""
+    return wire_arguments([encode(*addressed) for addressed in batch], settings)
 
 
 class TokenLog:
@@ -59,15 +74,30 @@ class TokenLog:
             return Entry.decode_log(job_id, log_id, fields)
         return None
 
+    def expire(self, job_ids: Sequence[str]) -> None:
+        """Lets logs go that nobody will add to or has to read for SQL any more."""
+        pipeline = self._bus.pipeline(transaction=False)
+        for job_id in job_ids:
+            pipeline.expire(keys.log(job_id), self._settings.log_retention_s, nx=True)
+        pipeline.execute()
+
     def take_over(self, job_id: str, attempt: int, listener: str) -> list[Entry]:
-        """What earlier attempts wrote, to which they cannot add any more.
+        """What earlier attempts wrote, to which they cannot add any more; the takeover is the last.
 
         Doing it again is harmless.
         """
-        entry = Entry(job_id, Position(attempt, 0), Kind.TAKEOVER, b"")
-        self._append(**append_arguments([Addressed(entry, listener)], self._settings))
-        written = self.read_after(job_id)
-        return [entry for entry in written if entry.position.attempt < attempt]
+        key, position = keys.log(job_id), Position(attempt, 0)
+
+        def write(pipeline: Pipeline) -> None:
+            # Whatever is written between the look and the takeover has Redis try both again.
+            last: Any = pipeline.xrevrange(key, count=1)
+            pipeline.multi()
+            entry = Entry(job_id, position, Kind.TAKEOVER, last[0][0] if last else b"")
+            arguments = append_arguments([Addressed(entry, listener)], self._settings)
+            self._append(**arguments, client=pipeline)
+
+        self._bus.transaction(write, key)
+        return [entry for entry in self.read_after(job_id) if entry.position <= position]
 
     def end_given_up(self, claim: Claim) -> None:
         """Ends the log of a job that has failed for the last time without an answer."""

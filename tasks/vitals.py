@@ -22,6 +22,8 @@ class Vitals:
     delayed: int
     counts: Counter[Happening]
     """At the same moment as the three above: accepted = depth + leases + delayed + ended."""
+    body_bytes: dict[str, int]
+    """Of the requests of each model's open jobs."""
     paused: set[str]
     workers: list[WorkerView]
     maintenance: str | None
@@ -29,7 +31,7 @@ class Vitals:
     ledger_records: int
     memory_bytes: int
     memory_limit_bytes: int
-    """0: none."""
+    """Redis's maxmemory, or what its machine has; 0: not known."""
 
     @property
     def models(self) -> list[str]:
@@ -51,17 +53,19 @@ def look(backlog: Backlog, models: Iterable[str]) -> Vitals:
     moment.zcard(keys.DELAYED)
     moment.hgetall(keys.COUNTS)
     moment.xlen(keys.LEDGER)
-    depths, leases, delayed, counted, records = moment.execute()
+    moment.hgetall(keys.BODY_BYTES)
+    depths, leases, delayed, counted, records, body_bytes = moment.execute()
     memory: Any = redis.info("memory")
     return Vitals(
         depths=read_depths(names, depths),
         leases=leases,
         delayed=delayed,
         counts=counts.read(counted),
+        body_bytes={model.decode(): int(size) for model, size in body_bytes.items()},
         paused=backlog.paused(),
         workers=workers(redis),
         maintenance=maintenance(redis),
         ledger_records=records,
         memory_bytes=memory["used_memory"],
-        memory_limit_bytes=memory["maxmemory"],
+        memory_limit_bytes=memory["maxmemory"] or memory.get("total_system_memory", 0),
     )

@@ -160,7 +160,6 @@ _CHATS: dict[str, Body] = {
     "top-p-too-large": _chat(top_p=1.5),
     "top-p-zero": _chat(top_p=0),
     "n-zero": _chat(n=0),
-    "n-too-large": _chat(n=100_000),
     "max-tokens-zero": _chat(max_tokens=0),
     "max-tokens-negative": _chat(max_tokens=-1, **STREAM),
     "max-tokens-a-word": _chat(max_tokens="many"),

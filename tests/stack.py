@@ -248,11 +248,13 @@ def serving(server: AnyServer) -> Iterator[AnyServer]:
             thread.join()
 
 
-def send(stack: Stack, body: dict[str, Any]) -> socket.socket:
-    """Sends a chat request and returns the connection, nothing read from it."""
+def send(
+    stack: Stack, body: dict[str, Any], endpoint: str = "/v1/chat/completions"
+) -> socket.socket:
+    """Sends a request and returns the connection, nothing read from it."""
     client = socket.create_connection(("127.0.0.1", stack.api_ports[0]), timeout=10)
     data = orjson.dumps(body)
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = f"POST {endpoint} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     client.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     return client
 

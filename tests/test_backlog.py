@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 from celery import Celery
@@ -11,13 +11,12 @@ from kombu.message import Message
 
 from tasks import keys
 from tasks.app import TICKET, TicketAMQP
-from tasks.backlog import Backlog
+from tasks.backlog import MOST_TICKETS, Backlog
+from tasks.counts import Counted, Happening, read
 from tasks.depth import depth, places
-from tasks.errors import IdempotencyError, OverloadedError
-from tasks.events import End, Entry, Kind, Position, Start, decode_frame
+from tasks.errors import BacklogBytesError, IdempotencyError, OverloadedError
 from tasks.message import Cause, Job, Lane, State, Terms
 from tasks.settings import Settings
-from tasks.token_log import Addressed, TokenLog, append_arguments
 from tests.stack import Stack, await_that
 
 SETTINGS = Settings(lease_s=3, max_backlog=5, max_attempts=2)
@@ -165,13 +164,13 @@ def test_only_the_holder_finishes_a_job(backlog: Backlog) -> None:
     second = backlog.claim("m", "w2")
     assert second
     assert second.attempt == 2
-    assert backlog.renew([first]) == [first.job.id]
+    assert backlog.renew([first]) == [first]
     assert not backlog.finish(first, State.COMPLETED)
     assert backlog.renew([second]) == []
     assert backlog.finish(second, State.COMPLETED)
     assert not backlog.finish(second, State.FAILED)
     assert backlog.redis.zcard(keys.LEASES) == 0
-    assert 0 < backlog.redis.ttl(keys.job(second.job.id)) <= SETTINGS.log_retention_s
+    assert backlog.redis.hget(keys.job(second.job.id), "place") is None
     assert backlog.redis.hget(keys.job(second.job.id), "body") is None
 
 
@@ -207,8 +206,13 @@ def test_a_job_handed_back_waits_again_at_its_place_and_has_not_failed(backlog: 
         assert claim
         assert (claim.job, claim.failures) == (jobs[0], 0)
         assert backlog.requeue(claim, Cause.HANDED_BACK, "stopped") is State.QUEUED
-        assert backlog.requeue(claim, Cause.HANDED_BACK, "stopped") is None
+        again = backlog.requeue(claim, Cause.HANDED_BACK, "stopped")
+        assert again is State.QUEUED  # its reply was lost: it is told the same
     assert backlog.redis.llen(keys.tickets("m")) == 7
+    claim = backlog.claim("m", "w")
+    assert claim
+    backlog.cancel(claim.job.id)
+    assert backlog.requeue(claim, Cause.HANDED_BACK, "stopped") is None
     assert backlog.redis.zcard(keys.LEASES) == 0
 
 
@@ -231,7 +235,7 @@ def test_a_delayed_job_can_be_cancelled(backlog: Backlog) -> None:
     claim = backlog.claim("m", "w")
     assert claim
     backlog.requeue(claim, Cause.ENGINE_ERROR, "503", delay_s=0.05)
-    assert backlog.cancel(claim.job.id, "m")
+    assert backlog.cancel(claim.job.id)
     assert backlog.redis.zcard(keys.DELAYED) == 0
 
 
@@ -277,87 +281,191 @@ def test_cancelling_ends_a_job_wherever_it_is(backlog: Backlog) -> None:
     claim = backlog.claim("m", "w")
     backlog.submit(queued)
     assert claim
-    cancelled = backlog.cancel(queued.id, "m")
+    cancelled = backlog.cancel(queued.id)
     assert cancelled
     assert cancelled.worker == ""
     assert depth(backlog.redis, "m").jobs == 0
-    stopped = backlog.cancel(running.id, "m")
+    stopped = backlog.cancel(running.id)
     assert stopped
     assert stopped.worker == "w"
-    assert backlog.renew([claim]) == [running.id]
+    assert backlog.renew([claim]) == [claim]
     assert not backlog.finish(claim, State.COMPLETED)
-    assert backlog.cancel(running.id, "m") is None
-    assert backlog.cancel("job_unknown", "m") is None
+    assert backlog.cancel(running.id) == stopped
+    assert backlog.cancel("job_unknown") is None
 
 
-def _entry(attempt: int, seq: int, kind: Kind = Kind.BODY, data: bytes = b"x") -> Addressed:
-    return Addressed(Entry("job_1", Position(attempt, seq), kind, data), "")
+def test_a_job_that_has_started_in_time_never_expires(backlog: Backlog) -> None:
+    """Handed back after its deadline it was in no index at all, for ever."""
+    job = _job()
+    backlog.submit(job, Terms(deadline_s=0.3))
+    claim = backlog.claim("m", "w")
+    assert claim
+    await_that(lambda: _ms_since(backlog, job) > 350, timeout_s=2)
+    backlog.requeue(claim, Cause.HANDED_BACK, "stopped")
+    assert backlog.reap() == []
+    again = backlog.claim("m", "w")
+    assert again
+    assert again.job.id == job.id
+    _expire_leases(backlog)
+    assert [reaped.state for reaped in backlog.reap()] == [State.QUEUED]
 
 
-def test_a_zombies_late_entries_are_refused(backlog: Backlog) -> None:
-    redis = backlog.redis
-    log, append = TokenLog(redis, SETTINGS), redis.register_script(_append_script())
-    head = Start(200, [("content-type", "text/plain")], 3, 1)
-    batch = [_entry(1, 0, Kind.START, head.encode()), _entry(1, 1)]
-    assert append(**append_arguments(batch, SETTINGS)) == []
-    assert 0 < redis.ttl(keys.log("job_1")) <= SETTINGS.job_ttl_s
-    log.end("job_1", 1, End(State.CANCELLED), "")
-    assert append(**append_arguments([_entry(1, 2)], SETTINGS)) == [1]
-    entries = log.read_after("job_1", None)
-    assert [str(entry.position) for entry in entries] == ["1-0", "1-1", "2-0"]
-    assert Start.decode(entries[0].data) == head
-    redis.delete(keys.log("job_1"))
-    assert append(**append_arguments([_entry(2, 3)], SETTINGS)) == [1]
-    assert not redis.exists(keys.log("job_1"))
-    append(**append_arguments([_entry(1, 0), _entry(1, 1)], SETTINGS))
-    log.end("job_1", 1, End(State.CANCELLED), "")
-    entries = log.read_after("job_1")
-    assert End.decode(entries[-1].data).state is State.CANCELLED
-    assert log.read_after("job_1", Position(1, 1)) == entries[2:]
-    assert log.last("job_1") == entries[-1]
-    assert 0 < redis.ttl(keys.log("job_1")) <= SETTINGS.log_retention_s
+def _ms_since(backlog: Backlog, job: Job) -> float:
+    queued_us = int(backlog.redis.hget(keys.job(job.id), "queued_us") or 0)
+    return (_now_us(backlog) - queued_us) / 1000
 
 
-def test_what_is_refused_is_not_published(backlog: Backlog) -> None:
-    redis = backlog.redis
-    append = redis.register_script(_append_script())
-    with redis.pubsub(ignore_subscribe_messages=True) as heard:
-        heard.subscribe(keys.relay("api"))
-        await_that(lambda: redis.pubsub_numsub(keys.relay("api"))[0][1] == 1)
-        fresh = Entry("job_2", Position(1, 0), Kind.BODY, b"seen")
-        TokenLog(redis, SETTINGS).take_over("job_1", 2, "")
-        stale = Entry("job_1", Position(1, 5), Kind.BODY, b"stale")
-        batch = [Addressed(stale, "api"), Addressed(fresh, "api")]
-        assert append(**append_arguments(batch, SETTINGS)) == [1]
-        messages: list[dict[str, bytes]] = []
-        await_that(lambda: messages.append(heard.get_message()) or messages[-1])
-        assert list(decode_frame(messages[-1]["data"])) == [fresh]
+def test_a_claim_whose_reply_was_lost_returns_the_same_job_again(backlog: Backlog) -> None:
+    backlog.submit(_job())
+    backlog.submit(_job())
+    first = backlog.claim("m", "w", "token")
+    assert backlog.claim("m", "w", "token") == first
+    assert depth(backlog.redis, "m").jobs == 1
+    other = backlog.claim("m", "w", "another token")
+    assert other
+    assert first
+    assert other.job.id != first.job.id
 
 
-def test_a_takeover_returns_what_was_written_before_and_fences_it(backlog: Backlog) -> None:
-    log = TokenLog(backlog.redis, SETTINGS)
-    append = backlog.redis.register_script(_append_script())
-    noted = Entry("job_1", Position(1, 1), Kind.BODY, b"x", b"[1]")
-    batch = [_entry(1, 0, Kind.START), Addressed(noted, "")]
-    append(**append_arguments(batch, SETTINGS))
+def test_any_number_of_suspects_loses_none_and_holds_nobody_up(backlog: Backlog) -> None:
+    """Above some 4,000 of them a claim failed half-way, and all were gone."""
+    queue = Backlog(backlog.redis, Settings(lease_s=3, max_attempts=2))
+    suspects = [_job() for _ in range(4500)]
+    for job in suspects:
+        queue.submit(job)
+        assert queue.claim("m", "w")
+    _expire_leases(queue)
+    while queue.reap():
+        pass
+    queue.submit(_job())
+    first = queue.claim("m", "w")
+    assert first
+    assert first.is_suspect
+    beside = queue.claim("m", "w")
+    assert beside
+    assert not beside.is_suspect
+    assert depth(queue.redis, "m").jobs == len(suspects) - 1
+    assert queue.claim("m", "another worker")
+
+
+def test_a_suspect_that_has_produced_something_makes_way_for_the_next(backlog: Backlog) -> None:
     for _ in range(2):
-        assert [entry.record for entry in log.take_over("job_1", 2, "")] == [b"", b"[1]"]
-    assert append(**append_arguments([_entry(1, 2)], SETTINGS)) == [1]
-    assert append(**append_arguments([_entry(2, 1)], SETTINGS)) == []
+        backlog.submit(_job())
+        assert backlog.claim("m", "w")
+    _expire_leases(backlog)
+    backlog.reap()
+    first = backlog.claim("m", "w")
+    assert first
+    assert first.is_suspect
+    assert backlog.claim("m", "w") is None
+    backlog.clear(first)
+    backlog.clear(first)
+    second = backlog.claim("m", "w")
+    assert second
+    assert second.is_suspect
+    _expire_leases(backlog)
+    assert sorted(job.state for job in backlog.reap()) == [State.FAILED, State.QUEUED]
+    last = backlog.claim("m", "w")
+    assert last
+    assert last.job == first.job
+    backlog.clear(last)  # once per job
+    _expire_leases(backlog)
+    assert [job.state for job in backlog.reap()] == [State.FAILED]
 
 
-def _append_script() -> str:
-    return (Path(keys.__file__).parent / "lua" / "append.lua").read_text()
+def test_a_job_of_several_sequences_waits_for_so_many_slots(backlog: Backlog) -> None:
+    wide, narrow = replace(_job(), sequences=3), _job()
+    backlog.submit(wide)
+    backlog.submit(narrow)
+    assert backlog.claim("m", "w", free_slots=2) is None
+    claim = backlog.claim("m", "w", free_slots=3)
+    assert claim
+    assert claim.job == wide
 
 
-def test_frames_carry_any_bytes() -> None:
-    entries = [
-        Entry("job_1", Position(1, 0), Kind.START, b"[]"),
-        Entry("job_2", Position(2**31, 7), Kind.BODY, bytes(range(256))),
-        Entry("job_1", Position(1, 1), Kind.END, b""),
-    ]
-    frame = b"".join(entry.encode_head() + entry.encode_value() for entry in entries)
-    assert list(decode_frame(frame)) == entries
+def test_a_model_holds_so_many_bytes_of_bodies_and_no_body_of_an_ended_job(
+    backlog: Backlog,
+) -> None:
+    queue = Backlog(backlog.redis, Settings(max_backlog_bytes=25))
+    jobs = [_job(), _job()]
+    for job in jobs:
+        queue.submit(job)
+    with pytest.raises(BacklogBytesError):
+        queue.submit(_job())
+    claim = queue.claim("m", "w")
+    assert claim
+    assert queue.finish(claim, State.FAILED)
+    assert queue.cancel(jobs[1].id)
+    assert queue.redis.hgetall(keys.BODY_BYTES) == {b"m": b"0"}
+    assert [queue.redis.hget(keys.job(job.id), "body") for job in jobs] == [None, None]
+    queue.submit(_job())
+
+
+def test_tickets_do_not_pile_up_without_a_worker(backlog: Backlog) -> None:
+    queue = Backlog(backlog.redis, Settings())
+    for _ in range(MOST_TICKETS + 20):
+        queue.submit(_job())
+    assert queue.redis.llen(keys.tickets("m")) == MOST_TICKETS
+
+
+def test_a_claim_wakes_the_next_slot_when_all_tickets_are_gone(backlog: Backlog) -> None:
+    for _ in range(3):
+        backlog.submit(_job())
+    backlog.redis.delete(keys.tickets("m"))
+    assert backlog.claim("m", "w")
+    assert backlog.redis.llen(keys.tickets("m")) == 1
+    backlog.redis.delete(keys.tickets("m"))
+    assert backlog.claim("m", "w")
+    assert backlog.claim("m", "w")
+    assert backlog.redis.llen(keys.tickets("m")) == 1
+
+
+def test_an_accepted_job_is_queued_into_a_full_lane_and_beside_its_taken_key(
+    backlog: Backlog,
+) -> None:
+    taken = Terms(idempotency_key="k", fingerprint="f")
+    chat = _job()
+    backlog.submit(chat, taken)
+    for _ in range(4):
+        backlog.submit(_job())
+    job = _job()
+    with pytest.raises(OverloadedError):
+        backlog.reserve(job, Terms())
+    backlog.queue(job, Terms(idempotency_key="k", fingerprint="another"))
+    assert depth(backlog.redis, "m").jobs == 6
+    assert backlog.submit(_job(), taken) == chat.id
+
+
+def test_a_client_that_leaves_does_not_cancel_what_another_has_attached_to(
+    backlog: Backlog,
+) -> None:
+    terms = Terms(idempotency_key="k", fingerprint="f")
+    job, alone = _job(), _job()
+    backlog.submit(job, terms)
+    assert backlog.submit(_job(), terms) == job.id
+    backlog.submit(alone)
+    assert backlog.cancel(job.id, unless_attached=True) is None
+    assert backlog.cancel(alone.id, unless_attached=True)
+    assert backlog.cancel(job.id)
+
+
+def test_what_stands_in_the_wrong_place_is_mended(backlog: Backlog) -> None:
+    lost, stray, due = _job(), _job(), _job()
+    for job in (lost, stray, due):
+        backlog.submit(job, Terms(deadline_s=60))
+    redis = backlog.redis
+    redis.zrem(keys.backlog("m", Lane.INTERACTIVE), lost.id)
+    redis.zadd(keys.LEASES, {stray.id: 1})
+    redis.zrem(keys.DEADLINES, due.id)
+    ids = [lost.id, stray.id, due.id, "job_unknown"]
+    assert backlog.sweep(ids) == ["misplaced", "stray", "misplaced", "missing"]
+    assert backlog.sweep(ids) == ["open", "open", "open", "missing"]
+    redis.zadd(keys.LEASES, {"job_unknown": 1})
+    assert backlog.sweep(["job_unknown"], place=keys.LEASES) == ["stray"]
+    counted = read(redis.hgetall(keys.COUNTS))
+    assert counted[Happening(Counted.REPAIRS, "misplaced")] == 2
+    assert counted[Happening(Counted.REPAIRS, "stray")] == 2
+    assert [bool(backlog.claim("m", "w")) for _ in range(4)] == [True, True, True, False]
 
 
 def test_a_ticket_that_was_taken_outlives_its_connection(server: Stack) -> None:

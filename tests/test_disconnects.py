@@ -120,7 +120,9 @@ def test_a_thousand_requests_with_random_disconnects_leave_nothing_behind(home) 
         assert len(jobs) > 500
         ended = {b"completed", b"cancelled"}
         await_that(lambda: {stack.redis.hget(job, "state") for job in jobs} <= ended)
-        assert all(stack.redis.ttl(key) > 0 for key in [*jobs, *stack.redis.keys(keys.log("*"))])
+        await_that(
+            lambda: all(stack.redis.ttl(k) > 0 for k in [*jobs, *stack.redis.keys(keys.log("*"))])
+        )
         (worker,) = stack.redis.keys(keys.worker("*"))
         await_that(lambda: stack.redis.hmget(worker, "running", "waiting") == [b"0", b"0"])
         await_that(lambda: _in_use(stack) == (0, 1))  # the one that asks

@@ -22,6 +22,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from deploy.cli import main
+from deploy.doctor_servers import _judge_memory
 from deploy.redis_server import answers, find_server, free_port, server_command
 from tasks import keys
 from tasks.models import get_catalog
@@ -190,6 +191,14 @@ def test_a_redis_that_is_getting_full(stack: Stack, share: float, code: int, lev
     assert "give it a greater maxmemory" in seen.of("redis", level)
 
 
+@pytest.mark.parametrize(("used", "level"), [(50, "ok"), (85, "warning"), (97, "wrong")])
+def test_a_redis_without_a_limit_has_its_machines_memory(used: int, level: str) -> None:
+    remark = _judge_memory({"used_memory": used, "maxmemory": 0, "total_system_memory": 100})
+    assert remark.level == level
+    assert "no maxmemory is set" in remark.found
+    assert ("set a maxmemory" in remark.do) == (level != "ok")
+
+
 def test_a_replica_takes_no_writes(stack: Stack, home: Path) -> None:
     port = free_port()
     url = f"redis://127.0.0.1:{port}/0"
@@ -239,11 +248,11 @@ def altered(stack: Stack, said: bytes, instead: bytes) -> Iterator[str]:
 
 
 def test_a_redis_that_is_too_old(stack: Stack) -> None:
-    with altered(stack, rb"redis_version:\d+", b"redis_version:5") as url:
+    with altered(stack, rb"redis_version:\d+", b"redis_version:6") as url:
         seen = diagnose(stack, SLUICE_REDIS_URL=url)
     assert (seen.code, seen.wrong) == (1, {"redis"})
-    assert "Redis 5." in seen.of("redis", "wrong")
-    assert "install Redis 6.2 or newer" in seen.of("redis", "wrong")
+    assert "Redis 6." in seen.of("redis", "wrong")
+    assert "install Redis 7.0 or newer" in seen.of("redis", "wrong")
 
 
 def test_clocks_that_differ(stack: Stack) -> None:

@@ -236,6 +236,8 @@ def test_jobs_are_listed_in_pages_and_filtered(slow_stack: Stack) -> None:
     rest = listed(f"limit=10&after={page['last_id']}")
     assert [job["id"] for job in rest["data"]] == [*queued[2::-1], blocker["id"]]
     assert rest["has_more"] is False
+    # What runs is in this list a moment later.
+    await_that(lambda: listed("status=in_progress")["data"])
     assert [job["id"] for job in listed("status=in_progress")["data"]] == [blocker["id"]]
     assert len(listed("status=queued")["data"]) == 5
     assert listed("status=completed")["data"] == listed("model=other")["data"] == []
@@ -280,6 +282,28 @@ def test_a_second_caller_attaches_to_the_running_stream(sim_stack: Stack) -> Non
     assert first.headers["x-sluice-job"] == second.headers["x-sluice-job"]
     assert second.text.endswith(first.text[-500:])
     assert second.text.count("data: ") == 202
+
+
+@pytest.mark.parametrize("are_two", [True, False])
+def test_a_client_that_leaves_ends_a_job_that_nobody_else_waits_for(
+    sim_stack: Stack, are_two: bool
+) -> None:
+    key = f"shared by two: {are_two}"
+    header = {"Idempotency-Key": key, "x-sluice-on-disconnect": "abort"}
+    body = STREAM | {"max_tokens": 400}
+    first = call(sim_stack, "POST", ENDPOINT, json=body, headers=header, stream=True)
+    pieces = first.iter_content(10)  # once it is collected the connection is closed
+    next(pieces)
+    job_id = first.headers["x-sluice-job"]
+    if not are_two:
+        first.close()
+        await_that(lambda: get(sim_stack, job_id)["status"] == "cancelled", 2)
+        return
+    with call(sim_stack, "POST", ENDPOINT, json=body, headers=header, stream=True) as second:
+        assert second.headers["x-sluice-job"] == job_id
+        first.close()
+        assert second.text.count("data: ") == 402
+    assert wait(sim_stack, job_id).json()["status"] == "completed"
 
 
 def test_equal_background_jobs_with_a_key_are_one(sim_stack: Stack) -> None:

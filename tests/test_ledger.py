@@ -13,6 +13,7 @@ from tasks import keys
 from tasks.backlog import Backlog
 from tasks.connections import connect
 from tasks.events import End
+from tasks.jobs import Jobs
 from tasks.ledger import RECORDS_AT_ONCE, Recorder
 from tasks.message import Claim, Job, State
 from tasks.settings import Settings
@@ -64,7 +65,7 @@ def end_log(backlog: Backlog, job_id: str, state: State) -> str:
 
 
 def recorder_of(backlog: Backlog, url: str) -> Recorder:
-    return Recorder(backlog.redis, TokenLog(backlog.redis, Settings(**SETTINGS)), url)
+    return Recorder(Jobs(backlog.redis, backlog.redis, Settings(**SETTINGS)), url)
 
 
 def complete(backlog: Backlog) -> str:
@@ -75,7 +76,7 @@ def complete(backlog: Backlog) -> str:
 
 def cancel(backlog: Backlog) -> str:
     job = submit(backlog)
-    assert backlog.cancel(job.id, job.model)
+    assert backlog.cancel(job.id)
     return end_log(backlog, job.id, State.CANCELLED)
 
 
@@ -112,8 +113,8 @@ def test_a_void_end_is_not_recorded(backlog: Backlog) -> None:
     claim = run(backlog)
     backlog.redis.delete(keys.LEDGER)
     assert backlog.finish(claim, State.COMPLETED)
-    assert not backlog.finish(claim, State.COMPLETED)
-    assert backlog.cancel(claim.job.id, "sim") is None
+    assert not backlog.finish(claim, State.FAILED)
+    assert backlog.cancel(claim.job.id) is None
     assert backlog.redis.xlen(keys.LEDGER) == 1
 
 

@@ -94,7 +94,7 @@ class Model:
         ids = [*self.waiting, *self.claims, *self.delayed]
         if ids:
             job_id = self.random.choice(ids)
-            assert self.backlog.cancel(job_id, "sim")
+            assert self.backlog.cancel(job_id)
             for held in (self.waiting, self.claims, self.delayed):
                 held.pop(job_id, None)
 
@@ -308,6 +308,28 @@ def test_a_lost_maintenance_is_seen(home: Path) -> None:
         await_that(lambda: is_up() == 1)
         stack.part("maintenance").kill()
         await_that(lambda: is_up() == 0)
+
+
+def test_bytes_that_wait_and_repairs_are_seen(home: Path) -> None:
+    with running(Stack(home, [SIM]), workers=0) as stack:
+        seen = Metrics(stack.url + "/metrics")
+        repairs = {kind for (name, kind) in seen.samples if name == "sluice_repairs_total"}
+        kinds = ("misplaced", "stray", "unrecorded", "lost", "bytes")
+        assert repairs == {(("kind", kind),) for kind in kinds}
+        assert seen.total("sluice_repairs_total") == seen.total("sluice_backlog_bytes") == 0
+        # Without a maxmemory, that of the machine.
+        memory = psutil.virtual_memory().total
+        assert seen.total("sluice_redis_memory_limit_bytes") == pytest.approx(memory, rel=0.01)
+        bodies = [CHAT | {"user": "x" * size} for size in (10, 1000, 10_000)]
+        jobs = [{"endpoint": "/v1/chat/completions", "body": body} for body in bodies]
+        found = [requests.post(f"{stack.url}/v1/jobs", json=job, timeout=10).json() for job in jobs]
+        total = lambda name: Metrics(stack.url + "/metrics").total(name)
+        assert 11_000 < total("sluice_backlog_bytes") < 12_000
+        stack.redis.zrem(keys.backlog("sim", Lane.BATCH), found[2]["id"])
+        await_that(lambda: total("sluice_repairs_total") == 1)
+        cancel = f"{stack.url}/v1/jobs/{found[2]['id']}/cancel"
+        requests.post(cancel, timeout=10).raise_for_status()
+        assert 1_000 < total("sluice_backlog_bytes") < 2_000
 
 
 def test_without_redis_the_metrics_say_so(home: Path) -> None:

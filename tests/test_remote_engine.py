@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from gpu_worker.engine import Load
+from gpu_worker.engine import Load, Message
 from gpu_worker.remote_engine import RemoteEngine, open_engine
 from tasks.errors import ConfigurationError, StreamBrokenError
 from tasks.models import Model
@@ -30,6 +30,7 @@ class Server:
         self.goes_on = asyncio.Event()
         self.client_left = asyncio.Event()
         self.breaks_off = False
+        self.is_silent = False
         self.goes_on.set()
         self._connections: list[asyncio.StreamWriter] = []
 
@@ -56,6 +57,9 @@ class Server:
             return
         size = int(head.lower().split("content-length: ")[1].split("\r\n")[0])
         self.requests.append((head, await reader.readexactly(size)))
+        if self.is_silent:
+            await reader.read(1)  # returns when the client has left
+            return
         writer.write(b"HTTP/1.1 418 Teapot\r\ncontent-type: text/event-stream\r\n")
         writer.write(b"transfer-encoding: chunked\r\nconnection: keep-alive\r\n\r\n")
         writer.write(b"b\r\ndata: one\n\n\r\n")
@@ -127,6 +131,36 @@ async def test_a_request_that_is_cancelled_leaves_the_server_at_once(server: Ser
         task.cancel()
         await asyncio.wait_for(server.client_left.wait(), 2)
         assert engine.load().running == 0
+
+
+@pytest.mark.parametrize("is_silent", [True, False])
+async def test_a_client_that_leaves_has_the_servers_connection_closed(
+    server: Server, is_silent: bool
+) -> None:
+    server.is_silent = is_silent
+    server.goes_on.clear()
+    left = asyncio.Event()
+    messages: list[Message] = [{"type": "http.request", "body": b"{}", "more_body": False}]
+    heard: list[str] = []
+
+    async def receive() -> Message:
+        if not messages:
+            await left.wait()
+        return messages.pop() if messages else {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        heard.append(message["type"])
+
+    async with remote(server.url) as engine:
+        scope: Message = {"method": "POST", "path": "/v1/embeddings", "headers": []}
+        answering = asyncio.ensure_future(engine.app(scope, receive, send))
+        while not server.requests or (not is_silent and len(heard) < 2):  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        left.set()
+        await asyncio.wait_for(server.client_left.wait(), 1)
+        await asyncio.wait_for(answering, 1)
+        assert engine.load().running == 0
+    assert len(heard) == (0 if is_silent else 2)
 
 
 async def test_an_answer_that_breaks_off_is_an_error_with_its_reason(server: Server) -> None:

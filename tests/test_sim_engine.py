@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import httpx
@@ -53,6 +54,15 @@ class Request:
 
     async def next(self) -> Message:
         return await asyncio.wait_for(self.sent.get(), 2)
+
+
+@pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": True})])
+@pytest.mark.parametrize("speed", [25, 40, 70, 200])
+async def test_tokens_come_at_the_set_speed(speed: int) -> None:
+    async with sim(tokens_per_s=speed, length=speed // 2) as engine:
+        begun_s = time.monotonic()
+        await post(engine, HELLO)
+        assert time.monotonic() - begun_s > 0.4
 
 
 async def test_the_sdk_streams_a_chat_to_its_usage() -> None:

@@ -83,6 +83,13 @@ def _waiting() -> list[Panel]:
             {"{{model}} {{lane}}": DEPTH},
         ),
         graph(
+            "Requests in Redis",
+            "Of the jobs that have not ended; at SLUICE_MAX_BACKLOG_BYTES a model's new jobs get "
+            "503.",
+            "bytes",
+            {"{{model}}": same(of("sluice_backlog_bytes"), "model")},
+        ),
+        graph(
             "Longest wait",
             "Age of the oldest job: when it grows by a second a second, nothing of the lane runs.",
             "s",
@@ -135,6 +142,7 @@ def _jobs() -> list[Panel]:
 def _failures() -> list[Panel]:
     requeues = same(increase(of("sluice_requeues_total")), f"{LANES}, cause", "cause")
     tickets = same(increase(of("sluice_tickets_reissued_total")), "model")
+    repairs = same(increase("sluice_repairs_total"), "kind")
     return [
         graph(
             "Put back, by cause",
@@ -150,11 +158,11 @@ def _failures() -> list[Panel]:
             {"{{model}} {{lane}}": same(increase(DEAD), LANES)},
         ),
         graph(
-            "Tickets issued again",
-            "Celery's tickets that were lost: a few after a worker was killed are normal, a "
-            "steady flow is not.",
+            "Mended by maintenance",
+            "Tickets of Celery that were lost: a few after a worker was killed are normal, a "
+            "steady flow is not. The others are jobs that were not where they belong: report them.",
             "short",
-            {"{{model}}": tickets},
+            {"tickets of {{model}}": tickets, "{{kind}}": repairs},
         ),
         graph(
             "Paused",
@@ -193,8 +201,8 @@ def _beside() -> list[Panel]:
         ),
         graph(
             "Redis memory",
-            "When what is used reaches the limit, new requests get 503 and streams pause; a limit "
-            "of 0 is none.",
+            "When what is used reaches the limit, new requests get 503 and streams pause; without "
+            "a maxmemory it is the machine's memory.",
             "bytes",
             {
                 "used": "max(sluice_redis_memory_bytes)",

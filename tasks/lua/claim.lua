@@ -1,63 +1,102 @@
--- Takes the first job of the first lane that has one, and leases it to a worker.
--- A suspect, a job whose next failure is its last, may be what kills its workers: a worker runs one
--- of them at a time, so that none dies of another's doing.
--- KEYS: 1 leases (zset), 2 ledger (stream), 3 deadlines (zset), 4 paused models (set),
---       5 the worker's suspect (string), 6... backlogs of the model (zsets), in the order of service
--- ARGV: 1 worker, 2 lease in us, 3 prefix of job keys, 4 model, 5... fields of the hash to return
+-- Takes the first job of the first lane that has one, and leases it to a worker. A worker runs one
+-- uncleared suspect at a time, so that none dies of another's doing (clear.lua).
+-- KEYS: 1 claim of this token (string), 2 the worker's suspect (string)
+-- ARGV: 1 worker, 2 lease in us, 3 model, 4 the worker's free slots, 5 ticket, 6 lanes as
+--       'interactive batch', 7... fields of the hash to return
 -- Returns nil when nothing is to be done, else {id, attempt, queue_ms, fields...}.
-if redis.call('SISMEMBER', KEYS[4], ARGV[4]) == 1 then return nil end
+
+-- Each is put aside once; what is left waits for the next claim.
+local MOST_PASSED = 100
 local at_us = now_us()
+local model = ARGV[3]
 
-local function runs_a_suspect()
-    local id = redis.call('GET', KEYS[5])
-    if not id then return false end
-    local job = redis.call('HMGET', ARGV[3] .. id, 'state', 'worker')
-    return job[1] == 'in_progress' and job[2] == ARGV[1]
+local function reply(job)
+    local values = redis.call('HMGET', job.key, unpack(ARGV, 7))
+    local queue_ms = math.floor((job.started_us - job.queued_us) / 1000)
+    return {job.id, job.attempt, whole(queue_ms), unpack(values)}
 end
 
-local function claim(id, key, job)
-    redis.call('ZREM', KEYS[3], id)
-    local attempt = redis.call('HINCRBY', key, 'attempt', 1)
-    redis.call('HSET', key, 'state', 'in_progress', 'worker', ARGV[1], 'started_us', at_us)
-    redis.call('ZADD', KEYS[1], string.format('%d', at_us + ARGV[2]), id)
-    count('jobs', 'in_progress', record(key, KEYS[2], id, 'in_progress', at_us))
-    local reply = redis.call('HMGET', key, unpack(ARGV, 5))
-    table.insert(reply, 1, string.format('%d', (at_us - job[2]) / 1000))
-    table.insert(reply, 1, tostring(attempt))
-    table.insert(reply, 1, id)
-    return reply
+-- The claim of a key, if it still holds.
+local function held_claim(key)
+    local held = redis.call('GET', key)
+    if not held then return nil end
+    local id, attempt = string.match(held, '^(%S+) (%S+)$')
+    local job = read_job(id)
+    if job.state == 'in_progress' and job.attempt == attempt then return job end
 end
 
--- The first job of the lane that this worker may run; suspects that it may not stay where they are.
-local function take(lane)
-    local passed, reply = {}, nil
-    local popped = redis.call('ZPOPMIN', lane)
-    while popped[1] and not reply do
-        local id, key = popped[1], ARGV[3] .. popped[1]
-        local job = redis.call('HMGET', key,
-            'state', 'queued_us', 'deadline_us', 'failures', 'max_failures')
-        local is_late = job[3] and tonumber(job[3]) <= tonumber(at_us)
-        -- A job whose hash expired, or that ended otherwise, is passed over; one that is late too:
-        -- the reaper ends it.
-        if job[1] == 'queued' and not is_late then
-            local failures = tonumber(job[4] or 0)
-            local is_suspect = failures > 0 and failures + 1 >= tonumber(job[5])
-            if is_suspect and runs_a_suspect() then
-                passed[#passed + 1] = popped[2]
-                passed[#passed + 1] = id
-            else
-                if is_suspect then redis.call('SET', KEYS[5], id, 'EX', 86400) end
-                reply = claim(id, key, job)
-            end
-        end
-        if not reply then popped = redis.call('ZPOPMIN', lane) end
+local function first(place)
+    local head = redis.call('ZRANGE', place, 0, 0, 'WITHSCORES')
+    if head[1] then return {place = place, id = head[1], score = tonumber(head[2])} end
+end
+
+local may_have_suspect = not held_claim(KEYS[2])
+
+-- The job of the lane that is next for this worker.
+local function next_of(lane)
+    local ready = first(BACKLOG .. model .. ':' .. lane)
+    local suspect = may_have_suspect and first(SUSPECTS .. model .. ':' .. lane)
+    if suspect and (not ready or suspect.score <= ready.score) then return suspect, true end
+    return ready, false
+end
+
+-- A Redis that has come back without its last second may have given numbers away that it does not know:
+-- attempts of jobs that are older than its start go on with the ms since then.
+local function next_attempt(job)
+    if tonumber(job.queued_us) > started_us(at_us) then return job.attempt + 1 end
+    return math.max(job.attempt + 100, math.floor((at_us - job.queued_us) / 1000))
+end
+
+local function claim(job, is_suspect)
+    job.attempt = whole(next_attempt(job))
+    job.worker, job.started_us = ARGV[1], whole(at_us)
+    redis.call('HSET', job.key, 'attempt', job.attempt, 'worker', job.worker, 'started_us', job.started_us)
+    drop_deadline(job)
+    move(job, 'in_progress', LEASES, whole(at_us + ARGV[2]))
+    record(job, at_us)
+    count('jobs', 'in_progress', job)
+    local held = job.id .. ' ' .. job.attempt
+    redis.call('SET', KEYS[1], held, 'PX', whole(ARGV[2] / 500))
+    if is_suspect then redis.call('SET', KEYS[2], held, 'EX', 86400) end
+end
+
+-- Wakes one more slot when more waits and no ticket says so.
+local function wake_next()
+    if redis.call('LLEN', TICKETS .. model) > 0 then return end
+    for lane in string.gmatch(ARGV[6], '%S+') do
+        if first(BACKLOG .. model .. ':' .. lane) then return wake(model, ARGV[5]) end
     end
-    if #passed > 0 then redis.call('ZADD', lane, unpack(passed)) end
-    return reply
 end
 
-for lane = 6, #KEYS do
-    local reply = take(KEYS[lane])
-    if reply then return reply end
+-- Claims of the lane's first job; nil and true: it does not fit, and nobody passes it.
+local function take(lane)
+    for _ = 1, MOST_PASSED do
+        local head, is_suspect = next_of(lane)
+        if not head then return nil, false end
+        local job = read_job(head.id)
+        if job.place ~= head.place then
+            redis.call('ZREM', head.place, head.id)
+            redis.call('HINCRBY', COUNTS, 'repairs stray  ', 1)
+        elseif job.deadline_us and tonumber(job.deadline_us) <= at_us then
+            -- Too late: aside, where the reaper ends it.
+            move(job, 'queued', DELAYED, whole(at_us))
+        elseif tonumber(job.sequences or 1) > tonumber(ARGV[4]) then
+            return nil, true
+        else
+            claim(job, is_suspect)
+            return job, true
+        end
+    end
+    return nil, true
+end
+
+-- A claim whose reply was lost has happened.
+local again = held_claim(KEYS[1])
+if again then return reply(again) end
+if redis.call('SISMEMBER', PAUSED, model) == 1 then return nil end
+for lane in string.gmatch(ARGV[6], '%S+') do
+    local job, is_done = take(lane)
+    if job then wake_next() end
+    if is_done then return job and reply(job) end
 end
 return nil

@@ -1,37 +1,68 @@
--- Queues a job at the end of its priority in its lane, and a ticket for it, unless the lane is full.
--- KEYS: 1 job hash, 2 backlog of the lane (zset), 3 set of models, 4 deadlines (zset),
---       5 tickets of the model (list), 6 idempotency key (string), used when ARGV 7 is not ''
--- ARGV: 1 job id, 2 model, 3 most jobs in the lane, 4 TTL of the job in s, 5 priority,
---       6 deadline in us from now ('': none), 7 fingerprint ('': none),
---       8 attempts before, 9 most failures, 10 ticket, 11... fields of the hash
--- Returns {id}; {} when the lane is full; {other id, its fingerprint} when the key is another job's.
--- Sent again after a lost reply: the job may be running already.
-if redis.call('EXISTS', KEYS[1]) == 1 then return {ARGV[1]} end
-if ARGV[7] ~= '' then
-    local held = redis.call('GET', KEYS[6])
-    if held then
-        local fingerprint, id = string.match(held, '^(%S+) (%S+)$')
-        return {id, fingerprint}
+-- Queues a job at the end of its priority in its lane; or, before it is accepted in SQL, asks whether
+-- that may be done, and holds its idempotency key meanwhile.
+-- KEYS: 1 idempotency key (string), used when ARGV 9 is not ''
+-- ARGV: 1 step: 'submit' (ask and queue), 'reserve' (ask and hold the key), 'queue' (it is accepted),
+--       2 job id, 3 model, 4 lane, 5 bytes of its body, 6 most jobs in the lane, 7 most bytes of the
+--       model's bodies, 8 most records of ended jobs, 9 fingerprint ('': no key), 10 time that the key
+--       is held in s, 11 priority, 12 deadline in us from now ('': none), 13 attempts before,
+--       14 most failures, 15 ticket, 16... fields of the hash
+-- Returns {id}; {id of the job that has the key, its fingerprint}; {'', what is full}.
+local step, id, model, lane, body_bytes = unpack(ARGV, 1, 5)
+local fingerprint = ARGV[9]
+
+local function holder()
+    local held = fingerprint ~= '' and redis.call('GET', KEYS[1])
+    if not held then return nil end
+    local known, other = string.match(held, '^(%S+) (%S+)$')
+    if other ~= id then return {other, known} end
+end
+
+local function what_is_full()
+    local place = model .. ':' .. lane
+    local queued = redis.call('ZCARD', BACKLOG .. place) + redis.call('ZCARD', SUSPECTS .. place)
+    if queued >= tonumber(ARGV[6]) then return 'lane' end
+    local held_bytes = tonumber(redis.call('HGET', BODY_BYTES, model) or 0)
+    if held_bytes + body_bytes > tonumber(ARGV[7]) then return 'bytes' end
+    if redis.call('XLEN', LEDGER) >= tonumber(ARGV[8]) then return 'records' end
+end
+
+local function queue()
+    local at_us = now_us()
+    -- Order of service: priority first, then time, in ms so that a double holds both exactly.
+    local order = string.format('%.3f', ARGV[11] * 1e13 + math.floor(at_us / 1000))
+    redis.call('HSET', JOB .. id, 'attempt', ARGV[13], 'order', order, 'max_failures', ARGV[14],
+        'queued_us', whole(at_us), 'body_bytes', body_bytes, unpack(ARGV, 16))
+    local job = read_job(id)
+    move(job, 'queued', ready_place(job), order)
+    if ARGV[12] ~= '' then
+        local deadline_us = whole(at_us + ARGV[12])
+        redis.call('HSET', job.key, 'deadline_us', deadline_us)
+        redis.call('ZADD', DEADLINES, deadline_us, id)
     end
+    redis.call('HINCRBY', BODY_BYTES, model, body_bytes)
+    redis.call('SADD', MODELS, model)
+    if redis.call('EXISTS', RUN) == 0 then started_us(at_us) end
+    count('jobs', 'queued', job)
+    wake(model, ARGV[15])
 end
-if redis.call('ZCARD', KEYS[2]) >= tonumber(ARGV[3]) then return {} end
-local time = redis.call('TIME')
-local now_us = time[1] * 1000000 + time[2]
--- Order of service: priority first, then time, in ms so that a double holds both exactly.
-local order = string.format('%.3f', ARGV[5] * 1e13 + math.floor(now_us / 1000))
-redis.call('HSET', KEYS[1], 'state', 'queued', 'attempt', ARGV[8], 'order', order,
-    'max_failures', ARGV[9], 'queued_us', string.format('%d', now_us), unpack(ARGV, 11))
-redis.call('EXPIRE', KEYS[1], ARGV[4])
-redis.call('ZADD', KEYS[2], order, ARGV[1])
-redis.call('SADD', KEYS[3], ARGV[2])
-redis.call('LPUSH', KEYS[5], ARGV[10])
-count('jobs', 'queued', ARGV[2], string.match(KEYS[2], '[^:]+$'))
-if ARGV[6] ~= '' then
-    local deadline_us = string.format('%d', now_us + ARGV[6])
-    redis.call('HSET', KEYS[1], 'deadline_us', deadline_us)
-    redis.call('ZADD', KEYS[4], deadline_us, ARGV[1])
+
+-- Sent again after a lost reply: the job may be running already.
+if redis.call('EXISTS', JOB .. id) == 1 then return {id} end
+local other = holder()
+if step ~= 'queue' then
+    if other then
+        -- Another client waits for that job now: the first one may leave without ending it.
+        if redis.call('EXISTS', JOB .. other[1]) == 1 and other[2] == fingerprint then
+            redis.call('HSET', JOB .. other[1], 'attached', '1')
+        end
+        return other
+    end
+    local full = what_is_full()
+    if full then return {'', full} end
 end
-if ARGV[7] ~= '' then
-    redis.call('SET', KEYS[6], ARGV[7] .. ' ' .. ARGV[1], 'EX', ARGV[4])
+if step ~= 'reserve' then queue() end
+-- An accepted job is queued whoever has its key by now; it only does not take the key away.
+if fingerprint ~= '' and not other then
+    redis.call('SET', KEYS[1], fingerprint .. ' ' .. id, 'EX', ARGV[10])
 end
-return {ARGV[1]}
+return {id}

@@ -76,11 +76,14 @@ def _rewind(stack: Stack, job_id: str, raw: bytes, log: list[Any]) -> None:
     """Makes of the job one whose worker died after it had written that much."""
     redis = stack.redis
     redis.delete(keys.log(job_id))
-    for log_id, fields in log:
-        redis.xadd(keys.log(job_id), fields, id=log_id)
+    for log_id, entry in log:
+        redis.xadd(keys.log(job_id), entry, id=log_id)
     redis.hdel(keys.job(job_id), "ended_us")
-    redis.hset(keys.job(job_id), mapping={"state": "queued", "attempt": 1, "body": raw})
-    redis.zadd(keys.backlog("sluice-demo", Lane.INTERACTIVE), {job_id: 1})
+    place = keys.backlog("sluice-demo", Lane.INTERACTIVE)
+    fields = {"state": "queued", "place": place, "attempt": 1, "body": raw}
+    redis.hset(keys.job(job_id), mapping=fields)
+    redis.persist(keys.job(job_id))
+    redis.zadd(place, {job_id: 1})
     redis.lpush(keys.tickets("sluice-demo"), make_ticket("sluice-demo", job_id))
 
 

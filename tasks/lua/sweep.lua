@@ -1,0 +1,65 @@
+-- Compares jobs with the places that they should stand in, and mends what does not fit. Nothing is found
+-- here unless a script or Redis itself has failed.
+-- ARGV: 1 place whose members these are ('': jobs from elsewhere), 2 '1': SQL says that they are open,
+--       3... ids
+-- Returns for each id: 'missing', 'open', 'ended', or what was mended: 'misplaced', 'stray', 'unrecorded'.
+local at_us = now_us()
+local from, is_open_in_sql = ARGV[1], ARGV[2] == '1'
+
+local function repaired(kind)
+    redis.call('HINCRBY', COUNTS, 'repairs ' .. kind .. '  ', 1)
+    return kind
+end
+
+local function places(job)
+    local lane = job.model .. ':' .. job.lane
+    return {BACKLOG .. lane, SUSPECTS .. lane, DELAYED, LEASES}
+end
+
+-- An open job stands in the place that it names, and in no other.
+local function check_open(job)
+    local found = 'open'
+    for _, place in ipairs(places(job)) do
+        if place ~= job.place and redis.call('ZREM', place, job.id) == 1 then found = 'stray' end
+    end
+    local is_there = job.place and redis.call('ZSCORE', job.place, job.id)
+    if not is_there or (job.place == LEASES) ~= (job.state == 'in_progress') then
+        if job.state == 'in_progress' then record(job, at_us, 'it was held by nobody') end
+        move(job, 'queued', ready_place(job), job.order)
+        found = 'misplaced'
+    end
+    local is_due = job.state == 'queued' and job.deadline_us
+    if is_due and not redis.call('ZSCORE', DEADLINES, job.id) then
+        redis.call('ZADD', DEADLINES, job.deadline_us, job.id)
+        found = 'misplaced'
+    end
+    if redis.call('PERSIST', job.key) == 1 then found = 'misplaced' end
+    return found
+end
+
+-- An ended job's record waits; or SQL has it, then its hash has a TTL, and SQL does not call it open.
+local function check_ended(job)
+    local ended = redis.call('HMGET', job.key, 'record', 'ended_us')
+    local waits = ended[1] and #redis.call('XRANGE', LEDGER, ended[1], ended[1]) > 0
+    if waits or (redis.call('TTL', job.key) >= 0 and not is_open_in_sql) then return 'ended' end
+    redis.call('PERSIST', job.key)
+    redis.call('HSET', job.key, 'record', record(job, tonumber(ended[2])))
+    return 'unrecorded'
+end
+
+local found = {}
+for i = 3, #ARGV do
+    local job = read_job(ARGV[i])
+    local result
+    if not job.state then
+        result = from ~= '' and redis.call('ZREM', from, job.id) == 1 and 'stray' or 'missing'
+    elseif is_open(job) then
+        result = check_open(job)
+    else
+        result = check_ended(job)
+        if from ~= '' and redis.call('ZREM', from, job.id) == 1 then result = 'stray' end
+    end
+    if result == 'misplaced' or result == 'stray' or result == 'unrecorded' then repaired(result) end
+    found[#found + 1] = result
+end
+return found

@@ -1,0 +1,50 @@
+"""A worker of the model `sim` whose engine raises when a file of that name lies in SLUICE_HOME."""
+
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from gpu_worker import engine, main, sim_engine
+from gpu_worker.engine import Load, Message, Receive, Send
+from tasks.models import Model
+
+
+class BrokenEngine:
+    """The sim engine, as long as nothing breaks it."""
+
+    def __init__(self, sim: sim_engine.SimEngine) -> None:
+        self._sim = sim
+
+    async def app(self, scope: Message, receive: Receive, send: Send) -> None:
+        await self._sim.app(scope, receive, send)
+
+    def load(self) -> Load:
+        _break("load")
+        return self._sim.load()
+
+    def is_dead(self) -> bool:
+        return self._sim.is_dead()
+
+    def progress(self) -> int | None:
+        _break("progress")
+        return self._sim.progress()
+
+
+def _break(name: str) -> None:
+    file = Path(os.environ["SLUICE_HOME"]) / name
+    if file.exists():
+        file.unlink()
+        raise LookupError(name)
+
+
+@asynccontextmanager
+async def open_engine(model: Model) -> AsyncIterator[BrokenEngine]:
+    async with sim_engine.open_engine(model) as sim:
+        yield BrokenEngine(sim)
+
+
+if __name__ == "__main__":
+    engine.ENGINES["sim"] = "tests.faults.broken_worker"
+    sys.exit(main.run("sim"))

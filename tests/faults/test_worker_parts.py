@@ -1,0 +1,107 @@
+"""A part of a worker that fails ends the worker, and its jobs go on elsewhere."""
+
+import socket
+import socketserver
+import sys
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from tasks import keys
+from tests.faults.clients import Client, ask, await_tokens, chat, compare
+from tests.faults.conftest import LEASE_S, SLOW_SIM, Fault
+from tests.stack import Process, Stack, await_that, running, serving
+from tests.test_jobs import call, get, submit
+
+pytestmark = pytest.mark.timeout(120)
+
+LIE = b"*2\r\n:99\r\n$5\r\nstale\r\n"
+
+
+class LyingBus(socketserver.ThreadingTCPServer):
+    """Redis behind a proxy that answers one script with nonsense, when it is told to."""
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, redis_port: int) -> None:
+        super().__init__(("127.0.0.1", 0), Relay)
+        self.redis_port = redis_port
+        self.lies = threading.Event()
+
+
+class Relay(socketserver.BaseRequestHandler):
+    server: LyingBus
+
+    def handle(self) -> None:
+        with socket.create_connection(("127.0.0.1", self.server.redis_port)) as redis:
+            back = threading.Thread(target=self._copy, args=(redis, self.request), daemon=True)
+            back.start()
+            with suppress(OSError):
+                while data := self.request.recv(1 << 20):
+                    if b"EVALSHA" in data and self.server.lies.is_set():
+                        self.server.lies.clear()
+                        self.request.sendall(LIE)
+                    else:
+                        redis.sendall(data)
+
+    def _copy(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 20):
+                target.sendall(data)
+
+
+def _start_broken_worker(stack: Stack) -> Process:
+    command = [sys.executable, "-m", "tests.faults.broken_worker"]
+    worker = Process(command, stack.env, stack.home / "worker-broken.log")
+    stack.processes.append(worker)
+    stack.await_workers(1)
+    return worker
+
+
+def _ends_and_loses_nothing(stack: Stack, fault: Fault, worker: Process, part: str) -> None:
+    """Starts streams, has the part fail, and sees them go on elsewhere."""
+    bodies = [chat(n, stream=True) for n in range(4)]
+    clients = [Client(stack, body) for body in bodies]
+    await_tokens(clients, 10)
+    fault.inflict(f"an error in {part}")
+    broken_s = time.monotonic()
+    if part == "the publisher":
+        stack.lying_bus.lies.set()  # type: ignore[attr-defined]
+    else:
+        (stack.home / {"the keeper": "load", "the guard": "progress"}[part]).touch()
+    assert worker.popen.wait(15) == 1
+    assert f"{part} failed" in worker.log.read_text()
+    stack.processes.remove(worker)
+    stack.start_worker("sim")
+    compare(fault, clients, ask(stack, bodies), broken_s)
+
+
+@pytest.mark.parametrize("part", ["the keeper", "the guard", "the publisher"])
+def test_an_error_in_a_part_of_a_worker_ends_it_and_loses_nothing(
+    home: Any, fault: Fault, part: str
+) -> None:
+    stack = Stack(home, [SLOW_SIM], lease_s=LEASE_S, keep_alive_s=1)
+    with serving(LyingBus(stack.redis_port)) as bus:
+        stack.env["SLUICE_BUS_URL"] = f"redis://127.0.0.1:{bus.server_address[1]}/0"
+        stack.lying_bus = bus  # type: ignore[attr-defined]
+        with running(stack, workers=0):
+            _ends_and_loses_nothing(stack, fault, _start_broken_worker(stack), part)
+
+
+def test_a_control_message_that_nobody_understands_is_passed_over(
+    stack: Stack, fault: Fault
+) -> None:
+    fault.inflict("nonsense on a control channel")
+    (worker,) = stack.redis.smembers(keys.WORKERS)  # type: ignore[misc]
+    job_id = submit(stack, chat(stream=True, max_tokens=1000))["id"]
+    await_that(lambda: get(stack, job_id)["status"] == "in_progress")
+    for nonsense in (b"\xff\xfe", b"", b"job_1", b"job_1 x", b"job_1 1 2", b"job_unknown 1"):
+        assert stack.redis.publish(keys.control(worker.decode()), nonsense) == 1
+    (process,) = stack.workers
+    call(stack, "POST", f"/v1/jobs/{job_id}/cancel")
+    # Long before the next renewal of its lease would tell.
+    await_that(lambda: ": stopped" in process.log.read_text(), timeout_s=0.5)

@@ -1,0 +1,167 @@
+"""The model: what Redis has to hold after each script. docs/queue.md tells the same in words.
+
+It is told of every command that ran in Redis, whether its reply arrived or not. From that it knows
+what the reply was to be, and what Redis holds now.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+from tasks import keys
+from tasks.events import Kind
+
+DELAYED, LEASES = keys.DELAYED, keys.LEASES
+MOST_PASSED = 2
+OPEN = ("queued", "in_progress")
+_PIECE = re.compile(r'"content":"([^"]*)"')
+
+
+@dataclass
+class QueuedJob:
+    """A job as its hash has to tell it."""
+
+    id: str
+    model: str
+    lane: str
+    order: float
+    body_bytes: int
+    max_failures: int
+    sequences: int
+    queued_us: int
+    attempt: int
+    deadline_us: int | None = None
+    state: str = "queued"
+    place: str | None = None
+    score: float = 0
+    failures: int = 0
+    cleared: bool = False
+    attached: bool = False
+    worker: str = ""
+    has_body: bool = True
+    is_dead: bool = False
+    may_expire: bool = False
+    """Whether its hash has a TTL: SQL has recorded how it ended."""
+
+    @property
+    def is_open(self) -> bool:
+        return self.state in OPEN
+
+    @property
+    def ready_place(self) -> str:
+        is_suspect = self.failures > 0 and self.failures + 1 >= self.max_failures
+        return (keys.suspects if is_suspect else keys.backlog)(self.model, self.lane)
+
+
+def piece_of(value: str) -> str:
+    """The text of an entry: some of BODY entries, none of others."""
+    found = _PIECE.search(value) if value[0] == chr(Kind.BODY) else None
+    return found.group(1) if found else ""
+
+
+@dataclass
+class Log:
+    """A token log: who wrote which entry."""
+
+    entries: list[tuple[tuple[int, int], str]] = field(default_factory=list)
+    has_ttl: bool = True
+
+    @property
+    def last(self) -> tuple[int, int] | None:
+        return self.entries[-1][0] if self.entries else None
+
+    @property
+    def text(self) -> str:
+        """The answer that it tells."""
+        return "".join(map(piece_of, (value for _, value in self.entries)))
+
+    def why_refused(self, entry: tuple[int, int]) -> str | None:
+        """'stale', or the last id that is there ('empty' for none) when the entry leaves a gap."""
+        attempt, seq = entry
+        if self.last is None:
+            return None if seq == 0 else "empty"
+        last_attempt, last_seq = self.last
+        if last_attempt > attempt:
+            return "stale"
+        follows = seq <= last_seq + 1 if last_attempt == attempt else seq == 0
+        return None if follows else f"{last_attempt}-{last_seq}"
+
+
+@dataclass
+class Record:
+    """A change that waits for SQL."""
+
+    job_id: str
+    state: str
+    attempt: int
+    record_id: str = ""
+
+
+class Expected:
+    """What Redis holds. A copy of it is what Redis holds when it comes back as it was."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, QueuedJob] = {}
+        self.logs: dict[str, Log] = {}
+        self.keys: dict[str, str] = {}
+        """Strings with a TTL: idempotency keys, claims' tokens, workers' suspects."""
+        self.ledger: list[Record] = []
+        self.tickets: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
+        self.body_bytes: Counter[str] = Counter()
+        self.models: set[str] = set()
+        self.run: tuple[int, int] | None = None
+        """The run of Redis, and when it was seen first; 0: there was none before."""
+        self.paused: set[str] = set()
+
+    def members(self, place: str) -> list[QueuedJob]:
+        """The jobs of a place, in the order of its scores."""
+        found = [job for job in self.jobs.values() if job.place == place]
+        return sorted(found, key=lambda job: (job.score, job.id))
+
+    # What all transitions are made of.
+
+    def move(self, job: QueuedJob, state: str, place: str | None, score: float = 0) -> None:
+        job.state, job.place, job.score = state, place, score
+
+    def record(self, job: QueuedJob) -> None:
+        self.ledger.append(Record(job.id, job.state, job.attempt))
+
+    def count(self, what: str, job: QueuedJob) -> None:
+        self.counts[f"{what} {job.lane} {job.model}"] += 1
+
+    def end(self, job: QueuedJob, state: str, is_dead: bool = False) -> None:
+        job.deadline_us = None
+        self.move(job, state, None)
+        self.body_bytes[job.model] -= job.body_bytes
+        if is_dead:
+            job.is_dead = True
+            self.count("dead letter", job)
+        job.has_body = is_dead
+        self.record(job)
+        self.count(f"jobs {state}", job)
+
+    def hand_on(self, job: QueuedJob, cause: str, delay_us: int, now_us: int) -> None:
+        """Takes a running job from its worker."""
+        self.count(f"requeues {cause}", job)
+        if cause != "handed_back":
+            job.failures += 1
+            if job.failures >= job.max_failures:
+                return self.end(job, "failed", is_dead=True)
+        if delay_us > 0:
+            self.move(job, "queued", DELAYED, now_us + delay_us)
+        else:
+            self.move(job, "queued", job.ready_place, job.order)
+        return self.record(job)
+
+    def holder_of(self, held: str | None) -> QueuedJob | None:
+        """The job of an "id attempt", if that attempt still runs."""
+        if held is None:
+            return None
+        job_id, attempt = held.split()
+        job = self.jobs.get(job_id)
+        runs = job and job.state == "in_progress" and str(job.attempt) == attempt
+        return job if runs else None
+
+    def running(self, job_id: str, attempt: str) -> QueuedJob | None:
+        return self.holder_of(f"{job_id} {attempt}")

@@ -1,0 +1,226 @@
+"""What was accepted is never forgotten: between the queue's refusals, SQL and equal keys."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from db import jobs as records
+from db import migrate
+from db.dead import replace
+from db.models import JobRecord
+from db.webhooks import attempts_of
+from tasks import keys
+from tasks.connections import connect
+from tasks.events import End, Entry, Kind, Position, Start
+from tasks.jobs import Jobs
+from tasks.ledger import LONGEST_END_S, Recorder
+from tasks.message import State, new_id
+from tasks.reconciler import Reconciler, queued, terms
+from tasks.settings import Settings
+from tasks.token_log import Addressed, append_arguments
+from tests.conftest import SIM
+from tests.stack import Stack
+from tests.test_jobs import CHAT, ENDPOINT
+
+SETTINGS: dict[str, Any] = {"lease_s": 3, "max_attempts": 3}
+
+
+@pytest.fixture
+def stack(home: Path) -> Iterator[Stack]:
+    """Redis alone; a test that wants an API starts it."""
+    stack = Stack(home, [SIM], max_backlog=3)
+    try:
+        stack.start_redis()
+        yield stack
+    finally:
+        stack.stop()
+        stack.redis.close()
+
+
+@pytest.fixture
+def queue(stack: Stack) -> Iterator[Jobs]:
+    client = connect(stack.env["SLUICE_REDIS_URL"])
+    yield Jobs(client, client, Settings(**SETTINGS))
+    client.close()
+
+
+@pytest.fixture
+def url(home: Path) -> str:
+    url = f"sqlite:///{home / 'sluice.db'}"
+    migrate(url)
+    return url
+
+
+def job(number: int = 0, **options: Any) -> JobRecord:
+    """A job that was created `number` ms after the first."""
+    created = 1_700_000_000_000 + number
+    return JobRecord(
+        **{
+            "id": f"job_{created:012x}{new_id()[-20:]}",
+            "tenant": "default",
+            "model": "sim",
+            "endpoint": ENDPOINT,
+            "lane": "batch",
+            "created_at": datetime.now(UTC),
+            "request": b"{}",
+        }
+        | options
+    )
+
+
+def test_every_202_is_of_a_job_that_is_known_also_when_the_lane_fills(stack: Stack) -> None:
+    stack.start_api()
+
+    def post(number: int) -> requests.Response:
+        return requests.post(
+            f"{stack.url}/v1/jobs",
+            json={"endpoint": ENDPOINT, "body": CHAT, "metadata": {"n": str(number % 10)}},
+            headers={"Idempotency-Key": f"key {number % 10}"},
+            timeout=30,
+        )
+
+    with ThreadPoolExecutor(40) as clients:
+        answers = list(clients.map(post, range(200)))
+    told = {answer.json()["id"] for answer in answers if answer.status_code in (200, 202)}
+    assert {answer.status_code for answer in answers} <= {200, 202, 503}
+    assert told
+    for job_id in told:
+        assert requests.get(f"{stack.url}/v1/jobs/{job_id}", timeout=30).json()["id"] == job_id
+
+
+def test_one_jobs_trouble_does_not_stop_the_reconciler(queue: Jobs, url: str) -> None:
+    """A key that a chat took meanwhile, and a lane that is full, held up all later jobs."""
+    troubled = job(1, idempotency_key="k", fingerprint="f")
+    others = [job(n, model=f"model {n % 2}") for n in range(2, 10)]
+    records.accept(url, [troubled, *others])
+    queue.backlog.redis.set(keys.idempotency("default", "k"), f"another {new_id()}")
+    assert Reconciler(queue, url).reconcile() == 9
+    assert None not in queue.backlog.look([troubled.id, *(other.id for other in others)])
+
+
+def test_the_reconciler_goes_round_in_slices_and_at_once_when_redis_has_lost_all(
+    queue: Jobs, url: str, stack: Stack
+) -> None:
+    number, at_once = 60, 50
+    records.accept(url, [job(n) for n in range(number)])
+    reconciler = Reconciler(queue, url, at_once)
+    assert reconciler.reconcile() == number
+    queue.backlog.redis.flushall()
+    assert reconciler.reconcile() == at_once
+    assert reconciler.reconcile() == number - at_once
+    assert reconciler.reconcile() == 0
+    stack.wipe_redis()
+    assert reconciler.reconcile() == number
+
+
+def complete(queue: Jobs, record: JobRecord, *, with_answer: bool = True) -> None:
+    queue.backlog.queue(queued(record), terms(record))
+    claim = queue.backlog.claim(record.model, "w")
+    assert claim
+    if with_answer:
+        start = Start(200, [("content-type", "application/json")], 0, claim.attempt)
+        end = End(State.COMPLETED)
+        pieces = [
+            (Kind.START, start.encode()),
+            (Kind.BODY, b'{"answer": 1}'),
+            (Kind.END, end.encode()),
+        ]
+        entries = [
+            Addressed(Entry(record.id, Position(claim.attempt, seq), kind, data), "")
+            for seq, (kind, data) in enumerate(pieces)
+        ]
+        assert queue.log._append(**append_arguments(entries, Settings(**SETTINGS))) == []
+    assert queue.backlog.finish(claim, State.COMPLETED)
+
+
+def test_what_sql_does_not_have_yet_does_not_expire(queue: Jobs, url: str) -> None:
+    """With the database away for longer than the retention, answers were gone."""
+    record = job()
+    records.accept(url, [record])
+    complete(queue, record)
+    redis = queue.backlog.redis
+    places = [keys.job(record.id), keys.log(record.id)]
+    assert [redis.ttl(key) for key in places] == [-1, -1]
+    assert Recorder(queue, url).record() == 1
+    assert all(0 < redis.ttl(key) <= Settings().log_retention_s for key in places)
+    found = records.get(url, "default", record.id)
+    assert found
+    assert found[1]
+    assert found[1].body == b'{"answer": 1}'
+
+
+def _age_records(queue: Jobs) -> None:
+    """Makes all records older than the end of a log may be late."""
+    for record_id, fields in queue.backlog.redis.xrange(keys.LEDGER):
+        at_us = int(fields[b"at_us"]) - (LONGEST_END_S + 1) * 1_000_000
+        queue.backlog.redis.xdel(keys.LEDGER, record_id)
+        queue.backlog.redis.xadd(keys.LEDGER, fields | {b"at_us": at_us})
+
+
+def test_a_job_whose_answer_is_lost_is_not_called_completed_but_runs_again(
+    queue: Jobs, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL)
+    accepted, chat = job(1), job(2)
+    records.accept(url, [accepted])
+    complete(queue, accepted, with_answer=False)
+    complete(queue, chat, with_answer=False)
+    _age_records(queue)
+    Recorder(queue, url).record()
+    found = records.get(url, "default", chat.id)
+    assert found
+    assert found[0].status == "failed"
+    assert Reconciler(queue, url).reconcile() == 1
+    claim = queue.backlog.claim("sim", "w")
+    assert claim
+    assert claim.job.id == accepted.id
+    assert claim.attempt > 100
+
+
+def test_a_job_that_ends_lost_calls_its_webhook_and_is_in_the_ledger(url: str) -> None:
+    record = job(webhook="https://example.org/hook")
+    records.accept(url, [record])
+    assert records.end_lost(url, record.id, "cancelled", {"message": "cancelled"})
+    assert not records.end_lost(url, record.id, "cancelled", {"message": "cancelled"})
+    delivery, _ = attempts_of(url, record.id)
+    assert delivery
+    assert delivery.type == "job.cancelled"
+    found = records.get(url, "default", record.id)
+    assert found
+    assert found[1]
+    assert found[1].error == {"message": "cancelled"}
+
+
+def test_a_dead_letter_is_tried_again_once_by_whoever_is_first(url: str) -> None:
+    old = job(died_at=datetime.now(UTC))
+    records.accept(url, [old])
+    again = [job(n) for n in range(1, 9)]
+    barrier = threading.Barrier(len(again))
+
+    def retry(record: JobRecord) -> bool:
+        barrier.wait()
+        return replace(url, old.id, record)
+
+    with ThreadPoolExecutor(len(again)) as operators:
+        done = list(operators.map(retry, again))
+    stored = [records.load(url, record.id) for record in again]
+    assert [record is not None for record in stored] == done
+    assert sum(done) == 1
+
+
+def test_a_started_job_that_redis_has_lost_does_not_expire(queue: Jobs, url: str) -> None:
+    late = job(1, deadline_s=0.0, started_at=datetime.now(UTC))
+    never = job(2, deadline_s=0.0)
+    records.accept(url, [late, never])
+    Reconciler(queue, url).reconcile()
+    assert [reaped.job_id for reaped in queue.backlog.reap()] == [never.id]
+    claim = queue.backlog.claim("sim", "w")
+    assert claim
+    assert claim.job.id == late.id

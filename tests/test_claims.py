@@ -1,0 +1,114 @@
+"""What a worker holds: never more than it has slots for, and a drain knows of all of it."""
+
+import threading
+
+import pytest
+
+from gpu_worker.claims import Claims
+from tasks.message import Claim, Job
+from tests.stack import await_that
+
+
+def _claim(name: str, sequences: int = 1, attempt: int = 1) -> Claim:
+    job = Job(name, "m", "/v1/completions", b"{}", sequences=sequences)
+    return Claim(job, attempt, 0, 0, 3)
+
+
+class Underway:
+    """A claim that Redis answers when the test wants."""
+
+    def __init__(self, claims: Claims, answer: Claim | None) -> None:
+        self.answered, self.asked, self.taken = threading.Event(), threading.Event(), None
+        self._claims, self._answer = claims, answer
+        self.thread = threading.Thread(target=self._take)
+        self.thread.start()
+
+    def _take(self) -> None:
+        self.taken = self._claims.take(self._ask)
+
+    def _ask(self, _free: int) -> Claim | None:
+        self.asked.set()
+        self.answered.wait(10)
+        return self._answer
+
+    def answer(self) -> None:
+        self.answered.set()
+        self.thread.join(10)
+
+
+def test_a_job_takes_a_slot_for_each_of_its_sequences() -> None:
+    claims, free = Claims(8), []
+    waiting = [_claim("a", 5), _claim("b", 2), _claim("c", 1), _claim("d", 1)]
+
+    def claim(slots: int) -> Claim | None:
+        free.append(slots)
+        return waiting.pop(0)
+
+    first = claims.take(claim)
+    assert first
+    assert claims.take(claim)
+    assert claims.take(claim)
+    assert not claims.has_room()
+    assert claims.take(claim) is None
+    assert free == [8, 3, 1]
+    claims.release(first)
+    assert claims.take(claim)
+    assert free == [8, 3, 1, 5]
+
+
+def test_two_attempts_of_a_job_are_held_apart() -> None:
+    claims = Claims(4)
+    old, new = _claim("a"), _claim("a", attempt=2)
+    claims.take(lambda _: old)
+    claims.take(lambda _: new)
+    claims.release(old)
+    assert claims.held() == [new]
+
+
+def test_the_next_claim_knows_what_the_one_before_has_taken() -> None:
+    claims = Claims(4)
+    first = Underway(claims, _claim("a", 3))
+    assert first.asked.wait(5)
+    seen: list[int] = []
+    second = threading.Thread(target=lambda: claims.take(seen.append))
+    second.start()
+    first.answer()
+    second.join(5)
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("is_answered_in_time", [True, False])
+def test_a_drain_knows_of_a_claim_that_was_under_way(is_answered_in_time: bool) -> None:
+    claims = Claims(4)
+    underway = Underway(claims, _claim("a"))
+    assert underway.asked.wait(5)
+    claims.close()
+    assert not claims.is_idle()
+    if is_answered_in_time:
+        underway.answer()
+        assert claims.give_up() == [underway.taken]
+    else:
+        assert claims.give_up() == []
+        underway.answer()
+        assert claims.is_given_up  # whoever has claimed it hands it back
+    assert underway.taken
+    assert claims.take(lambda _: _claim("b")) is None
+    claims.release(underway.taken)
+    assert claims.is_idle()
+
+
+def test_a_thread_without_room_waits_until_there_is_some() -> None:
+    claims = Claims(2)
+    wide = _claim("a", 2)
+    claims.take(lambda _: wide)
+    threads = [threading.Thread(target=claims.await_room) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert all(thread.is_alive() for thread in threads)
+    claims.release(wide)
+    await_that(lambda: not any(thread.is_alive() for thread in threads), 5)
+    claims.take(lambda _: wide)
+    late = threading.Thread(target=claims.await_room)
+    late.start()
+    claims.close()
+    await_that(lambda: not late.is_alive(), 5)

@@ -1,0 +1,154 @@
+"""Reading jobs costs what is shown, whatever else is stored, and holds up nobody."""
+
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import requests
+
+from db import writing
+from db.models import JobRecord
+from db.session import insert_new
+from tasks import keys
+from tasks.events import LOG_FIELD, End, Entry
+from tasks.message import Job, State
+from tests.conftest import SIM
+from tests.stack import Stack, await_that, running
+from tests.test_jobs import CHAT, in_sql, submit, wait
+from tests.test_response import chunk, log_of
+
+
+@pytest.fixture
+def stack(home: Path) -> Iterator[Stack]:
+    """Without maintenance, once it has begun: what a test writes stays as it is."""
+    with running(Stack(home, [SIM])) as stack:
+        stack.part("maintenance").stop()
+        stack.processes.remove(stack.part("maintenance"))
+        yield stack
+
+
+def store(stack: Stack, jobs: list[JobRecord]) -> None:
+    with writing(f"sqlite:///{stack.home / 'sluice.db'}") as session:
+        insert_new(session, jobs)
+
+
+def record(job_id: str, **more: Any) -> JobRecord:
+    now, endpoint = datetime.now(UTC), "/v1/chat/completions"
+    about = {"tenant": "default", "model": "sim", "endpoint": endpoint, "lane": "batch"}
+    if more.get("status") == "completed":
+        more["completed_at"] = now
+    return JobRecord(**about, id=job_id, created_at=now, **more)  # type: ignore[arg-type]
+
+
+@contextmanager
+def measured_silence(stack: Stack) -> Iterator[list[float]]:
+    """How long the API took for each of the looks at its health that were made meanwhile."""
+    took_s: list[float] = []
+    is_over = threading.Event()
+
+    def look() -> None:
+        with requests.Session() as client:
+            while not is_over.is_set():
+                begun_s = time.monotonic()
+                assert client.get(f"{stack.url}/health/live", timeout=30).ok
+                took_s.append(time.monotonic() - begun_s)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield took_s
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def get(stack: Stack, path: str) -> Any:
+    response = requests.get(stack.url + path, timeout=60)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_a_list_of_jobs_does_not_load_their_requests(stack: Stack) -> None:
+    body = b"x" * 5_000_000
+    store(stack, [record(f"job_{n:02}", status="completed", request=body) for n in range(20)])
+    get(stack, "/v1/jobs?model=none")
+    (process,) = psutil.Process(stack.api_processes[0].pid).children()
+    before = most_memory_kb(process.pid)
+    assert len(get(stack, "/v1/jobs?limit=40")["data"]) == 20
+    assert most_memory_kb(process.pid) - before < 20_000
+
+
+def most_memory_kb(pid: int) -> int:
+    """The most that the process ever had."""
+    (line,) = re.findall(r"^VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return int(line)
+
+
+def test_few_of_one_status_are_found_among_very_many_of_others(stack: Stack) -> None:
+    store(stack, [record("job_00000", status="in_progress")])
+    store(stack, [record(f"job_0{n:05}", status="completed") for n in range(20_000)])
+    store(stack, [record(f"job_1{n:05}") for n in range(2_000)])
+    begun_s = time.monotonic()
+    found = get(stack, "/v1/jobs?status=in_progress&limit=1")
+    assert [job["id"] for job in found["data"]] == ["job_00000"]
+    assert found["has_more"] is False
+    assert time.monotonic() - begun_s < 0.5
+
+
+def test_what_has_changed_its_status_meanwhile_is_passed_over(stack: Stack) -> None:
+    # SQL takes all for queued; of those that Redis knows, each third runs.
+    store(stack, [record(f"job_{n:03}") for n in range(300)])
+    for number in range(0, 300, 3):
+        job = Job(f"job_{number:03}", "sim", "/v1/chat/completions", b"{}")
+        state = {"state": "in_progress", "attempt": 1, "queued_us": 1, "started_us": 2}
+        fields = job.encode()
+        mapping = dict(zip(fields[::2], fields[1::2], strict=True)) | state
+        stack.redis.hset(keys.job(job.id), mapping=mapping)  # type: ignore[arg-type]
+    seen, after = [], ""
+    while True:
+        page = get(stack, f"/v1/jobs?status=queued&limit=7{after}")
+        seen += [job["id"] for job in page["data"]]
+        if not page["has_more"]:
+            break
+        after = f"&after={page['last_id']}"
+    assert seen == [f"job_{n:03}" for n in reversed(range(300)) if n % 3]
+
+
+def test_a_long_answer_that_sql_does_not_have_yet_holds_up_nobody(stack: Stack) -> None:
+    job = Job("job_long", "sim", "/v1/chat/completions", b"{}")
+    ended = {"state": State.COMPLETED, "attempt": 1, "queued_us": 1, "started_us": 2, "ended_us": 3}
+    fields = job.encode()
+    mapping = dict(zip(fields[::2], fields[1::2], strict=True)) | ended
+    stack.redis.hset(keys.job(job.id), mapping=mapping)  # type: ignore[arg-type]
+    write_log(stack, job.id, log_of([chunk({"content": "word "})] * 100_000))
+    with measured_silence(stack) as took_s:
+        found = get(stack, "/v1/jobs/job_long")
+    content = found["response"]["body"]["choices"][0]["message"]["content"]
+    assert content == "word " * 100_000
+    assert max(took_s) < 0.3
+
+
+def write_log(stack: Stack, job_id: str, entries: list[Entry]) -> None:
+    pipeline = stack.redis.pipeline(transaction=False)
+    for entry in entries:
+        fields: Any = {LOG_FIELD: entry.encode_value()}
+        pipeline.xadd(keys.log(job_id), fields, str(entry.position))
+    pipeline.execute()
+
+
+def test_an_answer_that_sql_has_is_not_put_together_again(sim_stack: Stack) -> None:
+    job_id = submit(sim_stack, CHAT | {"stream": True})["id"]
+    before = wait(sim_stack, job_id).json()
+    await_that(lambda: in_sql(sim_stack, job_id))
+    sim_stack.redis.delete(keys.log(job_id))
+    # An end, but another one than what was answered.
+    end = Entry(job_id, log_of([])[-1].position, log_of([])[-1].kind, End(State.FAILED).encode())
+    write_log(sim_stack, job_id, [end])
+    assert get(sim_stack, f"/v1/jobs/{job_id}") == before

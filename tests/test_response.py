@@ -1,0 +1,97 @@
+"""A stream's chunks put together as the answer of a request that was not streamed."""
+
+import time
+from typing import Any
+
+import orjson
+import pytest
+
+from tasks.events import End, Entry, Kind, Position, Start
+from tasks.message import State
+from tasks.response import assemble, fold
+
+HEADERS = [("content-type", "text/event-stream; charset=utf-8")]
+
+
+def chunk(delta: dict[str, Any], index: int = 0, **more: Any) -> dict[str, Any]:
+    choice = {"index": index, "delta": delta, "finish_reason": None, **more}
+    return {"id": "chatcmpl-1", "object": "chat.completion.chunk", "choices": [choice]}
+
+
+def log_of(chunks: list[dict[str, Any]]) -> list[Entry]:
+    """The log of a job that has answered with these."""
+    start = Start(200, HEADERS, 0, 1).encode()
+    bodies = [b"data: " + orjson.dumps(document) + b"\n\n" for document in chunks]
+    entries = [(Kind.START, start), *((Kind.BODY, body) for body in bodies)]
+    entries += [(Kind.BODY, b"data: [DONE]\n\n"), (Kind.END, End(State.COMPLETED).encode())]
+    return [Entry("job_1", Position(1, seq), *entry) for seq, entry in enumerate(entries)]
+
+
+def test_texts_tools_and_choices_are_put_together_from_their_pieces() -> None:
+    def call(index: int, arguments: str, **named: str) -> dict[str, Any]:
+        function = {"arguments": arguments, **named}
+        return {"index": index, "type": "function", "function": function}
+
+    chunks = [
+        chunk({"role": "assistant", "content": None}),
+        chunk({"role": "assistant", "content": ""}, 1),
+        chunk({"reasoning": "Hm"}),
+        chunk({"reasoning": "."}),
+        chunk({"tool_calls": [call(0, "", name="look") | {"id": "call_1"}]}),
+        chunk({"content": "Hel"}, 1, logprobs={"content": [{"token": "Hel", "logprob": -1.0}]}),
+        chunk({"tool_calls": [call(0, '{"a":')]}),
+        chunk({"tool_calls": [call(1, "{", name="see") | {"id": "call_2"}]}),
+        chunk({"tool_calls": [call(0, " 1}"), call(1, "}")]}),
+        chunk({"content": "lo"}, 1, logprobs={"content": [{"token": "lo", "logprob": -2.0}]}),
+        chunk({}, finish_reason="tool_calls"),
+        chunk({}, 1, finish_reason="stop"),
+        {"id": "chatcmpl-1", "choices": [], "usage": {"total_tokens": 9}},
+    ]
+    whole = fold(chunks)
+    assert whole == {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "usage": {"total_tokens": 9},
+        "choices": [
+            {
+                "index": 0,
+                "finish_reason": "tool_calls",
+                "message": {
+                    "role": "assistant",
+                    "content": None,
+                    "reasoning": "Hm.",
+                    "tool_calls": [
+                        call(0, '{"a": 1}', name="look") | {"id": "call_1"},
+                        call(1, "{}", name="see") | {"id": "call_2"},
+                    ],
+                },
+            },
+            {
+                "index": 1,
+                "finish_reason": "stop",
+                "message": {"role": "assistant", "content": "Hello"},
+                "logprobs": {
+                    "content": [
+                        {"token": "Hel", "logprob": -1.0},
+                        {"token": "lo", "logprob": -2.0},
+                    ]
+                },
+            },
+        ],
+    }
+
+
+@pytest.mark.parametrize("with_logprobs", [False, True])
+def test_a_long_answer_takes_time_in_proportion(with_logprobs: bool) -> None:
+    def took_s(tokens: int) -> float:
+        more = {"logprobs": {"content": [{"token": "word ", "logprob": -1}]}}
+        piece = chunk({"content": "word " * 20}, **(more if with_logprobs else {}))
+        entries = log_of([piece] * tokens)
+        begun_s = time.process_time()
+        outcome = assemble(entries)
+        took_s = time.process_time() - begun_s
+        assert outcome is not None
+        assert len(outcome.body or b"") > 100 * tokens
+        return took_s
+
+    assert took_s(100_000) < (2 if with_logprobs else 1)

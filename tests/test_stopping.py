@@ -1,0 +1,113 @@
+"""A job that is nobody's any more ends inside vLLM too, whatever it is and whyever it ended."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import requests
+
+from tasks import keys
+from tasks.control import workers
+from tasks.models import Model
+from tests.stack import Stack, await_that, running, send
+from tests.test_metrics import Metrics
+
+pytestmark = pytest.mark.timeout(300)
+
+CHAT, TEXT, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+LONG: dict[str, Any] = {"max_tokens": 1900, "ignore_eos": True}
+TALK = LONG | {"messages": [{"role": "user", "content": "Hello"}]}
+TELL = LONG | {"prompt": "A queue is"}
+PROMPTS = ["A queue is", "A job is", "A lease is"]
+
+CASES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "chat, streamed": (CHAT, TALK | {"stream": True}, 1),
+    "chat, whole": (CHAT, TALK, 1),
+    "chat, whole, four at once": (CHAT, TALK | {"n": 4}, 4),
+    "text, streamed": (TEXT, TELL | {"stream": True}, 1),
+    "text, streamed, four at once": (TEXT, TELL | {"stream": True, "n": 4}, 4),
+    "text, whole": (TEXT, TELL, 1),
+    "text, whole, two each of three prompts": (TEXT, TELL | {"prompt": PROMPTS, "n": 2}, 6),
+}
+
+
+class Engine:
+    """The engine of the only worker, as vLLM's own metrics show it."""
+
+    def __init__(self, stack: Stack) -> None:
+        (worker,) = workers(stack.redis)
+        self._url = f"http://{worker.metrics_address}/metrics"
+
+    def sequences(self) -> int:
+        seen = Metrics(self._url)
+        names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+        return int(sum(seen.total(name) for name in names))
+
+
+def _only_lease(stack: Stack) -> str:
+    (job_id,) = stack.redis.zrange(keys.LEASES, 0, -1)  # type: ignore[misc]
+    return str(job_id.decode())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_client_that_leaves_frees_the_engine_within_a_second(
+    vllm_stack: Stack, case: str
+) -> None:
+    stack, engine = vllm_stack, Engine(vllm_stack)
+    endpoint, body, sequences = CASES[case]
+    client = send(stack, body, endpoint)
+    await_that(lambda: engine.sequences() == sequences)
+    job_id = _only_lease(stack)
+    client.close()
+    await_that(lambda: engine.sequences() == 0, timeout_s=1, explain=engine.sequences)
+    await_that(lambda: stack.redis.hget(keys.job(job_id), "state") == b"cancelled", 1)
+    if not body.get("stream"):  # what the app says to a client that has left is told to nobody
+        assert stack.redis.xlen(keys.log(job_id)) == 1
+
+
+def test_a_whole_answer_that_is_cancelled_frees_the_engine(vllm_stack: Stack) -> None:
+    stack, engine = vllm_stack, Engine(vllm_stack)
+    with send(stack, TALK):
+        await_that(lambda: engine.sequences() == 1)
+        cancelled = requests.post(f"{stack.url}/v1/jobs/{_only_lease(stack)}/cancel", timeout=9)
+        assert cancelled.status_code == 200
+        await_that(lambda: engine.sequences() == 0, timeout_s=1)
+
+
+def test_a_whole_answer_whose_lease_is_lost_frees_the_engine(vllm_stack: Stack) -> None:
+    stack, engine = vllm_stack, Engine(vllm_stack)
+    with send(stack, TALK) as client:
+        await_that(lambda: engine.sequences() == 1)
+        job_id = _only_lease(stack)
+        stack.redis.sadd(keys.PAUSED, "sluice-demo")
+        stack.redis.zadd(keys.LEASES, {job_id: 1})
+        await_that(lambda: stack.redis.hget(keys.job(job_id), "state") == b"queued")
+        # Found when the worker renews its leases.
+        await_that(lambda: engine.sequences() == 0, timeout_s=10)
+        client.close()
+        await_that(lambda: stack.redis.hget(keys.job(job_id), "state") == b"cancelled")
+    stack.redis.srem(keys.PAUSED, "sluice-demo")
+
+
+@pytest.fixture
+def embedding_stack(home: Any, demo_model: Model) -> Iterator[Stack]:
+    """The demo model as one that embeds, a token at a time: slow enough to be stopped."""
+    model = demo_model.model_dump(mode="json") | {"name": "embedder", "aliases": []}
+    keep = ("max-model-len", "dtype", "gpu-memory-utilization", "enforce-eager")
+    args = {name: model["args"][name] for name in keep}
+    args |= {"runner": "pooling", "convert": "embed", "max-num-seqs": 1}
+    with running(Stack(home, [model | {"args": args}])) as stack:
+        yield stack
+
+
+def test_embeddings_that_nobody_wants_any_more_free_the_engine(embedding_stack: Stack) -> None:
+    stack, engine = embedding_stack, Engine(embedding_stack)
+    short = requests.post(f"{stack.url}{EMBEDDINGS}", json={"input": "A queue"}, timeout=60)
+    assert short.json()["data"][0]["embedding"]
+    client = send(stack, {"input": [f"{n} is in a queue. " * 180 for n in range(200)]}, EMBEDDINGS)
+    await_that(lambda: engine.sequences() > 100)
+    begun_s = time.monotonic()
+    client.close()
+    await_that(lambda: engine.sequences() == 0, timeout_s=1, explain=engine.sequences)
+    assert time.monotonic() - begun_s < 1.5
