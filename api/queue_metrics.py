@@ -121,6 +121,6 @@ def _counts(seen: Vitals) -> Iterator[Metric]:
     repairs = CounterMetricFamily(
         "sluice_repairs", "What maintenance found and mended.", labels=["kind"]
     )
-    for kind in ("misplaced", "stray", "unrecorded", "lost", "bytes"):
+    for kind in ("misplaced", "stray", "unrecorded", "lost"):
         repairs.add_metric([kind], counts[Happening(Counted.REPAIRS, kind)])
     yield from (jobs, requeues, dead, tickets, webhooks, repairs)

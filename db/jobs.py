@@ -150,7 +150,9 @@ def _as_queued(job: JobRecord) -> JobRecord:
 
 
 def _update(session: Session, job: JobRecord) -> None:
-    dead = {"died_at": job.died_at, "request": job.request} if job.died_at and job.request else {}
+    dead: dict[str, Any] = {}
+    if job.died_at and job.request:
+        dead = {"died_at": job.died_at, "request": job.request, "sequences": job.sequences}
     newer = update(JobRecord).where(JobRecord.id == job.id, JobRecord.completed_at.is_(None))
     # An end counts, even if Redis has lost attempts that were recorded here.
     if job.completed_at is None:

@@ -62,10 +62,10 @@ def watch(worker: "Worker", engine: Engine) -> None:
 
 
 def give_up(worker: "Worker", part: str, failure: Exception) -> None:
-    """Ends the worker, one of whose own parts has failed: no job's fault, all jobs' trouble."""
+    """Ends the worker, one of whose own parts has failed: one of its jobs may be the reason."""
     trace = "".join(traceback.format_exception(failure, limit=-MOST_FRAMES))
     log.error("%s failed: %s", part, trace[-MOST_TRACE_CHARS:])
-    _abandon(worker, f"{part} failed", Cause.HANDED_BACK)
+    _abandon(worker, f"{part} failed", Cause.WORKER_FAILED)
 
 
 def _abandon(worker: "Worker", reason: str, cause: Cause) -> None:

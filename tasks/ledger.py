@@ -166,7 +166,7 @@ class Recorder:
                     continue
                 change = decode(record_id.decode(), fields, outcome)
                 if change.job.died_at:
-                    change.job.request = self._request(change.job.id)
+                    self._keep_request(change.job)
                 if change.result is None or outcome or not self._is_void(change):
                     changes.append(change)
             except (DecodeError, ValueError) as broken:
@@ -193,10 +193,12 @@ class Recorder:
             change.ledger.state = State.FAILED
         return False
 
-    def _request(self, job_id: str) -> bytes | None:
-        """What a dead letter asked for: kept in SQL, so that it can be tried again."""
-        body: Any = self._redis.hget(keys.job(job_id), "body")
-        return None if body is None else bytes(body)
+    def _keep_request(self, job: JobRecord) -> None:
+        """Gives a dead letter what it asked for, so that it can be tried again."""
+        found: Any = self._redis.hmget(keys.job(job.id), "body", "sequences")
+        body, sequences = found
+        job.request = None if body is None else bytes(body)
+        job.sequences = int(sequences or 1)
 
     def _outcome(self, fields: dict[bytes, bytes]) -> Outcome | None:
         if not _is_final(fields):

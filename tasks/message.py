@@ -34,6 +34,7 @@ class Cause(StrEnum):
 
     LEASE_EXPIRED = "lease_expired"
     ENGINE_DIED = "engine_died"
+    WORKER_FAILED = "worker_failed"
     ENGINE_ERROR = "engine_error"
     HANDED_BACK = "handed_back"
 

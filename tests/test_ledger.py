@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tasks import keys
+from tasks import dead, keys
 from tasks.backlog import Backlog
 from tasks.connections import connect
 from tasks.events import End
@@ -49,6 +49,20 @@ def submit(backlog: Backlog) -> Job:
     job = Job.create(model="sim", endpoint="/v1/completions", body=b"{}")
     backlog.submit(job)
     return job
+
+
+def test_a_dead_letter_of_a_chat_takes_as_many_slots_when_it_is_tried_again(
+    backlog: Backlog, database_url: str
+) -> None:
+    backlog.submit(Job.create(model="sim", endpoint="/v1/completions", body=b"{}", sequences=3))
+    claim = backlog.claim("sim", "worker", free_slots=3)
+    assert claim
+    assert backlog.finish(claim, State.FAILED, "the engine failed on its last attempt too")
+    end_log(backlog, claim.job.id, State.FAILED)
+    recorder_of(backlog, database_url).record()
+    queue = Jobs(backlog.redis, backlog.redis, Settings(**SETTINGS))
+    again = dead.retry(queue, database_url, claim.job.id)
+    assert backlog.redis.hget(keys.job(again), "sequences") == b"3"
 
 
 def run(backlog: Backlog) -> Claim:

@@ -146,8 +146,8 @@ def _failures() -> list[Panel]:
     return [
         graph(
             "Put back, by cause",
-            "lease_expired and engine_died are failovers, see the workers' logs; engine_error is "
-            "a 5xx of the engine; handed_back is a worker that was stopped, which is normal.",
+            "lease_expired, engine_died and worker_failed are failovers, see workers' logs; "
+            "engine_error is a 5xx of the engine; handed_back: a worker was stopped, which is normal.",
             "short",
             {"{{cause}}": requeues},
         ),

@@ -1,5 +1,6 @@
 """A part of a worker that fails ends the worker, and its jobs go on elsewhere."""
 
+import functools
 import socket
 import socketserver
 import sys
@@ -15,14 +16,19 @@ from tests.faults.clients import Client, ask, await_tokens, chat, compare
 from tests.faults.conftest import LEASE_S, SLOW_SIM, Fault
 from tests.stack import Process, Stack, await_that, running, serving
 from tests.test_jobs import call, get, submit
+from tests.test_metrics import Metrics
 
 pytestmark = pytest.mark.timeout(120)
 
 LIE = b"*2\r\n:99\r\n$5\r\nstale\r\n"
 
 
-class LyingBus(socketserver.ThreadingTCPServer):
-    """Redis behind a proxy that answers one script with nonsense, when it is told to."""
+class BadRedis(socketserver.ThreadingTCPServer):
+    """Redis behind a proxy that does what it is told to.
+
+    It answers one script with nonsense; or closes the connection instead of bringing a reply that
+    names a job.
+    """
 
     daemon_threads = True
     allow_reuse_address = True
@@ -31,10 +37,11 @@ class LyingBus(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), Relay)
         self.redis_port = redis_port
         self.lies = threading.Event()
+        self.to_lose = 0
 
 
 class Relay(socketserver.BaseRequestHandler):
-    server: LyingBus
+    server: BadRedis
 
     def handle(self) -> None:
         with socket.create_connection(("127.0.0.1", self.server.redis_port)) as redis:
@@ -51,7 +58,15 @@ class Relay(socketserver.BaseRequestHandler):
     def _copy(self, source: socket.socket, target: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(1 << 20):
+                if self.server.to_lose and source is not self.request and b"\r\njob_" in data:
+                    self.server.to_lose -= 1
+                    target.shutdown(socket.SHUT_RDWR)
+                    break
                 target.sendall(data)
+
+
+def _is_completed(stack: Stack, job_id: str) -> bool:
+    return bool(get(stack, job_id)["status"] == "completed")
 
 
 def _start_broken_worker(stack: Stack) -> Process:
@@ -70,12 +85,15 @@ def _ends_and_loses_nothing(stack: Stack, fault: Fault, worker: Process, part: s
     fault.inflict(f"an error in {part}")
     broken_s = time.monotonic()
     if part == "the publisher":
-        stack.lying_bus.lies.set()  # type: ignore[attr-defined]
+        stack.bad_redis.lies.set()  # type: ignore[attr-defined]
     else:
         (stack.home / {"the keeper": "load", "the guard": "progress"}[part]).touch()
     assert worker.popen.wait(15) == 1
     assert f"{part} failed" in worker.log.read_text()
     stack.processes.remove(worker)
+    counted = Metrics(f"{stack.url}/metrics")
+    # One of them may be the reason: it becomes a dead letter before it has ended all workers.
+    assert counted.total("sluice_requeues_total", cause="worker_failed") == len(clients)
     stack.start_worker("sim")
     compare(fault, clients, ask(stack, bodies), broken_s)
 
@@ -85,11 +103,27 @@ def test_an_error_in_a_part_of_a_worker_ends_it_and_loses_nothing(
     home: Any, fault: Fault, part: str
 ) -> None:
     stack = Stack(home, [SLOW_SIM], lease_s=LEASE_S, keep_alive_s=1)
-    with serving(LyingBus(stack.redis_port)) as bus:
+    with serving(BadRedis(stack.redis_port)) as bus:
         stack.env["SLUICE_BUS_URL"] = f"redis://127.0.0.1:{bus.server_address[1]}/0"
-        stack.lying_bus = bus  # type: ignore[attr-defined]
+        stack.bad_redis = bus  # type: ignore[attr-defined]
         with running(stack, workers=0):
             _ends_and_loses_nothing(stack, fault, _start_broken_worker(stack), part)
+
+
+def test_a_claim_whose_reply_is_lost_again_and_again_is_of_one_job(home: Any, fault: Fault) -> None:
+    stack = Stack(home, [SLOW_SIM], lease_s=LEASE_S, keep_alive_s=1)
+    with running(stack, workers=0), serving(BadRedis(stack.redis_port)) as queue:
+        own = stack.env | {"SLUICE_REDIS_URL": f"redis://127.0.0.1:{queue.server_address[1]}/0"}
+        command = [sys.executable, "-m", "gpu_worker.main", "sim"]
+        stack.processes.append(Process(command, own, stack.home / "worker-cut-off.log"))
+        stack.await_workers(1)
+        fault.inflict("three lost replies to claims")
+        queue.to_lose = 3
+        job_ids = [submit(stack, chat(stream=True, max_tokens=20))["id"] for _ in range(4)]
+        for job_id in job_ids:
+            await_that(functools.partial(_is_completed, stack, job_id))
+            assert get(stack, job_id)["attempts"] == 1
+        assert queue.to_lose == 0
 
 
 def test_a_control_message_that_nobody_understands_is_passed_over(
