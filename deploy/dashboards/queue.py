@@ -147,7 +147,7 @@ def _failures() -> list[Panel]:
         graph(
             "Put back, by cause",
             "lease_expired, engine_died and worker_failed are failovers, see workers' logs; "
-            "engine_error is a 5xx of the engine; handed_back: a worker was stopped, which is normal.",
+            "engine_error is a 5xx of the engine; handed_back: a worker was stopped, as is normal.",
             "short",
             {"{{cause}}": requeues},
         ),

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import Phase
 
 from db import jobs as records
+from tasks import reconciler
 from tasks.ledger import Recorder
+from tasks.reconciler import Reconciler
 from tests.model.conftest import Make
 from tests.model.machine import QueueMachine, run
 
@@ -133,6 +135,12 @@ HOLES = {
     ),
     "jobs that were lost plan no webhook": Hole(
         (records, "end_lost"), "_plan_webhooks(session, [job_id])", "pass"
+    ),
+    "an accepted job that Redis lost has to find room again": Hole(
+        (Reconciler, "_mend"), "self._queue.backlog.queue(", "self._queue.backlog.submit("
+    ),
+    "a job that has started in time is late once Redis has lost it": Hole(
+        (reconciler, "terms"), " and job.started_at is None", ""
     ),
     "a job is dispatched again without a new number": Hole(
         (records, "note_dispatch"), "dispatches=job.dispatches + 1", "dispatches=job.dispatches"
