@@ -1,5 +1,5 @@
 # Needs Python 3.11+ and make, nothing else; all that it installs goes to .venv.
-.PHONY: up test lint faults model bench dashboards clean
+.PHONY: up test checks lint faults model bench dashboards clean
 
 # 3.11 is what Sluice is developed with; vLLM has CPU builds for it.
 PYTHON ?= $(firstword $(shell command -v python3.11) python3)
@@ -11,8 +11,11 @@ up: .venv/installed-$(UP_NEEDS)  ## runs everything on this machine, until Ctrl-
 	@exec $(BIN)/sluice up
 
 test: .venv/installed-test lint  ## everything that a change has to pass
-	$(BIN)/pytest --ignore tests/faults --ignore tests/model
+	$(MAKE) --jobs 2 --output-sync=line checks model
 	$(MAKE) faults OUTAGE_S=10
+
+checks: .venv/installed-test
+	$(BIN)/pytest --ignore tests/faults --ignore tests/model
 
 lint: .venv/installed-test  ## style, types and who may import whom
 	$(BIN)/ruff check .
@@ -30,7 +33,7 @@ faults: .venv/installed-test  ## kills every part in every way; REPEAT=20 does i
 STEPS ?= 100000
 
 model: .venv/installed-test  ## drives the queue's scripts at random against a model of them
-	$(BIN)/pytest tests/model --steps $(STEPS)
+	nice -n 19 $(BIN)/pytest tests/model --steps $(STEPS)
 
 bench: .venv/installed-test  ## Sluice against vLLM's own server, on this machine
 	$(BIN)/python -m bench

@@ -20,7 +20,6 @@ Make = Callable[[Patches], AbstractContextManager[World]]
 # A clock of its own makes these long times pass in no time; real time must not matter beside them.
 SETTINGS = {
     "LEASE_S": "300",
-    "MAX_ATTEMPTS": "3",
     "MAX_BACKLOG": "4",
     "MAX_BACKLOG_BYTES": "250",
     "LOG_RETENTION_S": "3600",

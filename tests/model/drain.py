@@ -81,7 +81,7 @@ def _check_promises(world: World) -> None:
 def _check_nothing_stays(world: World) -> None:
     """Every key has an end but those that are documented to last."""
     for _ in range(2):
-        # A log that was begun anew after its job was recorded: the sweeper sees that its job is gone.
+        # A log begun anew after its job was recorded: the sweeper sees that its job is gone.
         world.pass_time(LONG_S)
         for _ in range(SWEEP_SLICES):
             world.sweeper.sweep()

@@ -3,6 +3,7 @@
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
@@ -48,10 +49,8 @@ def step(**strategies: Any) -> Callable[[Any], Any]:
         def wrapped(self: "QueueMachine", **values: Any) -> None:
             self.done[act.__name__] += 1
             self.holds = False
-            try:
+            with suppress(*GIVEN_UP):
                 act(self, **values)
-            except GIVEN_UP:
-                pass
             self.world.check()
             self.holds, self.calm_steps = True, self.calm_steps + 1
 
@@ -75,9 +74,9 @@ class QueueMachine(RuleBasedStateMachine):
         self.holds = True
         self.was_set_back = False
 
-    @initialize()
-    def begin(self) -> None:
-        self.world.start_over()
+    @initialize(most_failures=st.sampled_from([2, 2, 3]))
+    def begin(self, most_failures: int) -> None:
+        self.world.start_over(most_failures)
 
     def teardown(self) -> None:
         if self.holds:
@@ -97,6 +96,7 @@ class QueueMachine(RuleBasedStateMachine):
     )
     def submit(
         self,
+        *,
         size: int,
         lane: Lane,
         priority: int,
@@ -126,6 +126,7 @@ class QueueMachine(RuleBasedStateMachine):
     )
     def accept(
         self,
+        *,
         size: int,
         lane: Lane,
         priority: int,
@@ -189,7 +190,7 @@ class QueueMachine(RuleBasedStateMachine):
         is_queued = self.world.queue.backlog.look([job_id]) != [None]
         return is_queued or records.load(self.world.database.url, job_id) is not None
 
-    @precondition(lambda self: self.world.asked)
+    @precondition(lambda self: self.world.asked and self.calm_steps % 3 == 0)
     @step(which=some, unless_attached=st.booleans())
     def cancel(self, which: int, unless_attached: bool) -> None:
         """A client does not want it any more."""
@@ -215,7 +216,7 @@ class QueueMachine(RuleBasedStateMachine):
                     new = Asked(row.id, old.model, old.pieces, old.has_webhook)
                     self.world.asked[row.id] = self.world.accepted[row.id] = new
 
-    @precondition(lambda self: self.world.asked)
+    @precondition(lambda self: self.world.asked and self.calm_steps % 2 == 0)
     @step(which=some)
     def read(self, which: int) -> None:
         """A client follows its answer."""
@@ -230,10 +231,17 @@ class QueueMachine(RuleBasedStateMachine):
 
     # Workers
 
+    def may_claim(self) -> bool:
+        """Mostly only when there is something to claim."""
+        is_queued = any(job.state == "queued" for job in self.world.expected.jobs.values())
+        return is_queued or self.calm_steps % 8 == 0
+
+    @precondition(may_claim)
     @step(which=some)
     def claim(self, which: int) -> None:
         self._worker(which).claim()
 
+    @precondition(may_claim)
     @step(which=some)
     def claim_all(self, which: int) -> None:
         """A worker fills its slots."""
@@ -296,10 +304,21 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(is_busy)
     @step(which=some)
     def crash(self, which: int) -> None:
+        self._crash(which)
+
+    def _crash(self, which: int) -> None:
         """A worker is gone, with all that it knew; another takes its part."""
         worker, _ = self._hold(which)
         index = self.world.workers.index(worker)
         self.world.workers[index] = self.world.new_worker(worker.model, worker.slots)
+
+    @precondition(is_busy)
+    @step(which=some)
+    def die(self, which: int) -> None:
+        """A worker crashes, and its leases run out."""
+        self._crash(which)
+        self.world.pass_time(301)
+        self.world.queue.reap()
 
     @precondition(lambda self: self.world.watch.orders)
     @step(is_heard=st.booleans())
@@ -321,10 +340,12 @@ class QueueMachine(RuleBasedStateMachine):
     work_1 = work_2 = work_3 = work_4 = work_on
     work_5 = work_6 = work_all
     work_7 = work_8 = work
+    die_1 = die_2 = die
+    hand_back_1 = hand_back_2 = hand_back
 
     # Maintenance and operators
 
-    @precondition(lambda self: self.calm_steps % 2)
+    @precondition(lambda self: self.calm_steps % 3 == 1)
     @step()
     def reap(self) -> None:
         self.world.queue.reap()
@@ -350,7 +371,7 @@ class QueueMachine(RuleBasedStateMachine):
     def reissue(self) -> None:
         self.world.queue.reissue_tickets()
 
-    @precondition(lambda self: self.calm_steps % 3 == 0)
+    @precondition(lambda self: self.calm_steps % 8 == 0)
     @step()
     def restart_maintenance(self) -> None:
         self.world.restart_maintenance()
@@ -367,6 +388,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     # Time and trouble
 
+    @precondition(lambda self: self.calm_steps % 2 == 0)
     @step(seconds=st.sampled_from([0.5, 6, 31, 65, 150, 301, 301, 500, 3700, 90_000]))
     def pass_time(self, seconds: float) -> None:
         self.world.pass_time(seconds)
@@ -374,7 +396,7 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.calm_steps % 4 == 0)
     @step(seconds=st.sampled_from([1, 60, 400, 4000]))
     def step_back(self, seconds: float) -> None:
-        """The clock of Redis is set back. That it loses its last moments too is not promised for."""
+        """The clock of Redis is set back. Nothing is promised if it loses its last moments too."""
         self.was_set_back = True
         self.world.pass_time(-seconds)
 

@@ -38,7 +38,8 @@ local function virtual_info()
     return 'run_id:' .. redis.call('GET', '{RUN}')
 end
 local function record_id()
-    local ms = math.max(redis.call('GET', '{CLOCK}') / 1000, redis.call('GET', '{LAST_RECORD}') or 0)
+    local last_ms = redis.call('GET', '{LAST_RECORD}') or 0
+    local ms = math.max(redis.call('GET', '{CLOCK}') / 1000, last_ms)
     redis.call('SET', '{LAST_RECORD}', string.format('%.0f', math.floor(ms)))
     return string.format('%.0f', math.floor(ms)) .. '-*'
 end

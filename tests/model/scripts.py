@@ -1,4 +1,4 @@
-"""The model's transitions: each takes a script's arguments, changes the model, returns the reply."""
+"""The model's transitions: each takes a script's arguments and returns its reply."""
 
 from typing import Any
 
@@ -18,10 +18,7 @@ class Scripts:
         """How often Redis has started."""
 
     def submit(self, names: Arguments, args: Arguments) -> Any:
-        step, job_id, model, lane, size, most_jobs, most_bytes, most_records = args[:8]
-        fingerprint, _, priority, deadline_us, attempt, most_failures, _, *fields = args[8:]
-        told = dict(zip(fields[::2], fields[1::2], strict=True))
-        known = self.expected
+        step, job_id, fingerprint, known = args[0], args[1], args[8], self.expected
         if job_id in known.jobs:
             return [job_id]
         held = known.keys.get(names[0]) if fingerprint else None
@@ -31,31 +28,43 @@ class Scripts:
                 if other[0] in known.jobs and other[1] == fingerprint:
                     known.jobs[other[0]].attached = True
                 return other
-            places = (keys.backlog(model, lane), keys.suspects(model, lane))
-            if sum(len(known.members(place)) for place in places) >= int(most_jobs):
-                return ["", "lane"]
-            if known.body_bytes[model] + int(size) > int(most_bytes):
-                return ["", "bytes"]
-            if len(known.ledger) >= int(most_records):
-                return ["", "records"]
+            if full := self._what_is_full(args):
+                return ["", full]
         if step != "reserve":
-            order = int(priority) * 1e13 + self.now_us // 1000
-            job = QueuedJob(
-                *(job_id, model, lane, order, int(size), int(most_failures)),
-                *(int(told["sequences"]), self.now_us, int(attempt)),
-            )
-            job.deadline_us = self.now_us + int(deadline_us) if deadline_us else None
-            known.jobs[job_id] = job
-            known.move(job, "queued", job.ready_place, order)
-            known.body_bytes[model] += int(size)
-            known.models.add(model)
-            if known.run is None:
-                self._started_us()
-            known.count("jobs queued", job)
-            self._wake(model)
+            self._queue(args)
         if fingerprint and not other:
             known.keys[names[0]] = f"{fingerprint} {job_id}"
         return [job_id]
+
+    def _what_is_full(self, args: Arguments) -> str:
+        model, lane, size, most_jobs, most_bytes, most_records = args[2:8]
+        known = self.expected
+        places = (keys.backlog(model, lane), keys.suspects(model, lane))
+        if sum(len(known.members(place)) for place in places) >= int(most_jobs):
+            return "lane"
+        if known.body_bytes[model] + int(size) > int(most_bytes):
+            return "bytes"
+        return "records" if len(known.ledger) >= int(most_records) else ""
+
+    def _queue(self, args: Arguments) -> None:
+        job_id, model, lane, size = args[1:5]
+        priority, deadline_us, attempt, most_failures, _, *fields = args[10:]
+        told = dict(zip(fields[::2], fields[1::2], strict=True))
+        known = self.expected
+        order = int(priority) * 1e13 + self.now_us // 1000
+        job = QueuedJob(
+            *(job_id, model, lane, order, int(size), int(most_failures)),
+            *(int(told["sequences"]), self.now_us, int(attempt)),
+        )
+        job.deadline_us = self.now_us + int(deadline_us) if deadline_us else None
+        known.jobs[job_id] = job
+        known.move(job, "queued", job.ready_place, order)
+        known.body_bytes[model] += int(size)
+        known.models.add(model)
+        if known.run is None:
+            self._started_us()
+        known.count("jobs queued", job)
+        self._wake(model)
 
     def claim(self, names: Arguments, args: Arguments) -> Any:
         worker, lease_us, model, free_slots, _, lanes = args[:6]

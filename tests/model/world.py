@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tasks import keys
+from tasks.backlog import Backlog
 from tasks.events import Entry, Kind, Position
 from tasks.jobs import Jobs
 from tasks.ledger import Recorder
 from tasks.reconciler import Reconciler
+from tasks.settings import get_settings
 from tasks.sweeper import Sweeper
 from tests.model.checks import Checks
 from tests.model.database import Database, Row, pieces_of
@@ -67,9 +69,11 @@ class World:
     def close(self) -> None:
         self.redis.close()
 
-    def start_over(self) -> None:
-        """Everything is as on the first day."""
+    def start_over(self, most_failures: int) -> None:
+        """Everything is as on the first day. With few failures allowed many jobs are suspects."""
         self.redis.fault = None
+        settings = get_settings().model_copy(update={"max_attempts": most_failures})
+        self.queue.backlog = Backlog(self.redis, settings)
         self.server.start_over(int(time.time()) * 1_000_000)
         self.database.start_over()
         self.watch.scripts.expected = self.saved = Expected()
@@ -168,7 +172,8 @@ class World:
                 continue
             if before:
                 grown = row.attempts >= before.attempts or row.completed_at is not None
-                assert grown and row.dispatches >= before.dispatches, f"{before} became {row}"
+                assert grown, f"{before} became {row}"
+                assert row.dispatches >= before.dispatches, f"{before} became {row}"
             if row.completed_at is not None:
                 self._check_ended(row)
         self.rows = rows
