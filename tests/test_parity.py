@@ -75,6 +75,7 @@ def _join(text: str) -> tuple[dict[str, Any], set[str]]:
             shapes.add(json.dumps(chunk))
         else:
             order.setdefault(choice["index"], []).append(json.dumps(chunk))
+    said = {path: tokens for path, tokens in said.items() if tokens}
     return {"order": order, "said": said, "others": others}, shapes
 
 
@@ -92,6 +93,8 @@ def _take_tokens(chunk: Any, choice: Any, delta: Any) -> Iterator[tuple[str, Any
         for field in GROWING & holder.keys():
             if isinstance(holder[field], str | list):
                 yield f"{index}.{field}.{holder is delta}", holder.pop(field)
+    if delta.get("content", "") is None:  # in a last chunk that holds no part of a tool call
+        del delta["content"]
 
 
 def _post(url: str, path: str, body: object) -> Answer:

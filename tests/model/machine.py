@@ -320,6 +320,27 @@ class QueueMachine(RuleBasedStateMachine):
         self.world.pass_time(301)
         self.world.queue.reap()
 
+    @precondition(is_busy)
+    @step(which=some, other=some, times=st.integers(1, 4))
+    def stand_still(self, which: int, other: int, times: int) -> None:
+        """A worker stands still past its leases, and goes on when others have its jobs."""
+        worker, hold = self._hold(which)
+        self.world.pass_time(301)
+        self.world.queue.reap()
+        others = [one for one in self.world.workers if one.model == worker.model]
+        others[other % len(others)].claim()
+        for _ in range(times):
+            if hold in worker.holds.values():
+                worker.go_on(hold)
+
+    @precondition(is_busy)
+    @step(which=some)
+    def work_unheard(self, which: int) -> None:
+        """A worker does the next thing for one job, and no reply arrives."""
+        worker, hold = self._hold(which)
+        self.world.redis.fault = Fault(0, 2, has_run=True)
+        worker.go_on(hold)
+
     @precondition(lambda self: self.world.watch.orders)
     @step(is_heard=st.booleans())
     def hear(self, is_heard: bool) -> None:

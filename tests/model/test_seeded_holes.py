@@ -58,9 +58,6 @@ HOLES = {
         "claim", "if tonumber(job.queued_us) > started_us(at_us) then", "if true then"
     ),
     "a suspect is cleared twice": Hole("clear", " or job.cleared", ""),
-    "an attempt that was taken back clears its job": Hole(
-        "clear", " or job.attempt ~= ARGV[2]", ""
-    ),
     "a log takes entries that leave a gap": Hole("append", "string.match(id, '%d+-') .. '*'", "id"),
     "a log that has its end expires": Hole(
         "append", "redis.call('PERSIST', log)", "redis.call('EXPIRE', log, 3600)"
