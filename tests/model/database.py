@@ -20,6 +20,7 @@ class Row(NamedTuple):
     id: str
     status: str
     completed_at: str | None
+    has_started: bool
     attempts: int
     dispatches: int
     webhook: str | None
@@ -31,7 +32,7 @@ class Row(NamedTuple):
 
 
 _ROWS = """
-SELECT id, status, completed_at, attempts, dispatches, webhook,
+SELECT id, status, completed_at, started_at IS NOT NULL, attempts, dispatches, webhook,
     (SELECT body FROM results WHERE job_id = id), (SELECT count(*) FROM results WHERE job_id = id),
     (SELECT count(*) FROM ledger WHERE job_id = id AND state = status),
     (SELECT count(*) FROM webhook_deliveries WHERE job_id = id)

@@ -137,11 +137,8 @@ HOLES = {
     "an accepted job that Redis lost has to find room again": Hole(
         (Reconciler, "_mend"), "self._queue.backlog.queue(", "self._queue.backlog.submit("
     ),
-    "a job that has started in time is late once Redis has lost it": Hole(
-        (reconciler, "terms"), " and job.started_at is None", ""
-    ),
     "a job is dispatched again without a new number": Hole(
-        (records, "note_dispatch"), "dispatches=job.dispatches + 1", "dispatches=job.dispatches"
+        (reconciler, "terms"), "dispatches * ATTEMPTS_PER_DISPATCH", "0"
     ),
 }
 

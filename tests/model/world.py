@@ -86,6 +86,8 @@ class World:
         """What SQL has promised; they are never forgotten."""
         self.rows: dict[str, Row] = {}
         self.readers: list[Reader] = []
+        self.was_rewound = False
+        """A start that SQL knows may then be one that Redis does not."""
         self.set_back_s = 0.0
         """How far its clock is behind the latest that Redis has seen."""
         self.restart_maintenance()
@@ -132,6 +134,7 @@ class World:
         self.expected.logs.clear()
 
     def lose_latest(self) -> None:
+        self.was_rewound = True
         gone = self.server.lose_latest()
         self.watch.scripts.expected = copy.deepcopy(self.saved)
         self._drop(gone)
@@ -159,8 +162,13 @@ class World:
         self.checks.check(self.expected, TICK_US)
         self.server.now_us += TICK_US
         self._follow_clock()
+        self._check_workers()
         if self.database.has_changed():
             self._check_database()
+
+    def _check_workers(self) -> None:
+        held = [attempt for worker in self.workers for attempt in worker.holds]
+        assert len(held) == len(set(held)), f"two workers have equal rights: {held}"
 
     def _check_database(self) -> None:
         rows = {row.id: row for row in self.database.rows()}
@@ -181,6 +189,8 @@ class World:
     def _check_ended(self, row: Row) -> None:
         told = (row.status in FINAL, row.results, row.entries, row.deliveries)
         assert told == (True, 1, 1, int(row.webhook is not None)), f"ended, but not whole: {row}"
+        if row.status == "expired" and not self.was_rewound:
+            assert not row.has_started, f"{row} had started in time"
         if row.status != "completed":
             return
         assert row.body, f"{row} has no answer"
