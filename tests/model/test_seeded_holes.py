@@ -8,7 +8,6 @@ import pytest
 from hypothesis import Phase
 
 from db import jobs as records
-from tasks import reconciler
 from tasks.ledger import Recorder
 from tasks.reconciler import Reconciler
 from tests.model.conftest import Make
@@ -136,9 +135,6 @@ HOLES = {
     ),
     "an accepted job that Redis lost has to find room again": Hole(
         (Reconciler, "_mend"), "self._queue.backlog.queue(", "self._queue.backlog.submit("
-    ),
-    "a job is dispatched again without a new number": Hole(
-        (reconciler, "terms"), "dispatches * ATTEMPTS_PER_DISPATCH", "0"
     ),
 }
 
