@@ -35,7 +35,7 @@ from gpu_worker.publisher import Publisher
 from gpu_worker.runner import EngineDiedError, EngineFailedError, History, LogLostError, Runner
 from tasks import keys, logs
 from tasks.app import TICKET, get_celery
-from tasks.backlog import Backlog
+from tasks.backlog import Backlog, Finished
 from tasks.connections import connect, connect_async
 from tasks.control import WorkerState
 from tasks.errors import ConfigurationError, SluiceError
@@ -126,14 +126,15 @@ class Worker:
             # Somebody else's; and this thread takes no other one while there is no room.
             self.persist(lambda: self.backlog.send_tickets(self.model.name))
             self.claims.await_room()
-        while claim := self.claims.take(self._claim):
+        may_wait = True
+        while may_wait and (claim := self.claims.take(self._claim)):
             about = {"attempt": claim.attempt, "queue_ms": claim.queue_ms}
             log.info("job claimed", extra=about_job(claim.job) | about)
             try:
                 if self.claims.is_given_up:
                     self.hand_back(claim, Cause.HANDED_BACK, "its worker was stopped")
                 else:
-                    self._see_through(claim)
+                    may_wait = self._see_through(claim)
             finally:
                 self.claims.release(claim)
 
@@ -142,7 +143,8 @@ class Worker:
         token = uuid4().hex
         return self.persist(lambda: self.backlog.claim(self.model.name, self.id, token, free_slots))
 
-    def _see_through(self, claim: Claim) -> None:
+    def _see_through(self, claim: Claim) -> bool:
+        """Runs the job; returns whether another one may wait without a ticket."""
         begun_s = time.monotonic()
         try:
             history = self._take_over(claim) if claim.attempt > 1 else History()
@@ -151,20 +153,21 @@ class Worker:
             self.state = WorkerState.DRAINING
             self.claims.close()
             self.hand_back(claim, Cause.ENGINE_DIED, "the engine died")
-            return
+            return False
         except LogLostError as lost:
             self.hand_back(claim, Cause.HANDED_BACK, str(lost))
-            return
+            return True
         except EngineFailedError as failed:
             pause_s = ENGINE_RETRY_S * 2**claim.failures * random.uniform(1, 1.5)  # noqa: S311
             self.hand_back(claim, Cause.ENGINE_ERROR, str(failed), pause_s)
-            return
+            return True
         if state is None:
-            return
+            return True
         is_dead = state is State.FAILED and claim.failures > 0 and claim.is_last
         reason = "the engine failed on its last attempt too" if is_dead else ""
-        self.persist(lambda: self.backlog.finish(claim, state, reason))
+        finished = self.persist(lambda: self.backlog.finish(claim, state, reason))
         self._log_end(claim, state, time.monotonic() - begun_s)
+        return finished is not Finished.NONE_WAITS
 
     def _log_end(self, claim: Claim, state: State, ran_s: float) -> None:
         about: dict[str, object] = {

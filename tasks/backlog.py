@@ -9,6 +9,7 @@ import functools
 import logging
 import uuid
 from collections.abc import Callable, Sequence
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,6 +69,14 @@ class Reaped(NamedTuple):
     attempt: int
     listener: str
     state: State
+
+
+class Finished(IntEnum):
+    """What became of a job that its worker has seen through; false if it was no longer its own."""
+
+    VOID = 0
+    NONE_WAITS = 1
+    OTHERS_WAIT = 2
 
 
 class Cancelled(NamedTuple):
@@ -209,16 +218,18 @@ class Backlog:
         )
         return None if state is None else State(state.decode())
 
-    def finish(self, claim: Claim, state: State, dead_because: str = "") -> bool:
+    def finish(self, claim: Claim, state: State, dead_because: str = "") -> Finished:
         """Ends a claimed job, as a dead letter if there is a reason for that.
 
-        False: it was taken from this worker before, and its result is void.
+        Returns:
+            Whether other jobs of its model wait; or that it was taken from this worker before, and
+            its result is void.
         """
         ended = self._finish(
             keys=[keys.service(claim.job.model)],
-            args=[claim.job.id, claim.attempt, state, dead_because],
+            args=[claim.job.id, claim.attempt, state, dead_because, " ".join(Lane)],
         )
-        return bool(ended)
+        return Finished(ended)
 
     def cancel(self, job_id: str, *, unless_attached: bool = False) -> Cancelled | None:
         """Cancels a queued or running job; None when it has ended otherwise.

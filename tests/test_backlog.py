@@ -11,7 +11,7 @@ from kombu.message import Message
 
 from tasks import keys
 from tasks.app import TICKET, TicketAMQP
-from tasks.backlog import MOST_TICKETS, Backlog
+from tasks.backlog import MOST_TICKETS, Backlog, Finished
 from tasks.counts import Counted, Happening, read
 from tasks.depth import depth, places
 from tasks.errors import BacklogBytesError, IdempotencyError, OverloadedError
@@ -153,6 +153,15 @@ def test_a_job_queued_again_continues_its_attempts(backlog: Backlog) -> None:
     assert claim.attempt == 5
     _expire_leases(backlog)
     assert [job.state for job in backlog.reap()] == [State.QUEUED]
+
+
+def test_who_finishes_a_job_learns_whether_others_wait(backlog: Backlog) -> None:
+    for lane in Lane:
+        backlog.submit(_job(lane))
+    for finished in (Finished.OTHERS_WAIT, Finished.NONE_WAITS):
+        claim = backlog.claim("m", "w")
+        assert claim
+        assert backlog.finish(claim, State.COMPLETED) is finished
 
 
 def test_only_the_holder_finishes_a_job(backlog: Backlog) -> None:

@@ -161,14 +161,20 @@ class Scripts:
         return job.state
 
     def finish(self, _: Arguments, args: Arguments) -> Any:
-        job_id, attempt, state, dead_because = args
+        job_id, attempt, state, dead_because, lanes = args
         job = self.expected.jobs.get(job_id)
         if job is None or str(job.attempt) != attempt:
             return 0
         if job.state != "in_progress":
-            return int(job.state == state)
+            return int(job.state == state) and self._ended(job, lanes)
         self.expected.end(job, state, is_dead=dead_because != "")
-        return 1
+        return self._ended(job, lanes)
+
+    def _ended(self, job: QueuedJob, lanes: str) -> int:
+        places = [
+            of(job.model, lane) for lane in lanes.split() for of in (keys.backlog, keys.suspects)
+        ]
+        return 2 if any(self.expected.members(place) for place in places) else 1
 
     def cancel(self, _: Arguments, args: Arguments) -> Any:
         job_id, unless_attached = args

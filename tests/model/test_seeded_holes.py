@@ -94,7 +94,9 @@ HOLES = {
     "an older attempt finishes the job": Hole(
         "finish", "if job.attempt ~= ARGV[2] then return 0 end", ""
     ),
-    "a finish whose reply was lost is void": Hole("finish", "job.state == ARGV[3] and 1 or 0", "0"),
+    "a finish whose reply was lost is void": Hole(
+        "finish", "job.state == ARGV[3] and ended() or 0", "0"
+    ),
     "an older attempt hands the job back": Hole(
         "requeue", "if job.attempt ~= ARGV[2] then return nil end", ""
     ),
