@@ -11,7 +11,7 @@ up: .venv/installed-$(UP_NEEDS)  ## runs everything on this machine, until Ctrl-
 	@exec $(BIN)/sluice up
 
 test: .venv/installed-test lint  ## everything that a change has to pass
-	$(MAKE) --jobs 2 --output-sync=line checks model
+	$(MAKE) --jobs 2 checks model
 	$(MAKE) faults OUTAGE_S=10
 
 checks: .venv/installed-test
