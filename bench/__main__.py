@@ -71,11 +71,16 @@ def main(
 @main.command("cost")
 @click.option("--rounds", default=6, show_default=True, type=click.IntRange(1))
 @click.option("--scale", default=1.0, show_default=True, help="Multiplies the requests per round.")
-def run_cost(rounds: int, scale: float) -> None:
+@click.option(
+    "--beside",
+    type=click.Path(path_type=Path, exists=True, file_okay=False, resolve_path=True),
+    help="Another checkout, instead of these copies: before a change and after it.",
+)
+def run_cost(rounds: int, scale: float, beside: Path | None) -> None:
     """What leases, token logs and metrics cost: Sluice beside copies of itself without them."""
     console = _console()
     try:
-        errors = cost.run(console, get_catalog().default, rounds, scale)
+        errors = cost.run(console, get_catalog().default, rounds, scale, beside)
     except (SluiceError, StackError) as wrong:
         raise click.ClickException(str(wrong)) from None
     _end(console, None, {}, errors)

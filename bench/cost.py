@@ -1,11 +1,13 @@
 """What durability and metrics cost: Sluice beside copies of itself without them.
 
 They cannot be switched off, so each copy is the source with a few lines changed, in a directory of
-its own. All stacks stay up, with the same model on vLLM, and take turns.
+its own; or it is another checkout, say that of before a change. All stacks stay up, with the same
+model on vLLM, and take turns.
 """
 
 import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -52,19 +54,22 @@ COPIES = {
 }
 
 
-def run(console: Console, model: Model, rounds: int, scale: float) -> list[str]:
-    """Runs and prints the comparison; returns what went wrong."""
+def run(
+    console: Console, model: Model, rounds: int, scale: float, other: Path | None = None
+) -> list[str]:
+    """Runs and prints the comparison, with the checkout `other` if given; returns what failed."""
+    names = [WHOLE, *COPIES] if other is None else [WHOLE, f"Sluice in {other}"]
     with TemporaryDirectory(prefix="sluice-bench-cost-") as home, ExitStack() as running:
         stacks = []
-        for number, name in enumerate((WHOLE, *COPIES)):
+        for number, name in enumerate(names):
             directory = Path(home) / str(number)
-            source = _make_copy(directory / "source", name)
+            source = _make_copy(directory / "source", name, other if number else None)
             with console.status(f"starting {name}"):
-                stack = running.enter_context(sluice(model, directory, source, name))
+                stack = running.enter_context(sluice(model, directory, source, f"stack {number}"))
             console.print(f"{name}: ready after {stack.load_s:.0f} s")
-            stacks.append(stack)
+            stacks.append(replace(stack, name=name))
         done = _take_turns(stacks, model.name, rounds, scale, console)
-    _show(console, done)
+    _show(console, names, done)
     return [
         f"{one.stack}, round {one.number}: {count} x {what}"
         for one in done
@@ -72,14 +77,14 @@ def run(console: Console, model: Model, rounds: int, scale: float) -> list[str]:
     ]
 
 
-def _make_copy(source: Path, name: str) -> Path:
-    """The source, with the lines of that copy changed.
+def _make_copy(source: Path, name: str, other: Path | None) -> Path:
+    """The source, of another checkout if given, with the lines of that copy changed.
 
     Raises:
         StackError: a line is not there any more; COPIES must follow the source.
     """
     for package in PACKAGES:
-        shutil.copytree(ROOT / package, source / package)
+        shutil.copytree((other or ROOT) / package, source / package)
     for path, old, new in COPIES.get(name, ()):
         text = (source / path).read_text()
         if text.count(old) != 1:
@@ -104,10 +109,10 @@ def _take_turns(
     return [one for one in done if one.number]
 
 
-def _show(console: Console, done: list[Round]) -> None:
+def _show(console: Console, names: list[str], done: list[Round]) -> None:
     whole = [one for one in done if one.stack == WHOLE]
     table = Table("64 streams", "req/s", "of Sluice's", "CPU s per 1,000 tokens", "of Sluice's")
-    for name in (WHOLE, *COPIES):
+    for name in names:
         rounds = sorted((one for one in done if one.stack == name), key=lambda one: one.number)
         rates = [one.measurement.requests_per_s for one in rounds]
         costs = [_cpu_s(one) for one in rounds]

@@ -21,6 +21,8 @@ from tasks.message import Job, Lane, State, new_id
 from tests.stack import Stack, await_that
 
 SHALLOW_JOBS = 1000
+# In front of the deep queue, of a worker that runs one already: claims pass them.
+SUSPECTS = 4000
 ROUNDS = 9
 CYCLES_PER_ROUND = 300
 FILLED_AT_ONCE = 10_000
@@ -45,6 +47,7 @@ def measure(report: Report, stack: Stack, backlog: Backlog, deep_jobs: int) -> N
     )
     for number, queue in enumerate(queues):
         queue.fill(number)
+    queues[1].fill_suspects()
     # The log that Redis keeps is written anew while it grows; that is another matter.
     await_that(lambda: not stack.redis.info("persistence")["aof_rewrite_in_progress"], 300)
     used_mb = stack.redis.info("memory")["used_memory"] / 1e6
@@ -82,6 +85,7 @@ class Queue:
         self._model = model
         self._lane = keys.backlog(model, Lane.BATCH)
         self._jobs = jobs
+        self._suspects = 0
 
     def fill(self, number: int) -> None:
         """Submits one job, and copies it inside Redis: small, but with all fields of a job."""
@@ -90,6 +94,19 @@ class Queue:
         for first in range(1, self._jobs, FILLED_AT_ONCE):
             last = min(first + FILLED_AT_ONCE, self._jobs) - 1
             copy([keys.job(job.id), self._lane], [job.id, keys.JOB_PREFIX, first, last, number])
+
+    def fill_suspects(self) -> None:
+        """Jobs that have lost two workers, before all others; one of them runs on the claimer."""
+        place = keys.suspects(self._model, Lane.BATCH)
+        for _ in range(SUSPECTS):
+            job = self._submit()
+            self._redis.zrem(self._lane, job.id)
+            self._redis.hset(keys.job(job.id), mapping={"place": place, "failures": 2})
+            self._redis.zadd(place, {job.id: 0})
+        claim = self._backlog.claim(self._model, "bench")
+        if not claim or not claim.is_suspect:
+            raise StackError(f"the queue of {self._model} gives no suspect: {claim}")
+        self._suspects = SUSPECTS - 1
 
     def cycle(self) -> dict[str, float]:
         """Seconds of each step: claim, finish, submit another one, find the middle one's place."""
@@ -100,7 +117,8 @@ class Queue:
         submit_s, _ = _timed(self._submit)
         position_s, (place,) = _timed(lambda: places(self._redis, queued))
         # One job fewer is ahead of it than before, and positions count from 1.
-        if not has_finished or place is None or place.position != self._jobs // 2:
+        ahead = self._jobs // 2 + self._suspects
+        if not has_finished or place is None or place.position != ahead:
             raise StackError(f"the queue of {self._model} is wrong: {claim} {place}")
         return {"claim": claim_s, "finish": finish_s, "submit": submit_s, "position": position_s}
 
