@@ -109,7 +109,9 @@ def test_what_cannot_be_written_again_the_next_attempt_makes_again(home: Any, fa
         fault.inflict("Redis without its last two seconds")
         disk.lose_power()
         ended = wait(stack, job_id, 40).json()
-        assert (ended["status"], ended["attempts"]) == ("completed", 2)
+        # Counted on from its age: Redis may have given out numbers that it does not know any more.
+        assert ended["status"] == "completed"
+        assert ended["attempts"] > 1
         (expected,) = ask(stack, [body])
         assert _stored(stack, job_id) == expected
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from tasks import keys
 from tasks.backlog import Backlog
-from tasks.events import Entry, Kind, Position
+from tasks.events import End, Entry, Kind, Position
 from tasks.jobs import Jobs
 from tasks.ledger import Recorder
 from tasks.reconciler import Reconciler
@@ -50,6 +50,9 @@ class Reader:
             if entry.kind is Kind.TAKEOVER and self.position:
                 known = Position.parse(entry.data) if entry.data else Position(0, 0)
                 self.is_broken |= self.position > known
+            if entry.kind is Kind.END:
+                # What it has seen is no answer, and it knows: the log may have been lost meanwhile.
+                self.is_broken |= bool(End.decode(entry.data).error)
             self.position = entry.position
             self.text += piece_of(entry.encode_value().decode("latin-1"))
 
