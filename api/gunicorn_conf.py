@@ -1,11 +1,13 @@
 """gunicorn's settings (its own names). Imports next to nothing: gevent's patches come first."""
 
 import os
+import resource
 from typing import Any
 
-worker_class = "gevent"
-# One per open stream; the operating system's limit of open files comes first.
-worker_connections = 10_000
+worker_class = "api.gunicorn_worker.Worker"
+# One per open stream, as far as files may be opened; some are for Redis, SQL and the process's own.
+_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+worker_connections = 10_000 if _files == resource.RLIM_INFINITY else min(10_000, _files - 300)
 keepalive = 75
 # Streams are cut at the end of it; clients resume them elsewhere.
 graceful_timeout = 5

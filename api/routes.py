@@ -7,10 +7,11 @@ from flask import Response, request
 from flask_openapi3 import APIBlueprint, Tag
 
 from api import schemas
+from api.body import read_body
 from api.calls import Call, Preference
 from api.generation import AnsweredError, Generation
 from api.job_view import stored_response
-from api.jobs import accept_call, read_body
+from api.jobs import accept_call
 from api.services import TENANT, get_services
 from tasks.models import Model
 
