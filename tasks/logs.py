@@ -175,4 +175,10 @@ def _console() -> Callable[[dict[str, Any]], str]:
         pad_event_to=0,
         exception_formatter=structlog.dev.plain_traceback,
     )
-    return lambda event: str(write(None, "", event))
+    return lambda event: str(write(None, "", {name: _plain(name, event[name]) for name in event}))
+
+
+def _plain(name: str, value: Any) -> Any:
+    """What stands in one line, whoever has said it; JSON needs no such care."""
+    is_line = isinstance(value, str) and name != "exception"
+    return tracebacks.one_line(value) if is_line else value

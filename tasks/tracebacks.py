@@ -43,6 +43,13 @@ def cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:most]}… ({len(text) - most} more characters)"
 
 
+def one_line(text: str) -> str:
+    """The text without what would begin another line, or move a terminal's cursor."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def _chain(error: BaseException) -> list[tuple[BaseException, str]]:
     """The exception, then the ones before it, each with the words that follow it."""
     chain, seen = [(error, "")], {id(error)}
@@ -115,5 +122,4 @@ def _summary(error: BaseException) -> str:
         message = cut(str(error), LONGEST_MESSAGE)
     except Exception:  # noqa: BLE001 (anybody's code)
         message = "(its message cannot be told)"
-    message = "".join(c if c.isprintable() else " " for c in message)
-    return f"{name[:200]}: {message}" if message else name[:200]
+    return f"{name[:200]}: {one_line(message)}" if message else name[:200]
