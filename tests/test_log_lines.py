@@ -110,6 +110,24 @@ log.error("Redis: %s", TimeoutError())
     assert [line["left_out"] for line in lines if "left_out" in line] == [999, 999]
 
 
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_what_was_asked_cannot_forge_a_line(form: str) -> None:
+    forged = "x\\n2026-01-01 forged\\r\\u2028forged\\x1b[2J"
+    script = f"""
+log.error("GET %s failed", "{forged}")
+log.info("job claimed", extra={{"model": "{forged}"}})
+try:
+    raise KeyError("{forged}")
+except KeyError:
+    log.exception("it failed")
+"""
+    written = run(script, form).stderr
+    lines = written.replace("\r", "\n").split("\n")
+    assert not [line for line in lines if line.startswith(("2026-01-01", "forged"))]
+    assert "\x1b" not in written
+    assert written.count("forged") >= 3
+
+
 def test_all_lines_are_there_at_the_end_also_those_of_a_forked_child() -> None:
     done = run("""
 for number in range(500):
