@@ -201,9 +201,12 @@ class Recorder:
         job.sequences = int(sequences or 1)
 
     def _outcome(self, fields: dict[bytes, bytes]) -> Outcome | None:
+        """What the log tells of a job that has ended; None when it does not, or not yet."""
         if not _is_final(fields):
             return None
-        return assemble(self._queue.log.read_after(fields.get(b"job_id", b"").decode()))
+        told = assemble(self._queue.log.read_after(fields.get(b"job_id", b"").decode()))
+        # Cancelled just when its worker had written another end: the one that counts will follow.
+        return told if told and told.state == fields[b"state"].decode() else None
 
     def _note_presence(self) -> None:
         if self._is_away:

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from db import reading
+from db.models import JobResult
 from tasks import dead, keys
 from tasks.backlog import Backlog
 from tasks.connections import connect
+from tasks.errors import JobCancelledError
 from tasks.events import End
 from tasks.jobs import Jobs
 from tasks.ledger import RECORDS_AT_ONCE, Recorder
@@ -24,6 +27,7 @@ from tests.stack import Stack, await_that
 from tests.test_db import entries
 
 SETTINGS: dict[str, Any] = {"lease_s": 3, "max_attempts": 1}
+JOB_CANCELLED = End(State.CANCELLED, JobCancelledError().body())
 
 
 @pytest.fixture
@@ -121,6 +125,22 @@ def test_each_end_of_a_job_is_recorded(backlog: Backlog, database_url: str) -> N
         assert (row.model, row.tenant, row.lane) == ("sim", "default", "interactive")
         assert row.endpoint == "/v1/completions"
     assert backlog.redis.xlen(keys.LEDGER) == 0
+
+
+def test_a_job_that_was_cancelled_at_its_end_is_recorded_with_the_end_that_counts(
+    backlog: Backlog, database_url: str
+) -> None:
+    claim = run(backlog)
+    end_log(backlog, claim.job.id, State.COMPLETED)  # and then its worker would finish it
+    assert backlog.cancel(claim.job.id)
+    assert recorder_of(backlog, database_url).record() == 0
+    TokenLog(backlog.redis, Settings(**SETTINGS)).end(claim.job.id, 2, JOB_CANCELLED, "")
+    assert recorder_of(backlog, database_url).record() == 1
+    with reading(database_url) as session:
+        result = session.get(JobResult, claim.job.id)
+    assert result
+    assert result.body is None
+    assert result.error["code"] == "job_cancelled"
 
 
 def test_a_void_end_is_not_recorded(backlog: Backlog) -> None:

@@ -314,7 +314,7 @@ def test_bytes_that_wait_and_repairs_are_seen(home: Path) -> None:
     with running(Stack(home, [SIM]), workers=0) as stack:
         seen = Metrics(stack.url + "/metrics")
         repairs = {kind for (name, kind) in seen.samples if name == "sluice_repairs_total"}
-        kinds = ("misplaced", "stray", "unrecorded", "lost", "bytes")
+        kinds = ("misplaced", "stray", "unrecorded", "lost")
         assert repairs == {(("kind", kind),) for kind in kinds}
         assert seen.total("sluice_repairs_total") == seen.total("sluice_backlog_bytes") == 0
         # Without a maxmemory, that of the machine.

@@ -184,6 +184,17 @@ def test_a_log_is_kept_for_as_long_as_its_end_is_not_recorded(
     assert bus.ttl(keys.log("job_2")) == -1
 
 
+def test_a_second_end_does_not_keep_a_log_that_sql_has(
+    bus: redis.Redis, log: TokenLog, append: Append
+) -> None:
+    start = _entry(1, 0, Kind.START, Start(200, [], 0, 1).encode())
+    append(start, _entry(1, 1, Kind.END, End(State.COMPLETED).encode()))
+    log.expire([JOB])
+    log.end(JOB, 1, End(State.CANCELLED), "")
+    assert [entry.kind for entry in log.read_after(JOB)][-2:] == [Kind.END, Kind.END]
+    assert bus.ttl(KEY) > 0
+
+
 def test_frames_carry_any_bytes() -> None:
     entries = [
         Entry("job_1", Position(1, 0), Kind.START, b"[]"),

@@ -8,6 +8,7 @@
 -- written; or the last id in the log ('': there is no log), behind which entries are missing.
 -- An entry that is there already is neither written again nor refused. Nothing but what is written is
 -- published: nobody may see what a job's next attempt does not know.
+local END = 2 -- events.py has the kinds of entries
 local refused, frames, channels = {}, {}, {}
 
 -- Takes back the entry that the log has just been given with another id than its own. Returns the id
@@ -33,6 +34,13 @@ local function append(log, id, is_first, value, record)
     return redis.pcall(unpack(command))
 end
 
+-- Whether an attempt before the one that has just ended the log had ended it. SQL may have that end
+-- already, and the log a TTL.
+local function had_end(log)
+    local before = redis.call('XREVRANGE', log, '+', '-', 'COUNT', 2)[2]
+    return before and string.byte(before[2][2]) == END
+end
+
 local function publish(channel, head, value)
     local frame = frames[channel]
     if not frame then
@@ -51,7 +59,7 @@ for i, log in ipairs(KEYS) do
     local reason
     if given == id then
         if is_last == '1' then
-            redis.call('PERSIST', log)
+            if not (is_first and had_end(log)) then redis.call('PERSIST', log) end
         elseif is_first then
             redis.call('EXPIRE', log, ARGV[1])
         end

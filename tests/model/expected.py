@@ -71,6 +71,10 @@ class Log:
         return self.entries[-1][0] if self.entries else None
 
     @property
+    def has_end(self) -> bool:
+        return bool(self.entries) and ord(self.entries[-1][1][0]) == Kind.END
+
+    @property
     def text(self) -> str:
         """The answer that it tells."""
         return "".join(map(piece_of, (value for _, value in self.entries)))

@@ -82,6 +82,9 @@ class QueueMachine(RuleBasedStateMachine):
         if self.holds:
             drain(self.world)
 
+    def is_busy(self) -> bool:
+        return any(worker.holds for worker in self.world.workers)
+
     # The API
 
     @step(
@@ -201,6 +204,21 @@ class QueueMachine(RuleBasedStateMachine):
             error = JobCancelledError().body()["error"]
             records.end_lost(self.world.database.url, job.id, State.CANCELLED, error)
 
+    @precondition(is_busy)
+    @step(which=some, late_s=st.sampled_from([0, 0, 31]))
+    def cancel_late(self, which: int, late_s: float) -> None:
+        """The end of a log is written a while after its job was cancelled."""
+        worker, hold = self._hold(which)
+        while hold in worker.holds.values() and not hold.ended:
+            worker.go_on(hold)
+        job, queue = hold.claim.job, self.world.queue
+        if cancelled := queue.backlog.cancel(job.id):
+            self.world.check()
+            self.world.pass_time(late_s)
+            self.world.recorder.record()
+            end = End.failed(JobCancelledError(), State.CANCELLED)
+            queue.log.end(job.id, cancelled.attempt, end, cancelled.listener)
+
     @precondition(lambda self: any(row.status == "failed" for row in self.world.rows.values()))
     @step(which=some)
     def retry(self, which: int) -> None:
@@ -255,9 +273,6 @@ class QueueMachine(RuleBasedStateMachine):
     def _hold(self, which: int) -> tuple[Worker, Hold]:
         held = [(worker, hold) for worker in self.world.workers for hold in worker.holds.values()]
         return held[which % len(held)]
-
-    def is_busy(self) -> bool:
-        return any(worker.holds for worker in self.world.workers)
 
     @precondition(is_busy)
     @step(which=some)

@@ -255,9 +255,10 @@ class Scripts:
             if reason := log.why_refused(parse(entry_id)):
                 refused += [i + 1, "" if reason == "empty" else reason]
             elif log.last is None or parse(entry_id) > log.last:
+                had_end = parse(entry_id)[1] == 0 and log.has_end
                 log.entries.append((parse(entry_id), value))
                 if is_end == "1":
-                    log.has_ttl = False
+                    log.has_ttl = log.has_ttl and had_end
                 elif parse(entry_id)[1] == 0:
                     log.has_ttl = True
                 self.expected.logs[job_id] = log

@@ -121,6 +121,14 @@ HOLES = {
         "ended += jobs.apply(self._url, changes)",
         "self._redis.xdel(keys.LEDGER, *done, '0-1'); ended += jobs.apply(self._url, changes)",
     ),
+    "a job is recorded with an end that does not count": Hole(
+        (Recorder, "_outcome"),
+        'told if told and told.state == fields[b"state"].decode() else None',
+        "told",
+    ),
+    "a second end keeps a log that SQL has": Hole(
+        "append", "if not (is_first and had_end(log)) then", "if true then"
+    ),
     "recorded jobs never expire": Hole(
         (Recorder, "_record"),
         "self._settle([change.job.id for change in changes if change.result])",

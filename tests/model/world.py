@@ -191,6 +191,8 @@ class World:
         assert told == (True, 1, 1, int(row.webhook is not None)), f"ended, but not whole: {row}"
         if row.status == "expired" and not self.was_rewound:
             assert not row.has_started, f"{row} had started in time"
+        if row.status in {"cancelled", "expired"}:
+            assert row.body is None, f"{row} has an answer"
         if row.status != "completed":
             return
         assert row.body, f"{row} has no answer"
