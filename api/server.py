@@ -41,9 +41,8 @@ def serve(bind: str) -> NoReturn:
     if not get_settings().allowed_hosts and _is_loopback(bind):
         os.environ["SLUICE_ALLOWED_HOSTS"] = LOOPBACK_NAMES
     processes = str(get_settings().api_processes)
-    command = ["-m", "gunicorn", "-c", "python:api.gunicorn_conf", "--bind", bind]
-    command += ["--workers", processes, "api.app:create_app()"]
-    os.execv(sys.executable, [sys.executable, *command])
+    # -P: what lies in the working directory is not ours.
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "api.gunicorn_app", bind, processes])
 
 
 def _is_loopback(bind: str) -> bool:

@@ -120,7 +120,8 @@ class Deployment:
 
     def _start_parts(self) -> None:
         port, models = self._settings.port, [model.name for model in self._catalog.models]
-        sluice = [sys.executable, "-m", "deploy.cli"]
+        # -P: what lies in the working directory is not ours.
+        sluice = [sys.executable, "-P", "-m", "deploy.cli"]
         api = self._part("api", [*sluice, "api", "--bind", f"127.0.0.1:{port}"])
         maintenance = self._part("maintenance", [*sluice, "maintenance"])
         workers = [
