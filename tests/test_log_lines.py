@@ -128,6 +128,33 @@ except KeyError:
     assert written.count("forged") >= 3
 
 
+TOLD = """
+import sqlalchemy
+trouble = [
+    ValueError("{secret}"), KeyError("{secret}"), TypeError("{secret}"), AssertionError("{secret}"),
+    UnicodeDecodeError("utf-8", b"{secret}", 0, 1, "{secret}"),
+    sqlalchemy.exc.IntegrityError("", None, Exception("no such row\\nDETAIL: {secret}")),
+    ExceptionGroup("group", [ValueError("{secret}")]),
+]
+for error in trouble:
+    log.error("it failed: %s", error)
+    try:
+        raise RuntimeError("out of memory") from error
+    except RuntimeError:
+        log.exception("it failed: %s", "again")
+"""
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_what_errors_say_of_values_is_content(form: str) -> None:
+    written = run(TOLD, form).stderr
+    assert SECRET not in written
+    assert "out of memory" in written
+    assert "no such row" in written
+    shown = run("logs.configure(Settings(log_content=True))" + TOLD, form).stderr
+    assert shown.count(SECRET) > 5
+
+
 def test_all_lines_are_there_at_the_end_also_those_of_a_forked_child() -> None:
     done = run("""
 for number in range(500):
