@@ -1,5 +1,6 @@
 """gunicorn's gevent worker with a bound on its connections, of which the first one beyond hears."""
 
+import logging
 import socket
 from contextlib import suppress
 from typing import Any
@@ -20,12 +21,25 @@ REFUSAL = (
 )
 
 
+def _leave_out_request(record: logging.LogRecord) -> bool:
+    """What was wrong with a request is told; not the words in it."""
+    message = record.getMessage()
+    if message.startswith("Invalid request"):
+        record.msg, record.args = ": ".join(message.split(": ")[:2]), ()
+    return True
+
+
 class Worker(GeventWorker):  # type: ignore[misc]
     """Serves `worker_connections` less REFUSED_AT_ONCE, and answers 503 to the next ones."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._free = self.worker_connections - REFUSED_AT_ONCE
+
+    def init_process(self) -> None:
+        """Runs the worker (gunicorn's name)."""
+        self.log.error_log.addFilter(_leave_out_request)
+        super().init_process()
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
         """Serves one connection to its end (gunicorn's name)."""

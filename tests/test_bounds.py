@@ -1,10 +1,12 @@
 """What a client that means harm, or is broken, can make the API do: nothing that others notice."""
 
+import json
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import psutil
 import pytest
@@ -196,3 +198,55 @@ def test_what_waits_on_a_socket_is_bounded_in_bytes(stack: Stack) -> None:
             assert ws.close_code == 1008
     finally:
         stack.redis.srem(keys.PAUSED, "sim")
+
+
+SECRET = "sk-marked-secret"
+
+
+def test_nothing_that_was_asked_is_in_a_log(stack: Stack) -> None:
+    asked = {"messages": [{"role": "user", "content": SECRET}], "max_tokens": 1}
+    headers = {
+        "authorization": f"Bearer {SECRET}",
+        "x-request-id": SECRET,
+        "idempotency-key": SECRET,
+        "content-type": "application/json",
+    }
+    json_bodies: list[dict[str, Any]] = [
+        asked,
+        asked | {"stream": True},
+        asked | {"model": SECRET},
+        asked | {"on_disconnect": SECRET},
+        asked | {"n": SECRET},
+        asked | {"max_tokens": SECRET},
+        {"messages": SECRET},
+    ]
+    bodies = [json.dumps(body) for body in json_bodies]
+    bodies += [f'{{"{SECRET}', "[" * 300 + f'"{SECRET}"' + "]" * 300, f'"{SECRET}"']
+    for number, body in enumerate(bodies):
+        own = headers | {"idempotency-key": f"{SECRET}-{number}"}
+        call(stack, "POST", "/v1/chat/completions", data=body, headers=own)
+        call(stack, "POST", "/v1/completions", data=body, headers=own)
+        call(stack, "POST", f"/v1/{SECRET}?{SECRET}", data=body, headers=own)
+        call(stack, "POST", "/v1/chat/completions", data=body, headers=own | {"prefer": SECRET})
+        job = f'{{"endpoint":"/v1/chat/completions","body":{body},"metadata":{{"a":"{SECRET}"}}}}'
+        call(stack, "POST", "/v1/jobs", data=job, headers=own | {"idempotency-key": f"j{number}"})
+    job = {"endpoint": "/v1/chat/completions", "body": asked, "webhook": f"http://x/{SECRET}"}
+    call(stack, "POST", "/v1/jobs", json=job)
+    call(stack, "GET", f"/v1/jobs/{SECRET}/events", params={"starting_after": SECRET})
+    answer(stack, f"{HEAD}Transfer-Encoding: chunked\r\n\r\n{SECRET}\r\n".encode(), True)
+    answer(stack, f"{HEAD}Content-Length: {SECRET}\r\n\r\n".encode(), True)
+    answer(stack, f"{SECRET} / HTTP/1.1\r\n\r\n".encode(), True)
+    with connect(f"ws://127.0.0.1:{stack.api_ports[0]}/v1/chat/completions") as ws:
+        for body in bodies:
+            ws.send(body)
+            while ws.recv(timeout=10) != "[DONE]":
+                continue
+    await_that(lambda: all(get(stack, i)["status"] == "completed" for i in _jobs(stack)))
+    told = "".join(process.log.read_text() for process in stack.processes)
+    assert "job accepted" in told
+    assert SECRET not in told
+
+
+def _jobs(stack: Stack) -> list[str]:
+    listed = call(stack, "GET", "/v1/jobs", params={"status": "queued"}).json()["data"]
+    return [job["id"] for job in listed]
