@@ -32,6 +32,24 @@ def ready() -> Response:
     return response
 
 
+@blueprint.get("/health", tags=HEALTH, summary="Can requests be served? (vLLM's name)")
+def health() -> Response:
+    """The same as `/health/ready`: what monitors of vLLM ask for."""
+    return ready()
+
+
+@blueprint.get("/ping", tags=HEALTH, summary="Can requests be served? (SageMaker's name)")
+def ping() -> Response:
+    """The same as `/health/ready`."""
+    return ready()
+
+
+@blueprint.get("/load", tags=HEALTH, summary="How much is this process doing?")
+def load() -> Response:
+    """Requests that this process answers at the moment, in vLLM's shape."""
+    return _json({"server_load": get_services().relay.open_streams})
+
+
 @blueprint.get("/version", tags=HEALTH, summary="The version of Sluice")
 def get_version() -> Response:
     """The version of the package."""

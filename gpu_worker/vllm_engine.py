@@ -42,7 +42,8 @@ class VllmEngine:
             for sample in metric.samples
         }
         running, waiting = (int(samples.get(name, 0)) for name in counts)
-        return Load(running, waiting, samples.get(usage, 0.0))
+        most = self._client.model_config.max_model_len
+        return Load(running, waiting, samples.get(usage, 0.0), most)
 
     def is_dead(self) -> bool:
         return bool(self._client.errored)

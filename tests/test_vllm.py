@@ -12,11 +12,13 @@ from typing import Any
 import openai
 import psutil
 import pytest
+import requests
 
 from gpu_worker import sockets
 from gpu_worker.demo.texts import read
 from tasks import keys
 from tasks.control import workers
+from tasks.models import Model
 from tasks.settings import Settings
 from tests.stack import Stack, await_that, send
 from tests.test_metrics import Metrics
@@ -175,3 +177,11 @@ def test_what_a_killed_worker_has_left_goes_with_the_next(
         assert used.exists()
         assert Path(own).is_dir()
     assert not Path(own).exists()
+
+
+def test_cards_tell_how_long_a_context_may_be(vllm_stack: Stack, demo_model: Model) -> None:
+    for path in ("/v1/models/sluice-demo", "/v1/models/gpt-3.5-turbo"):
+        card = requests.get(vllm_stack.url + path, timeout=10).json()
+        assert card["max_model_len"] == demo_model.args["max-model-len"]
+    listed = requests.get(f"{vllm_stack.url}/v1/models", timeout=10).json()["data"]
+    assert {card["max_model_len"] for card in listed} == {demo_model.args["max-model-len"]}
