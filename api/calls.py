@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 from werkzeug.datastructures import Headers
 
+from api import limits
 from api.body import read_object
 from api.services import Services
 from tasks.errors import InvalidRequestError
@@ -46,7 +47,7 @@ class Call:
 
         Raises:
             InvalidRequestError: it is not JSON, an option of ours is wrong, or it asks for more at
-                once than a worker of the model takes.
+                once than a worker of the model takes, or for what limits.py refuses.
             ModelNotFoundError: the model does not exist.
         """
         whole = document = read_object(body)
@@ -55,6 +56,7 @@ class Call:
         on_disconnect, document = _take_on_disconnect(document, headers)
         name = document.get("model")
         model = services.catalog.resolve(name if isinstance(name, str) else None)
+        limits.check(document, model, services.settings.max_schema_bytes)
         key = read_key(headers)
         return cls(
             endpoint,

@@ -80,6 +80,8 @@ async def open_engine(model: Model) -> AsyncIterator[VllmEngine]:
         )
     for name, value in model.env.items():
         os.environ.setdefault(name, value)
+    # A domain that is allowed can send on to one that is not.
+    os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")
     engine_process.adopt()
     with sockets.private_directory() as directory:
         os.environ["VLLM_RPC_BASE_PATH"] = directory

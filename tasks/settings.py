@@ -49,6 +49,9 @@ class Settings(BaseSettings):
         "comma-separated; *: all",
     )
     max_body_bytes: int = Field(10_000_000, ge=1, description="larger request bodies get 413")
+    max_schema_bytes: int = Field(
+        100_000, ge=1, description="larger schemas, grammars and lists of tools get 400"
+    )
     body_timeout_s: float = Field(60, gt=0, description="a body that takes longer gets 408")
     max_backlog: int = Field(10_000, ge=1, description="queued jobs per model and lane, then 503")
     max_backlog_bytes: int = Field(
