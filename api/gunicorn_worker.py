@@ -5,7 +5,6 @@ import socket
 from contextlib import suppress
 from typing import Any
 
-import gevent
 from gunicorn.workers.ggevent import GeventWorker
 
 # Connections that are told to go away at once; more wait to be accepted.
@@ -53,7 +52,8 @@ class Worker(GeventWorker):  # type: ignore[misc]
             self._free += 1
 
     def _refuse(self, client: Any) -> None:
-        with suppress(OSError), gevent.Timeout(REFUSAL_TIMEOUT_S, False), client:
+        client.settimeout(REFUSAL_TIMEOUT_S)
+        with suppress(OSError), client:
             client.sendall(REFUSAL)
             client.shutdown(socket.SHUT_WR)
             # A connection that is closed with unread bytes takes back what was said.

@@ -23,6 +23,10 @@ def live() -> Response:
 @blueprint.get("/health/ready", tags=HEALTH, summary="Can requests be served?")
 def ready() -> Response:
     """200 when Redis answers and at least one worker lives, else 503."""
+    return _readiness()
+
+
+def _readiness() -> Response:
     services = get_services()
     workers = len(control.workers(services.redis))
     if workers:
@@ -35,13 +39,13 @@ def ready() -> Response:
 @blueprint.get("/health", tags=HEALTH, summary="Can requests be served? (vLLM's name)")
 def health() -> Response:
     """The same as `/health/ready`: what monitors of vLLM ask for."""
-    return ready()
+    return _readiness()
 
 
 @blueprint.get("/ping", tags=HEALTH, summary="Can requests be served? (SageMaker's name)")
 def ping() -> Response:
     """The same as `/health/ready`."""
-    return ready()
+    return _readiness()
 
 
 @blueprint.get("/load", tags=HEALTH, summary="How much is this process doing?")
