@@ -10,6 +10,7 @@ from gunicorn.workers.ggevent import GeventWorker
 # Connections that are told to go away at once; more wait to be accepted.
 REFUSED_AT_ONCE = 64
 REFUSAL_TIMEOUT_S = 1.0
+MOST_READS = 10
 _BODY = (
     b'{"error":{"message":"This server has as many connections as it can hold; try again shortly.",'
     b'"type":"overloaded_error","param":null,"code":"too_many_connections"}}'
@@ -57,5 +58,6 @@ class Worker(GeventWorker):  # type: ignore[misc]
             client.sendall(REFUSAL)
             client.shutdown(socket.SHUT_WR)
             # A connection that is closed with unread bytes takes back what was said.
-            while client.recv(65536):
-                pass
+            for _ in range(MOST_READS):
+                if not client.recv(65536):
+                    break
