@@ -8,7 +8,7 @@ import gevent
 from flask import Response, request
 from flask_openapi3 import Info, OpenAPI
 
-from api import admin, errors, health, instruments, jobs, metrics, routes, websocket
+from api import admin, errors, health, instruments, jobs, metrics, routes, sites, websocket
 from api.services import Services
 from tasks import logs
 from tasks.settings import get_settings
@@ -36,6 +36,7 @@ def create_app() -> OpenAPI:
     app.register_api(admin.blueprint)
     websocket.register(app)
     instruments.register(app)
+    sites.register(app, services.settings)
     app.after_request(_add_request_id)
     errors.register(app)
     # What is there now stays: a full collection over it would hold up every stream for 50 ms.

@@ -1,12 +1,15 @@
 """What a client asks for: a request to a model's engine, and how the client wants to have it."""
 
 import hashlib
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 from werkzeug.datastructures import Headers
 
+from api import limits
+from api.body import read_object
 from api.services import Services
 from tasks.errors import InvalidRequestError
 from tasks.models import Model
@@ -19,6 +22,7 @@ _SEQUENCES = {
     "/v1/completions": ("prompt", ("n", "best_of")),
     "/v1/embeddings": ("input", ()),
 }
+_SECONDS = re.compile("[0-9]{1,9}")
 _ON_DISCONNECT = ("abort", "continue")
 
 
@@ -43,7 +47,7 @@ class Call:
 
         Raises:
             InvalidRequestError: it is not JSON, an option of ours is wrong, or it asks for more at
-                once than a worker of the model takes.
+                once than a worker of the model takes, or for what limits.py refuses.
             ModelNotFoundError: the model does not exist.
         """
         whole = document = read_object(body)
@@ -52,6 +56,7 @@ class Call:
         on_disconnect, document = _take_on_disconnect(document, headers)
         name = document.get("model")
         model = services.catalog.resolve(name if isinstance(name, str) else None)
+        limits.check(document, model, services.settings.max_schema_bytes)
         key = read_key(headers)
         return cls(
             endpoint,
@@ -64,19 +69,6 @@ class Call:
             idempotency_key=key,
             fingerprint=fingerprint(endpoint, body),
         )
-
-
-def read_object(body: bytes) -> dict[str, Any]:
-    """The body as a JSON object; {} for other JSON, which the engine refuses.
-
-    Raises:
-        InvalidRequestError: it is not JSON.
-    """
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError as broken:
-        raise InvalidRequestError(f"The body is not valid JSON: {broken}") from None
-    return document if isinstance(document, dict) else {}
 
 
 def count_sequences(endpoint: str, document: dict[str, Any]) -> int:
@@ -149,9 +141,9 @@ class Preference:
         for wish in wishes:
             name, _, value = wish.partition("=")
             if name.strip() == "wait":
-                if not value.strip().isdecimal():
+                if not _SECONDS.fullmatch(value.strip()):
                     raise InvalidRequestError(
-                        f"Prefer: wait takes whole seconds, as in wait=10, not {value!r}."
+                        f"Prefer: wait takes whole seconds, as in wait=10, not {value[:20]!r}."
                     )
                 wait_s = min(int(value), LONGEST_WAIT_S)
         return cls("respond-async" in wishes, wait_s)

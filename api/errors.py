@@ -73,8 +73,6 @@ def _answer_http(error: HTTPException) -> Response:
     message = {
         HTTPStatus.NOT_FOUND: f"Unknown URL: {request.method} {request.path}; see /docs.",
         HTTPStatus.METHOD_NOT_ALLOWED: f"{request.path} does not take {request.method}.",
-        HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "The request's body is too large; this server takes "
-        f"up to {request.max_content_length or 0:,} bytes.",
     }.get(HTTPStatus(status), error.description or error.name)
     response = _answer(_HttpError(status, message))
     if "Allow" in (headers := dict(error.get_headers())) or hasattr(error, "valid_methods"):

@@ -23,6 +23,10 @@ def live() -> Response:
 @blueprint.get("/health/ready", tags=HEALTH, summary="Can requests be served?")
 def ready() -> Response:
     """200 when Redis answers and at least one worker lives, else 503."""
+    return _readiness()
+
+
+def _readiness() -> Response:
     services = get_services()
     workers = len(control.workers(services.redis))
     if workers:
@@ -30,6 +34,24 @@ def ready() -> Response:
     response = _json({"status": "no worker lives yet", "workers": 0}, status=503)
     response.headers["Retry-After"] = "2"
     return response
+
+
+@blueprint.get("/health", tags=HEALTH, summary="Can requests be served? (vLLM's name)")
+def health() -> Response:
+    """The same as `/health/ready`: what monitors of vLLM ask for."""
+    return _readiness()
+
+
+@blueprint.get("/ping", tags=HEALTH, summary="Can requests be served? (SageMaker's name)")
+def ping() -> Response:
+    """The same as `/health/ready`."""
+    return _readiness()
+
+
+@blueprint.get("/load", tags=HEALTH, summary="How much is this process doing?")
+def load() -> Response:
+    """Requests that this process answers at the moment, in vLLM's shape."""
+    return _json({"server_load": get_services().relay.open_streams})
 
 
 @blueprint.get("/version", tags=HEALTH, summary="The version of Sluice")

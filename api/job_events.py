@@ -5,6 +5,7 @@ lives, is told in between and not again.
 """
 
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 DONE = b"[DONE]"
 # A log begins with its head, after the takeovers of attempts that got no further.
 HEAD_WITHIN = 50
+_POSITION = re.compile("[0-9]{1,15}-[0-9]{1,15}")
 
 
 class Event(NamedTuple):
@@ -178,12 +180,11 @@ class Follower:
 
 
 def _read_position(text: str) -> Position:
-    try:
-        return Position.parse(text.encode())
-    except ValueError:
+    if not _POSITION.fullmatch(text):
         raise InvalidRequestError(
-            f"{text!r} is not the id of an event, as in 1-12.", param="starting_after"
-        ) from None
+            f"{text[:50]!r} is not the id of an event, as in 1-12.", param="starting_after"
+        )
+    return Position.parse(text.encode())
 
 
 def _stored_answer(job: dict[str, Any]) -> bytes:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from gevent.event import Event
 from redis.exceptions import RedisError
@@ -31,10 +31,18 @@ class ServerStoppingError(OverloadedError):
 class JobStream:
     """The entries of one job in order, without gaps or repetitions, as they come."""
 
-    def __init__(self, job_id: str, token_log: TokenLog, after: Position | None = None) -> None:
+    def __init__(
+        self,
+        job_id: str,
+        token_log: TokenLog,
+        after: Position | None = None,
+        on_fed: Callable[[], object] = lambda: None,
+    ) -> None:
+        """`on_fed` is called when it has read the log to its end, and takes what comes."""
         self.job_id = job_id
         self.position = after
         self._log = token_log
+        self._on_fed = on_fed
         self._ready: list[Entry] = []
         self._wake = Event()
         self._is_behind = False
@@ -44,15 +52,15 @@ class JobStream:
         self._is_nudged = False
 
     @property
-    def is_full(self) -> bool:
-        """Whether it takes nothing now: its client is slow, or it is broken."""
-        return self._is_broken or len(self._ready) >= ENTRIES_AT_ONCE
+    def is_fed(self) -> bool:
+        """Whether it takes what comes: not while its client is slow, or it reads the log itself."""
+        return not (self._is_behind or self._is_broken or len(self._ready) >= ENTRIES_AT_ONCE)
 
     def accept(self, entry: Entry) -> None:
         """Takes the entry if it is the next one; if entries before it are missing, notes that."""
         if self.position is not None and entry.position <= self.position:
             return
-        if self._is_next(entry) and not self._is_behind and not self.is_full:
+        if self._is_next(entry) and self.is_fed:
             self._take_over([entry])
         else:
             self._is_behind = True
@@ -142,6 +150,8 @@ class JobStream:
         self._take_over(e for e in entries if self.position is None or e.position > self.position)
         if len(entries) == ENTRIES_AT_ONCE or self._is_behind:
             self.catch_up()
+        else:
+            self._on_fed()
 
     def _take_over(self, entries: Iterable[Entry]) -> None:
         for entry in entries:

@@ -14,7 +14,8 @@ from werkzeug.datastructures import Headers
 
 from api import schemas
 from api.answer import event_stream
-from api.calls import Call, Preference, count_sequences, fingerprint, read_key, read_object
+from api.body import read_body, read_object
+from api.calls import Call, Preference, count_sequences, fingerprint, read_key
 from api.job_events import Follower, encode
 from api.job_stream import ServerStoppingError
 from api.job_view import describe, describe_all, find_queued, of_record
@@ -24,7 +25,6 @@ from db.models import JobRecord
 from db.webhooks import attempts_of
 from tasks.errors import (
     ConflictError,
-    InvalidRequestError,
     JobCancelledError,
     JobNotFoundError,
     StreamBrokenError,
@@ -195,6 +195,7 @@ def cancel(path: schemas.JobPath) -> Response:
     job = find_queued(services, TENANT, path.job_id)
     has_cancelled = job is not None and services.jobs.cancel(job.id, job.model)
     if job is None:
+        describe(services, TENANT, path.job_id)  # none of another tenant is touched
         error = JobCancelledError().body()["error"]
         url = services.settings.database_url
         has_cancelled = records.end_lost(url, path.job_id, State.CANCELLED, error)
@@ -270,19 +271,6 @@ def _validate(document: dict[str, Any]) -> schemas.JobRequest:
         return schemas.JobRequest.model_validate(document)
     except ValidationError as refused:
         raise schemas.refusal(refused) from None
-
-
-def read_body() -> bytes:
-    """The request's body.
-
-    Raises:
-        InvalidRequestError: it does not say that it is JSON.
-    """
-    if request.mimetype != "application/json":
-        raise InvalidRequestError(
-            f"Content-Type must be application/json, not {request.mimetype or 'missing'!r}."
-        )
-    return request.get_data(cache=False)
 
 
 def _respond(document: dict[str, Any], status: int = 200) -> Response:

@@ -60,10 +60,9 @@ class Relay:
     @contextmanager
     def follow(self, job_id: str, after: Position | None = None) -> Iterator[JobStream]:
         """The stream of a job that exists, from the start of its log or after a position."""
-        stream = JobStream(job_id, self._log, after)
+        stream = JobStream(job_id, self._log, after, self._has_followed.set)
         stream.catch_up()
         self._followed.add(stream)
-        self._has_followed.set()
         try:
             with STREAMS.track_inprogress():
                 yield stream
@@ -117,7 +116,7 @@ class Relay:
         """One blocking read of all logs that are followed."""
         waiting: dict[str, list[JobStream]] = {}
         for stream in self._followed:
-            if not stream.is_full:
+            if stream.is_fed:
                 waiting.setdefault(stream.job_id, []).append(stream)
         if not waiting:
             self._has_followed.clear()

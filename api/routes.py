@@ -5,13 +5,16 @@ from typing import Any
 import orjson
 from flask import Response, request
 from flask_openapi3 import APIBlueprint, Tag
+from redis.exceptions import RedisError
 
 from api import schemas
+from api.body import read_body
 from api.calls import Call, Preference
 from api.generation import AnsweredError, Generation
 from api.job_view import stored_response
-from api.jobs import accept_call, read_body
+from api.jobs import accept_call
 from api.services import TENANT, get_services
+from tasks import control
 from tasks.models import Model
 
 blueprint = APIBlueprint("openai", __name__)
@@ -58,14 +61,16 @@ def embeddings() -> Response:
 @blueprint.get("/v1/models", tags=MODELS, summary="List models")
 def list_models() -> Response:
     """Every name that requests may use, aliases included."""
-    names = get_services().catalog.names
-    return _json({"object": "list", "data": [_card(name, model) for name, model in names.items()]})
+    names, lengths = get_services().catalog.names, _lengths()
+    cards = [_card(name, model, lengths) for name, model in names.items()]
+    return _json({"object": "list", "data": cards})
 
 
 @blueprint.get("/v1/models/<path:model_id>", tags=MODELS, summary="Get a model")
 def get_model(path: schemas.ModelPath) -> Response:
     """The model of that name or alias."""
-    return _json(_card(path.model_id, get_services().catalog.resolve(path.model_id)))
+    model = get_services().catalog.resolve(path.model_id)
+    return _json(_card(path.model_id, model, _lengths()))
 
 
 def _generate(endpoint: str) -> Response:
@@ -80,7 +85,17 @@ def _generate(endpoint: str) -> Response:
     return generation.respond(call.wants_stream)
 
 
-def _card(name: str, model: Model) -> dict[str, Any]:
+def _lengths() -> dict[str, int]:
+    """The context lengths of the models whose workers have told them."""
+    try:
+        found = control.workers(get_services().redis)
+    except RedisError:
+        return {}  # the list is known all the same
+    return {worker.model: worker.max_model_len for worker in found if worker.max_model_len}
+
+
+def _card(name: str, model: Model, lengths: dict[str, int]) -> dict[str, Any]:
+    """As vLLM's own: `max_model_len` is null until a worker of the model has loaded it."""
     return {
         "id": name,
         "object": "model",
@@ -88,6 +103,7 @@ def _card(name: str, model: Model) -> dict[str, Any]:
         "owned_by": model.engine,
         "root": model.name,
         "parent": None,
+        "max_model_len": lengths.get(model.name),
     }
 
 

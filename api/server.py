@@ -1,8 +1,10 @@
 """Starts gunicorn with gevent, in place of the calling process."""
 
+import ipaddress
 import logging
 import os
 import re
+import resource
 import shutil
 import socket
 import sys
@@ -15,6 +17,9 @@ from tasks.models import get_catalog
 from tasks.settings import get_settings
 
 log = logging.getLogger(__name__)
+
+MOST_FILES = 16_384
+LOOPBACK_NAMES = "localhost,127.0.0.1,::1"
 
 
 def serve(bind: str) -> NoReturn:
@@ -32,10 +37,28 @@ def serve(bind: str) -> NoReturn:
     except (SQLAlchemyError, OSError) as away:
         log.warning("the database is away, background jobs get 503 until it is back: %s", away)
     _make_metrics_directory(bind)
+    _allow_files()
+    if not get_settings().allowed_hosts and _is_loopback(bind):
+        os.environ["SLUICE_ALLOWED_HOSTS"] = LOOPBACK_NAMES
     processes = str(get_settings().api_processes)
-    command = ["-m", "gunicorn", "-c", "python:api.gunicorn_conf", "--bind", bind]
-    command += ["--workers", processes, "api.app:create_app()"]
-    os.execv(sys.executable, [sys.executable, *command])
+    # -P: what lies in the working directory is not ours.
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "api.gunicorn_app", bind, processes])
+
+
+def _is_loopback(bind: str) -> bool:
+    host = bind.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _allow_files() -> None:
+    """As many open files, and so connections, as the system lets this user have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(MOST_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _make_metrics_directory(bind: str) -> None:

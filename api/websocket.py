@@ -71,22 +71,27 @@ def register(app: Flask) -> None:
         "subprotocols": ["sluice"],
     }
     sock = Sock(app)
-    app.before_request(_wrap_socket)
+    app.before_request(_prepare_socket)
     for endpoint in ("/v1/chat/completions", "/v1/completions"):
         sock.route(endpoint, endpoint=f"socket {endpoint}")(_generations(endpoint))
     sock.route("/v1/jobs/<job_id>/events", endpoint="socket job events")(_job_events)
 
 
-def _wrap_socket() -> None:
+def _prepare_socket() -> None:
     if request.headers.get("upgrade", "").lower() == "websocket":
         request.environ["gunicorn.socket"] = WholeWrites(request.environ["gunicorn.socket"])
+        # No compression: a frame of some kilobytes can say a gigabyte.
+        request.environ.pop("HTTP_SEC_WEBSOCKET_EXTENSIONS", None)
 
 
 class Conversation:
     """One open socket: frames in, and whoever is to be told of them."""
 
-    def __init__(self, ws: Any) -> None:
+    def __init__(self, ws: Any, most_bytes: int) -> None:
+        """`most_bytes`: of all frames that wait."""
         self._ws = ws
+        self._most_bytes = most_bytes
+        self._waiting_bytes = 0
         self._requests: Queue[str | bytes | None] = Queue()
         self.on_cancel: Callable[[], object] | None = None
         self.on_gone: Callable[[], object] | None = None
@@ -95,6 +100,7 @@ class Conversation:
     def requests(self) -> Iterator[str | bytes]:
         """The frames that are not a cancellation, until the client closes."""
         while (frame := self._requests.get()) is not None:
+            self._waiting_bytes -= len(frame)
             yield frame
 
     def send(self, frame: str) -> None:
@@ -132,10 +138,16 @@ class Conversation:
             if _is_cancellation(frame):
                 if self.on_cancel:
                     self.on_cancel()
-            elif self._requests.qsize() < MOST_WAITING:
+            elif self._has_room(frame):
+                self._waiting_bytes += len(frame)
                 self._requests.put(frame)
             else:
-                self._ws.close(POLICY_VIOLATION, "too many requests wait on this socket")
+                self._ws.close(POLICY_VIOLATION, "too much waits on this socket")
+
+    def _has_room(self, frame: str | bytes) -> bool:
+        if self._requests.qsize() >= MOST_WAITING:
+            return False
+        return self._waiting_bytes + len(frame) <= self._most_bytes
 
 
 def _is_cancellation(frame: str | bytes) -> bool:
@@ -149,7 +161,7 @@ def _is_cancellation(frame: str | bytes) -> bool:
 def _generations(endpoint: str) -> Callable[[Any], None]:
     def serve(ws: Any) -> None:
         services = get_services()
-        conversation = Conversation(ws)
+        conversation = Conversation(ws, services.settings.max_body_bytes)
         for frame in conversation.requests():
             try:
                 _serve(services, conversation, endpoint, frame)
@@ -189,7 +201,7 @@ def _serve(
 
 def _job_events(ws: Any, job_id: str) -> None:
     services = get_services()
-    conversation = Conversation(ws)
+    conversation = Conversation(ws, services.settings.max_body_bytes)
     try:
         follower = Follower(services, job_id, request.args.get("starting_after"))
         conversation.on_cancel = follower.cancel

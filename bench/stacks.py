@@ -73,8 +73,10 @@ def sluice(
         "SLUICE_PORT": str(port),
         "SLUICE_MODELS": str(models),
     }
-    command = [sys.executable, "-m", "deploy.cli", "up"]
-    with _running(name, command, env, port, "/health/ready", home, source) as stack:
+    if source:
+        env["PYTHONPATH"] = str(source)
+    command = [sys.executable, "-P", "-m", "deploy.cli", "up"]
+    with _running(name, command, env, port, "/health/ready", home) as stack:
         yield stack
 
 
@@ -92,13 +94,12 @@ def _running(
     port: int,
     ready_path: str,
     home: Path,
-    directory: Path | None = None,
 ) -> Iterator[Stack]:
     log = home / f"{name}.log"
     started_s = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, cwd=directory, env=env, stdout=output, stderr=output, start_new_session=True
+            command, env=env, stdout=output, stderr=output, start_new_session=True
         )
     try:
         _wait_until_ready(process, f"http://127.0.0.1:{port}{ready_path}", log)

@@ -1,5 +1,6 @@
 """The program `sluice`: one command for each part, configured by the environment (README)."""
 
+import os
 import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -25,6 +26,8 @@ class Program(click.Group):
 @click.group(cls=Program)
 def main() -> None:
     """Self-hosted LLM serving with a queue at its heart."""
+    # What it keeps (prompts, answers, keys) is this user's alone.
+    os.umask(0o077)
 
 
 @main.command()

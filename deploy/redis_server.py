@@ -19,8 +19,11 @@ def find_server() -> Path:
     return Path(get_binary_path())
 
 
-def server_command(server: Path, home: Path, port: int) -> list[str]:
-    """A command line for a server on loopback that keeps its data in the home directory."""
+def server_command(server: Path, home: Path, port: int, password: str = "") -> list[str]:
+    """A command line for a server on loopback that keeps its data in the home directory.
+
+    The password is in a file beside the data: everybody can read command lines.
+    """
     # Redis and Valkey do not read each other's newer files.
     directory = home / server.name.removesuffix("-server")
     directory.mkdir(parents=True, exist_ok=True)
@@ -35,8 +38,12 @@ def server_command(server: Path, home: Path, port: int) -> list[str]:
         "maxmemory-policy": "noeviction",
         "daemonize": "no",
     }
+    config = directory / "redis.conf"
+    config.unlink(missing_ok=True)
+    config.touch(mode=0o600)
+    config.write_text(f"requirepass {password}\n" if password else "")
     return [
-        str(server),
+        *(str(server), str(config)),
         *(part for name, value in options.items() for part in (f"--{name}", value)),
     ]
 

@@ -3,6 +3,7 @@
 import http.client
 import os
 import re
+import secrets
 import signal
 import sys
 import time
@@ -21,12 +22,16 @@ from tasks import keys
 from tasks.connections import connect
 from tasks.errors import SluiceError
 from tasks.models import Catalog, get_catalog
-from tasks.settings import Settings, get_settings, redis_url_file
+from tasks.settings import PREFIX, SECRET_FIELDS, Settings, get_settings, redis_url_file
 
 LOG_LINES_SHOWN = 15
 LOG_WIDTH = 110
 PLAIN_PROGRESS_S = 10.0
 FOLLOW_INTERVAL_S = 2.0
+
+
+# An engine runs other people's code, and needs none of these.
+NOT_FOR_WORKERS = {f"{PREFIX}{name.upper()}" for name in (*SECRET_FIELDS, "database_url")}
 
 
 class StopRequested(Exception):  # noqa: N818 (it is none)
@@ -103,8 +108,9 @@ class Deployment:
         if "SLUICE_REDIS_URL" in os.environ:
             return
         server, port = redis_server.find_server(), redis_server.free_port()
-        url = self._env["SLUICE_REDIS_URL"] = f"redis://127.0.0.1:{port}/0"
-        command = redis_server.server_command(server, self._settings.home, port)
+        password = secrets.token_urlsafe(24)
+        url = self._env["SLUICE_REDIS_URL"] = f"redis://:{password}@127.0.0.1:{port}/0"
+        command = redis_server.server_command(server, self._settings.home, port, password)
         self._redis = self._part("redis", command)
         self._redis.start()
         self._wait("starting Redis", self._redis, lambda: redis_server.answers(url))
@@ -120,11 +126,13 @@ class Deployment:
 
     def _start_parts(self) -> None:
         port, models = self._settings.port, [model.name for model in self._catalog.models]
-        sluice = [sys.executable, "-m", "deploy.cli"]
+        # -P: what lies in the working directory is not ours.
+        sluice = [sys.executable, "-P", "-m", "deploy.cli"]
         api = self._part("api", [*sluice, "api", "--bind", f"127.0.0.1:{port}"])
         maintenance = self._part("maintenance", [*sluice, "maintenance"])
+        env = {name: value for name, value in self._env.items() if name not in NOT_FOR_WORKERS}
         workers = [
-            self._part(_worker_name(index, model), [*sluice, "worker", "--model", model])
+            self._part(_worker_name(index, model), [*sluice, "worker", "--model", model], env)
             for index, model in enumerate(models)
         ]
         self._parts = [api, maintenance, *workers]
@@ -136,11 +144,11 @@ class Deployment:
         self._wait(f"loading {models[0]}", workers[0], lambda: self._is_healthy("ready"))
         self._say(f"worker: serves after {time.monotonic() - started:.1f} s")
 
-    def _part(self, name: str, command: list[str]) -> Part:
+    def _part(self, name: str, command: list[str], env: dict[str, str] | None = None) -> Part:
         log = self._settings.home / "logs" / f"{name}.log"
         if log.exists():
             log.replace(log.with_suffix(".log.1"))
-        return Part(name, command, log, self._env)
+        return Part(name, command, log, self._env if env is None else env)
 
     def _all(self) -> list[Part]:
         return [self._redis, *self._parts] if self._redis else self._parts

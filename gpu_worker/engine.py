@@ -33,6 +33,8 @@ class Load(NamedTuple):
     waiting: int
     kv_cache_usage: float = 0.0
     """0 to 1."""
+    max_model_len: int | None = None
+    """Most tokens of a request and its answer together, as far as the engine knows."""
 
 
 class Engine(Protocol):

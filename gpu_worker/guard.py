@@ -4,7 +4,6 @@ import logging
 import os
 import threading
 import time
-import traceback
 from typing import TYPE_CHECKING
 
 import psutil
@@ -24,8 +23,6 @@ LOOK_S = 0.2
 PROGRESS_LINE_S = 5.0
 # What is left of a worker without an engine is worth no waiting.
 LAST_MOMENT_S = 8.0
-MOST_FRAMES = 5
-MOST_TRACE_CHARS = 2000
 
 
 def drain(worker: "Worker") -> None:
@@ -63,8 +60,7 @@ def watch(worker: "Worker", engine: Engine) -> None:
 
 def give_up(worker: "Worker", part: str, failure: Exception) -> None:
     """Ends the worker, one of whose own parts has failed: one of its jobs may be the reason."""
-    trace = "".join(traceback.format_exception(failure, limit=-MOST_FRAMES))
-    log.error("%s failed: %s", part, trace[-MOST_TRACE_CHARS:])
+    log.error("%s failed", part, exc_info=failure)
     _abandon(worker, f"{part} failed", Cause.WORKER_FAILED)
 
 

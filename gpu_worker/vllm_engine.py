@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from gpu_worker import engine_process
+from gpu_worker import engine_process, sockets
 from gpu_worker.engine import AsgiApp, Load
 from tasks import affinity
 from tasks.errors import ConfigurationError
@@ -42,7 +42,8 @@ class VllmEngine:
             for sample in metric.samples
         }
         running, waiting = (int(samples.get(name, 0)) for name in counts)
-        return Load(running, waiting, samples.get(usage, 0.0))
+        most = self._client.model_config.max_model_len
+        return Load(running, waiting, samples.get(usage, 0.0), most)
 
     def is_dead(self) -> bool:
         return bool(self._client.errored)
@@ -79,9 +80,17 @@ async def open_engine(model: Model) -> AsyncIterator[VllmEngine]:
         )
     for name, value in model.env.items():
         os.environ.setdefault(name, value)
+    # A domain that is allowed can send on to one that is not.
+    os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")
     engine_process.adopt()
-    args = _parse(command_line(model))
+    with sockets.private_directory() as directory:
+        os.environ["VLLM_RPC_BASE_PATH"] = directory
+        async with _open(_parse(command_line(model))) as engine:
+            yield engine
 
+
+@asynccontextmanager
+async def _open(args: Namespace) -> AsyncIterator[VllmEngine]:
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
     from vllm.entrypoints.launchers.app import build_app

@@ -34,12 +34,15 @@ class WorkerView(NamedTuple):
     ttft_p95_ms: float | None
     metrics_address: str
     """HOST:PORT of its /metrics."""
+    max_model_len: int | None
+    """Most tokens of a request and its answer together."""
 
     @classmethod
     def decode(cls, worker_id: str, fields: dict[bytes, bytes]) -> "WorkerView":
         """Reads the hash that gpu_worker/keeper.py writes; older workers write less."""
         text = {name.decode(): value.decode() for name, value in fields.items()}
         p50_ms, p95_ms = text.get("ttft_p50_ms"), text.get("ttft_p95_ms")
+        most_tokens = text.get("max_model_len")
         return cls(
             id=worker_id,
             model=text["model"],
@@ -51,6 +54,7 @@ class WorkerView(NamedTuple):
             ttft_p50_ms=float(p50_ms) if p50_ms else None,
             ttft_p95_ms=float(p95_ms) if p95_ms else None,
             metrics_address=text.get("metrics_address", ""),
+            max_model_len=int(most_tokens) if most_tokens else None,
         )
 
 

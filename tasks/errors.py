@@ -49,6 +49,27 @@ class InvalidRequestError(SluiceError):
     code = "invalid_request"
 
 
+class BodyTooLargeError(SluiceError):
+    """The request's body is too large."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "request_entity_too_large"
+
+    def __init__(self, most_bytes: int) -> None:
+        super().__init__(
+            f"The request's body is too large; this server takes up to {most_bytes:,} bytes."
+        )
+
+
+class BodyTimeoutError(SluiceError):
+    """The request's body did not arrive in time; send it again."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
+
+
 class ModelNotFoundError(SluiceError):
     """The model does not exist."""
 
@@ -85,6 +106,22 @@ class PermissionDeniedError(SluiceError):
     status = 403
     type = "permission_error"
     code = "admin_is_off"
+
+
+class HostNotAllowedError(SluiceError):
+    """The request's Host is not a name of this server; SLUICE_ALLOWED_HOSTS says which are."""
+
+    status = 403
+    type = "permission_error"
+    code = "host_not_allowed"
+
+
+class OriginNotAllowedError(SluiceError):
+    """Pages of other sites may not use this server; SLUICE_ALLOWED_ORIGINS says which may."""
+
+    status = 403
+    type = "permission_error"
+    code = "origin_not_allowed"
 
 
 class NotKnownError(SluiceError):

@@ -43,7 +43,7 @@ def decode(record_id: str, fields: dict[bytes, bytes], outcome: Outcome | None) 
             raise ValueError("it holds a NUL character")
         return _change(record_id, text, State(text["state"]), outcome)
     except (KeyError, ValueError, OverflowError) as broken:
-        raise DecodeError(f"record {fields} cannot be read: {broken!r}") from broken
+        raise DecodeError(f"record {record_id} cannot be read") from broken
 
 
 def _change(record_id: str, text: dict[str, str], state: State, outcome: Outcome | None) -> Change:

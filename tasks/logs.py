@@ -38,7 +38,8 @@ Cause = tuple[str, str, str, str]
 
 def configure(settings: Settings) -> None:
     """Sets up this process's root logger: information of ours, warnings of all others."""
-    handler = Handler(_render_json if settings.log_format == "json" else _console())
+    render = _render_json if settings.log_format == "json" else _console()
+    handler = Handler(render, settings.log_content)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for package in OURS:
         logging.getLogger(package).setLevel(logging.INFO)
@@ -62,9 +63,10 @@ def flush() -> None:
 class Handler(logging.Handler):
     """Puts lines together, and leaves them to the thread that writes them."""
 
-    def __init__(self, render: Callable[[dict[str, Any]], str]) -> None:
+    def __init__(self, render: Callable[[dict[str, Any]], str], shows_content: bool) -> None:
         super().__init__()
         self._render = render
+        self._shows_content = shows_content
         self._begin()
         os.register_at_fork(after_in_child=self._begin)
 
@@ -84,7 +86,8 @@ class Handler(logging.Handler):
             left_out = self._repeats.note(cause) if cause else 0
             if left_out is None:
                 return
-            line = self._render(_compose(record) | ({"left_out": left_out} if left_out else {}))
+            event = _compose(record, self._shows_content)
+            line = self._render(event | ({"left_out": left_out} if left_out else {}))
         except Exception as broken:  # noqa: BLE001 (whatever a caller or a library hands us)
             line = f"a line of {record.name} could not be put together: {type(broken).__name__}"
         self._writer.put(line)
@@ -144,12 +147,19 @@ def _cause(record: logging.LogRecord) -> Cause | None:
     return record.name, str(record.msg)[:LONGEST_MESSAGE], kinds, place
 
 
-def _compose(record: logging.LogRecord) -> dict[str, Any]:
+def _compose(record: logging.LogRecord, shows_content: bool) -> dict[str, Any]:
     extra = {name: what for name, what in vars(record).items() if name not in _STANDARD}
+    if isinstance(record.args, tuple):
+        record.args = tuple(
+            tracebacks.message_of(about, shows_content)
+            if isinstance(about, BaseException)
+            else about
+            for about in record.args
+        )
     message = tracebacks.cut(record.getMessage(), LONGEST_MESSAGE)
     event = _event(record.name, message, record.levelname, record.created, **extra)
     if record.exc_info and record.exc_info[1]:
-        event["exception"] = tracebacks.render(record.exc_info[1])
+        event["exception"] = tracebacks.render(record.exc_info[1], shows_content)
     return event
 
 
@@ -175,4 +185,10 @@ def _console() -> Callable[[dict[str, Any]], str]:
         pad_event_to=0,
         exception_formatter=structlog.dev.plain_traceback,
     )
-    return lambda event: str(write(None, "", event))
+    return lambda event: str(write(None, "", {name: _plain(name, event[name]) for name in event}))
+
+
+def _plain(name: str, value: Any) -> Any:
+    """What stands in one line, whoever has said it; JSON needs no such care."""
+    is_line = isinstance(value, str) and name != "exception"
+    return tracebacks.one_line(value) if is_line else value

@@ -24,6 +24,9 @@ class Model(BaseModel):
     aliases: tuple[str, ...] = ()
     args: dict[str, Any] = Field({}, description="of the engine: anything `vllm serve` takes")
     env: dict[str, str] = Field({}, description="set for the engine unless already set")
+    allow: tuple[str, ...] = Field(
+        (), description="fields of requests that are the operator's, and open to this model's users"
+    )
     slots: int = Field(64, ge=1, description="sequences that one worker runs at once")
 
     @field_validator("env", mode="before")

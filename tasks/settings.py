@@ -38,7 +38,21 @@ class Settings(BaseSettings):
     api_key: str = Field("", description="what these send as bearer token", repr=False)
     api_processes: int = Field(1, ge=1, description="gunicorn processes of one API")
 
+    allowed_hosts: str = Field(
+        "",
+        description="names that requests may be sent to, comma-separated; empty: on a loopback "
+        "address its names, else any",
+    )
+    allowed_origins: str = Field(
+        "",
+        description="origins whose pages may use the API, as https://chat.example.com, "
+        "comma-separated; *: all",
+    )
     max_body_bytes: int = Field(10_000_000, ge=1, description="larger request bodies get 413")
+    max_schema_bytes: int = Field(
+        100_000, ge=1, description="larger schemas, grammars and lists of tools get 400"
+    )
+    body_timeout_s: float = Field(60, gt=0, description="a body that takes longer gets 408")
     max_backlog: int = Field(10_000, ge=1, description="queued jobs per model and lane, then 503")
     max_backlog_bytes: int = Field(
         1_000_000_000, ge=1, description="bodies of a model's open jobs in Redis, then 503"
@@ -93,6 +107,16 @@ class Settings(BaseSettings):
         """The single secrets of `webhook_secrets`."""
         return _split(self.webhook_secrets)
 
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The single names of `allowed_hosts`, without brackets."""
+        return tuple(name.lower().strip("[].") for name in _split(self.allowed_hosts))
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """The single origins of `allowed_origins`."""
+        return tuple(origin.rstrip("/") for origin in _split(self.allowed_origins))
+
     @field_validator("webhook_secrets")
     @classmethod
     def _check_secrets(cls, value: str) -> str:
@@ -129,8 +153,8 @@ def running_redis_url(home: Path) -> str:
         return "redis://127.0.0.1:6379/0"
 
 
-def _split(secrets: str) -> tuple[str, ...]:
-    return tuple(filter(None, map(str.strip, secrets.split(","))))
+def _split(values: str) -> tuple[str, ...]:
+    return tuple(filter(None, map(str.strip, values.split(","))))
 
 
 def _is_webhook_secret(secret: str) -> bool:

@@ -10,6 +10,11 @@ from tasks.errors import InvalidRequestError
 MOST_URL_CHARS = 2000
 
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
+# What Python 3.11's lists do not have, or have in part (IANA's special-purpose registries).
+_NOT_PUBLIC = [
+    ipaddress.ip_network(network)
+    for network in ("192.0.0.0/24", "192.88.99.0/24", "198.18.0.0/15", "2001::/23", "3fff::/20")
+]
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
@@ -70,6 +75,8 @@ def resolve(target: httpx.URL, allow_private: bool) -> list[str]:
 def is_public(address: str) -> bool:
     """Whether the whole internet may reach it; an IPv4 address inside an IPv6 one counts too."""
     ip = ipaddress.ip_address(address)
+    if any(ip in network for network in _NOT_PUBLIC):
+        return False
     if isinstance(ip, ipaddress.IPv4Address):
         return ip.is_global and not ip.is_multicast
     inner = ip.ipv4_mapped or ip.sixtofour

@@ -1,6 +1,7 @@
 """Exceptions as text for the log: of a bounded size and cost, whatever was thrown.
 
-Places and messages only: a frame's variables hold what was asked, and keys.
+Places and messages only: a frame's variables hold what was asked, and keys. Messages that are made
+of such values are left out as well, unless content is to be logged.
 """
 
 from collections import deque
@@ -14,18 +15,22 @@ MOST_EXCEPTIONS = 5
 LONGEST_MESSAGE = 500
 LONGEST_TEXT = 10_000
 
+# Python's and its libraries' words about a value, which they show.
+TELLING = (ValueError, LookupError, TypeError, AssertionError)
+HIDDEN = "(SLUICE_LOG_CONTENT shows its message)"
+
 CAUSE = "\nThe above exception was the direct cause of the following exception:\n"
 CONTEXT = "\nDuring handling of the above exception, another exception occurred:\n"
 MEMBER = "\nOne of the exceptions of the group above:\n"
 
 
-def render(error: BaseException) -> str:
+def render(error: BaseException, shows_content: bool) -> str:
     """The exception and what led to it, in Python's form and order."""
     lines: list[str] = []
     for link, wording in reversed(_chain(error)):
-        lines += [*_block(link), *filter(None, [wording])]
+        lines += [*_block(link, shows_content), *filter(None, [wording])]
     for member in _members(error):
-        lines += [MEMBER, *_block(member)]
+        lines += [MEMBER, *_block(member, shows_content)]
     text = "\n".join(lines)
     if len(text) > LONGEST_TEXT:
         text = f"{text[: LONGEST_TEXT // 2]}\n…\n{text[-LONGEST_TEXT // 2 :]}"
@@ -41,6 +46,13 @@ def place(error: BaseException) -> str:
 def cut(text: str, most: int) -> str:
     """The text, or its beginning and how much is missing."""
     return text if len(text) <= most else f"{text[:most]}… ({len(text) - most} more characters)"
+
+
+def one_line(text: str) -> str:
+    """The text without what would begin another line, or move a terminal's cursor."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _chain(error: BaseException) -> list[tuple[BaseException, str]]:
@@ -74,7 +86,7 @@ def _members(error: BaseException) -> list[BaseException]:
     return found[:MOST_EXCEPTIONS]
 
 
-def _block(error: BaseException) -> list[str]:
+def _block(error: BaseException, shows_content: bool) -> list[str]:
     first: list[TracebackType] = []
     last: deque[TracebackType] = deque(maxlen=LAST_FRAMES)
     frames = 0
@@ -87,7 +99,7 @@ def _block(error: BaseException) -> list[str]:
         *(f"  {_where(frame)}" for frame in first),
         *([f"  … {missing} more frames"] if missing else []),
         *(f"  {_where(frame)}" for frame in last),
-        _summary(error),
+        _summary(error, shows_content),
     ]
 
 
@@ -103,17 +115,27 @@ def _where(frame: TracebackType) -> str:
     return f'File "{code.co_filename[-200:]}", line {frame.tb_lineno}, in {code.co_name[:100]}'
 
 
-def _summary(error: BaseException) -> str:
-    """The exception's type and, in one line, its message."""
+def message_of(error: BaseException, shows_content: bool) -> str:
+    """The exception's message in one line; not where it may hold what was asked."""
+    if not shows_content and isinstance(error, TELLING):
+        return HIDDEN if error.args else ""
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001 (anybody's code)
+        return "(its message cannot be told)"
+    if not shows_content:
+        # Databases show the row in the lines below.
+        message = message.partition("\n")[0]
+    return one_line(cut(message, LONGEST_MESSAGE))
+
+
+def _summary(error: BaseException, shows_content: bool) -> str:
+    """The exception's type and its message."""
     kind = type(error)
     name = (
         kind.__qualname__
         if kind.__module__ == "builtins"
         else f"{kind.__module__}.{kind.__qualname__}"
     )
-    try:
-        message = cut(str(error), LONGEST_MESSAGE)
-    except Exception:  # noqa: BLE001 (anybody's code)
-        message = "(its message cannot be told)"
-    message = "".join(c if c.isprintable() else " " for c in message)
+    message = message_of(error, shows_content)
     return f"{name[:200]}: {message}" if message else name[:200]

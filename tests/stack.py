@@ -254,7 +254,7 @@ def send(
     """Sends a request and returns the connection, nothing read from it."""
     client = socket.create_connection(("127.0.0.1", stack.api_ports[0]), timeout=10)
     data = orjson.dumps(body)
-    head = f"POST {endpoint} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = f"POST {endpoint} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     client.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     return client
 

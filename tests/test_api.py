@@ -113,6 +113,8 @@ def test_health_version_and_docs(sim_stack: Stack) -> None:
 
     assert get("/health/live").json() == {"status": "ok", "streams": 0}
     assert get("/health/ready").json() == {"status": "ok", "workers": 1}
+    assert get("/health").status_code == get("/ping").status_code == 200
+    assert get("/load").json() == {"server_load": 0}
     assert get("/version").json()["version"]
     document = get("/docs/openapi.json").json()
     assert document["openapi"].startswith("3.1")

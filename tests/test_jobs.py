@@ -10,8 +10,10 @@ import requests
 from sqlalchemy import select
 
 from db import writing
+from db.jobs import accept, load
 from db.models import JobEvent, JobRecord
 from tasks import keys
+from tasks.message import new_id
 from tests.conftest import SIM
 from tests.stack import Stack, await_that, running, send
 
@@ -424,3 +426,23 @@ def test_another_tenants_job_is_not_there(sim_stack: Stack) -> None:
     ):
         refused = call(sim_stack, method, path)
         assert (refused.status_code, refused.json()["error"]["code"]) == (404, "job_not_found")
+
+
+def test_a_job_of_another_tenant_is_not_touched(sim_stack: Stack) -> None:
+    url = f"sqlite:///{sim_stack.home / 'sluice.db'}"
+    theirs = JobRecord(
+        id=new_id(),
+        tenant="another",
+        model="sim",
+        endpoint=ENDPOINT,
+        lane="batch",
+        created_at=datetime.now(UTC),
+        request=None,
+    )
+    accept(url, [theirs])
+    for method, path in (("POST", "/cancel"), ("POST", "/retry"), ("GET", ""), ("GET", "/events")):
+        refused = call(sim_stack, method, f"/v1/jobs/{theirs.id}{path}")
+        assert refused.status_code == 404, path
+    found = load(url, theirs.id)
+    assert found
+    assert found.completed_at is None

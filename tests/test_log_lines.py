@@ -110,6 +110,51 @@ log.error("Redis: %s", TimeoutError())
     assert [line["left_out"] for line in lines if "left_out" in line] == [999, 999]
 
 
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_what_was_asked_cannot_forge_a_line(form: str) -> None:
+    forged = "x\\n2026-01-01 forged\\r\\u2028forged\\x1b[2J"
+    script = f"""
+log.error("GET %s failed", "{forged}")
+log.info("job claimed", extra={{"model": "{forged}"}})
+try:
+    raise KeyError("{forged}")
+except KeyError:
+    log.exception("it failed")
+"""
+    written = run(script, form).stderr
+    lines = written.replace("\r", "\n").split("\n")
+    assert not [line for line in lines if line.startswith(("2026-01-01", "forged"))]
+    assert "\x1b" not in written
+    assert written.count("forged") >= 3
+
+
+TOLD = """
+import sqlalchemy
+trouble = [
+    ValueError("{secret}"), KeyError("{secret}"), TypeError("{secret}"), AssertionError("{secret}"),
+    UnicodeDecodeError("utf-8", b"{secret}", 0, 1, "{secret}"),
+    sqlalchemy.exc.IntegrityError("", None, Exception("no such row\\nDETAIL: {secret}")),
+    ExceptionGroup("group", [ValueError("{secret}")]),
+]
+for error in trouble:
+    log.error("it failed: %s", error)
+    try:
+        raise RuntimeError("out of memory") from error
+    except RuntimeError:
+        log.exception("it failed: %s", "again")
+"""
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_what_errors_say_of_values_is_content(form: str) -> None:
+    written = run(TOLD, form).stderr
+    assert SECRET not in written
+    assert "out of memory" in written
+    assert "no such row" in written
+    shown = run("logs.configure(Settings(log_content=True))" + TOLD, form).stderr
+    assert shown.count(SECRET) > 5
+
+
 def test_all_lines_are_there_at_the_end_also_those_of_a_forked_child() -> None:
     done = run("""
 for number in range(500):

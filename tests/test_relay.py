@@ -95,7 +95,7 @@ def follow(stack: Stack, job_id: str, after: str = "") -> Iterator[Client]:
     """A client of the job's events."""
     connection = socket.create_connection(("127.0.0.1", stack.api_ports[0]), timeout=10)
     path = f"/v1/jobs/{job_id}/events" + (after and f"?starting_after={after}")
-    connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
     with listening(connection) as client:
         yield client
 

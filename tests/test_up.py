@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import redis
 import requests
 
 from deploy.redis_server import free_port
@@ -57,6 +58,39 @@ def test_what_up_says_works(up: Process, env: dict[str, str], home: Path) -> Non
     assert time.monotonic() - began_s < 10
     assert [part for part in parts if is_alive(part)] == []
     assert not (home / "redis-url").exists()
+
+
+def test_what_it_keeps_is_its_users_alone(up: Process, env: dict[str, str], home: Path) -> None:
+    url = f"http://127.0.0.1:{env['SLUICE_PORT']}"
+    requests.post(url + "/v1/chat/completions", json={"message": "Hello"}, timeout=30)
+    made = [path for path in home.rglob("*") if path.name not in {"up.log", "pytest"}]
+    assert {"redis-url", "sluice.db", "api.log", "redis.conf"} <= {path.name for path in made}
+    open_to_others = {path for path in made if path.stat().st_mode & 0o077}
+    assert not open_to_others
+    # Whoever else is on this machine cannot speak to its Redis.
+    port = int((home / "redis-url").read_text().rsplit(":", 1)[1].partition("/")[0])
+    with redis.Redis(port=port) as stranger, pytest.raises(redis.AuthenticationError):
+        stranger.ping()
+    secret = (home / "redis-url").read_text().split("@")[0].rpartition(":")[2]
+    parts = psutil.Process(up.pid).children(recursive=True)
+    assert not [part for part in parts if secret in " ".join(part.cmdline())]
+    assert not [log for log in (home / "logs").iterdir() if secret in log.read_text()]
+
+
+def test_workers_are_not_given_the_operators_secrets(home: Path, env: dict[str, str]) -> None:
+    marked = {
+        "SLUICE_ADMIN_KEY": "marked-admin",
+        "SLUICE_WEBHOOK_SECRETS": f"whsec_{'MARKED' * 4}",
+        "SLUICE_DATABASE_URL": f"sqlite:///{home}/marked.db",
+    }
+    process = Process([*SLUICE, "up"], env | marked, home / "up.log")
+    try:
+        await_that(lambda: "Sluice is ready" in process.log.read_text(), 60, process.log.read_text)
+        parts = psutil.Process(process.pid).children(recursive=True)
+        (worker,) = [part for part in parts if "worker" in part.cmdline()]
+        assert not set(marked) & worker.environ().keys()
+    finally:
+        process.kill_all()
 
 
 def test_a_second_one_in_the_same_home_says_so(up: Process, env: dict[str, str]) -> None:

@@ -1,15 +1,25 @@
 """The real engine behind the whole path: what only vLLM can show."""
 
 import asyncio
+import os
+import stat
+import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
+import requests
 
+from gpu_worker import sockets
 from gpu_worker.demo.texts import read
 from tasks import keys
 from tasks.control import workers
+from tasks.models import Model
+from tasks.settings import Settings
 from tests.stack import Stack, await_that, send
 from tests.test_metrics import Metrics
 
@@ -134,3 +144,44 @@ def test_the_heartbeat_tells_how_full_the_kv_cache_is(vllm_stack: Stack) -> None
     with send(vllm_stack, LONG | {"stream": True}):
         await_that(lambda: workers(vllm_stack.redis)[0].kv_cache_usage > 0)
     await_that(lambda: workers(vllm_stack.redis)[0].kv_cache_usage == 0)
+
+
+def test_the_engines_sockets_are_in_a_directory_of_its_own(vllm_stack: Stack) -> None:
+    (worker,) = vllm_stack.workers
+    parents = (vllm_stack.home / "run", Path(tempfile.gettempdir()))
+    (own,) = [d for parent in parents for d in parent.glob(f"sluice-ipc-{worker.pid}-*")]
+    assert stat.S_IMODE(own.stat().st_mode) == 0o700
+    engine = psutil.Process(worker.pid)
+    places = {
+        Path(connection.laddr).parent
+        for process in [engine, *engine.children(recursive=True)]
+        for connection in process.net_connections("unix")
+        if connection.laddr.startswith("/")
+    }
+    assert places == {own}
+
+
+def test_what_a_killed_worker_has_left_goes_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(sockets, "get_settings", lambda: Settings(home=tmp_path / "home"))
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left, used = (tmp_path / f"sluice-ipc-{pid}-x" for pid in (gone.pid, os.getpid()))
+    for directory in (left, used):
+        directory.mkdir()
+        (directory / "socket").touch()
+    with sockets.private_directory() as own:
+        assert not left.exists()
+        assert used.exists()
+        assert Path(own).is_dir()
+    assert not Path(own).exists()
+
+
+def test_cards_tell_how_long_a_context_may_be(vllm_stack: Stack, demo_model: Model) -> None:
+    for path in ("/v1/models/sluice-demo", "/v1/models/gpt-3.5-turbo"):
+        card = requests.get(vllm_stack.url + path, timeout=10).json()
+        assert card["max_model_len"] == demo_model.args["max-model-len"]
+    listed = requests.get(f"{vllm_stack.url}/v1/models", timeout=10).json()["data"]
+    assert {card["max_model_len"] for card in listed} == {demo_model.args["max-model-len"]}

@@ -1,0 +1,63 @@
+"""gunicorn's gevent worker with a bound on its connections, of which the first one beyond hears."""
+
+import logging
+import socket
+from contextlib import suppress
+from typing import Any
+
+from gunicorn.workers.ggevent import GeventWorker
+
+# Connections that are told to go away at once; more wait to be accepted.
+REFUSED_AT_ONCE = 64
+REFUSAL_TIMEOUT_S = 1.0
+MOST_READS = 10
+_BODY = (
+    b'{"error":{"message":"This server has as many connections as it can hold; try again shortly.",'
+    b'"type":"overloaded_error","param":null,"code":"too_many_connections"}}'
+)
+REFUSAL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    b"Retry-After: 2\r\nContent-Length: %d\r\n\r\n%b" % (len(_BODY), _BODY)
+)
+
+
+def _leave_out_request(record: logging.LogRecord) -> bool:
+    """What was wrong with a request is told; not the words in it."""
+    message = record.getMessage()
+    if message.startswith("Invalid request"):
+        record.msg, record.args = ": ".join(message.split(": ")[:2]), ()
+    return True
+
+
+class Worker(GeventWorker):  # type: ignore[misc]
+    """Serves `worker_connections` less REFUSED_AT_ONCE, and answers 503 to the next ones."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._free = self.worker_connections - REFUSED_AT_ONCE
+
+    def init_process(self) -> None:
+        """Runs the worker (gunicorn's name)."""
+        self.log.error_log.addFilter(_leave_out_request)
+        super().init_process()
+
+    def handle(self, listener: Any, client: Any, addr: Any) -> None:
+        """Serves one connection to its end (gunicorn's name)."""
+        if self._free <= 0:
+            self._refuse(client)
+            return
+        self._free -= 1
+        try:
+            super().handle(listener, client, addr)
+        finally:
+            self._free += 1
+
+    def _refuse(self, client: Any) -> None:
+        client.settimeout(REFUSAL_TIMEOUT_S)
+        with suppress(OSError), client:
+            client.sendall(REFUSAL)
+            client.shutdown(socket.SHUT_WR)
+            # A connection that is closed with unread bytes takes back what was said.
+            for _ in range(MOST_READS):
+                if not client.recv(65536):
+                    break

@@ -1,0 +1,252 @@
+"""What a client that means harm, or is broken, can make the API do: nothing that others notice."""
+
+import json
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import psutil
+import pytest
+import requests
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from tasks import keys
+from tests.conftest import SIM
+from tests.stack import Process, Stack, await_that, running
+from tests.test_jobs import CHAT, STREAM, call, get, submit
+
+BODY_TIMEOUT_S = 1
+MOST_BYTES = 100_000
+FAST = {**SIM, "args": {"tokens_per_s": 0}}
+HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+HEAD += "Connection: close\r\n"
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    home = tmp_path_factory.mktemp("bounds")
+    settings = {"body_timeout_s": BODY_TIMEOUT_S, "max_body_bytes": MOST_BYTES}
+    with running(Stack(home, [FAST], **settings)) as stack:
+        yield stack
+
+
+@contextmanager
+def sending(stack: Stack, data: bytes, port: int | None = None) -> Iterator[socket.socket]:
+    address = ("127.0.0.1", port or stack.api_ports[0])
+    with socket.create_connection(address, timeout=20) as connection:
+        connection.sendall(data)
+        yield connection
+
+
+def answer(stack: Stack, data: bytes, is_cut_off: bool = False) -> bytes:
+    """All that is answered until the server closes; `is_cut_off`: nothing follows the data."""
+    with sending(stack, data) as connection:
+        if is_cut_off:
+            connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+@pytest.mark.parametrize("levels", [102, 255, 600, 1023, 1025, 40_000])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/jobs"])
+def test_a_body_of_many_levels_is_refused_at_once(stack: Stack, path: str, levels: int) -> None:
+    body = '{"on_disconnect":"abort","x":' + "[" * levels + "]" * levels + "}"
+    begun_s = time.monotonic()
+    refused = call(stack, "POST", path, data=body, headers={"content-type": "application/json"})
+    assert time.monotonic() - begun_s < 1
+    assert refused.status_code == 400
+    assert refused.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_schema_of_some_levels_is_taken(stack: Stack) -> None:
+    body = CHAT | {"tools": [{"x": [[[[[[[[[[[[[[[[[[[[[[["deep"]]]]]]]]]]]]]]]]]]]]]]]}] * 200}
+    assert call(stack, "POST", "/v1/chat/completions", json=body).status_code == 200
+
+
+@pytest.mark.parametrize("seconds", ["9" * 5000, "-1", "1.5", "²", "", "x"])
+def test_a_wait_that_is_no_number_of_seconds_is_refused(stack: Stack, seconds: str) -> None:
+    headers = {"prefer": f"wait={seconds}".encode("latin-1")}
+    refused = call(stack, "POST", "/v1/chat/completions", json=CHAT, headers=headers)
+    assert refused.status_code == 400
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [b"ZZ\r\n{}\r\n0\r\n\r\n", b"5\r\n{}", b"2\r\n{}XX0\r\n\r\n", b"-2\r\n{}\r\n0\r\n\r\n"],
+)
+def test_broken_chunks_are_refused(stack: Stack, chunks: bytes) -> None:
+    said = answer(stack, f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode() + chunks, True)
+    assert said.startswith(b"HTTP/1.1 400 ")
+    assert said.count(b"HTTP/1.1") == 1
+
+
+def chunked(body: bytes) -> bytes:
+    pieces = [body[at : at + 5000] for at in range(0, len(body), 5000)]
+    sent = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+    return f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode() + sent + b"0\r\n\r\n"
+
+
+def padded(length: int) -> bytes:
+    start = b'{"messages":[{"role":"user","content":"Hello"}],"max_tokens":1,"pad":"'
+    return start + b"x" * (length - len(start) - 2) + b'"}'
+
+
+def test_a_chunked_body_is_bounded_like_any_other(stack: Stack) -> None:
+    assert answer(stack, chunked(padded(MOST_BYTES))).startswith(b"HTTP/1.1 200 ")
+    said = answer(stack, chunked(padded(MOST_BYTES + 1)))
+    assert said.startswith(b"HTTP/1.1 413 ")
+    assert f"{MOST_BYTES:,} bytes".encode() in said
+
+
+def test_a_body_that_is_cut_off_is_no_request(stack: Stack) -> None:
+    body = b'{"messages":[{"role":"user","content":"Hello"}]}'
+    said = answer(stack, f"{HEAD}Content-Length: {len(body) + 1}\r\n\r\n".encode() + body, True)
+    assert said.startswith(b"HTTP/1.1 400 ")
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(stack: Stack) -> None:
+    for framing in ("Content-Length: 5000", "Transfer-Encoding: chunked"):
+        begun_s = time.monotonic()
+        with sending(stack, f"{HEAD}{framing}\r\n\r\n".encode()) as connection:
+            said = connection.recv(65536)
+            assert said.startswith(b"HTTP/1.1 408 ")
+            assert time.monotonic() - begun_s < BODY_TIMEOUT_S + 2
+            assert connection.recv(65536) == b""
+
+
+def test_more_connections_than_files_allow_are_told_and_take_nothing_away(stack: Stack) -> None:
+    port = 20000 + stack.api_ports[0] % 10000
+    command = [sys.executable, "-m", "deploy.cli", "api", "--bind", f"127.0.0.1:{port}"]
+    limited = ["/bin/sh", "-c", 'ulimit -n 400; exec "$@"', "sh", *command]
+    api = Process(limited, stack.env | {"SLUICE_BODY_TIMEOUT_S": "5"}, stack.home / "api-few.log")
+    stack.processes.append(api)
+    url = f"http://127.0.0.1:{port}/health/live"
+
+    def is_up() -> bool:
+        try:
+            return requests.get(url, timeout=5).ok
+        except requests.RequestException:
+            return False
+
+    await_that(is_up)
+    with ExitStack() as held:
+        unfinished = f"{HEAD}Content-Length: 5000\r\n\r\n".encode()
+        for _ in range(60):
+            held.enter_context(sending(stack, unfinished, port))
+        await_that(lambda: not is_up(), timeout_s=5)
+        refused = requests.get(url, timeout=5)
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "too_many_connections"
+        assert refused.headers["Retry-After"]
+        # Their bodies are not waited for.
+        await_that(is_up, timeout_s=10)
+    api.stop()
+
+
+@pytest.mark.parametrize("after", ["1--3", "1-", "-1", "1-2-3", "1-9" + "9" * 30, "1-2\n"])
+def test_what_is_no_events_id_is_refused_at_the_door(stack: Stack, after: str) -> None:
+    job_id = submit(stack, STREAM)["id"]
+    refused = call(stack, "GET", f"/v1/jobs/{job_id}/events", params={"starting_after": after})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "starting_after"
+
+
+def test_a_follower_that_does_not_read_costs_nothing(stack: Stack) -> None:
+    job_id = submit(stack, STREAM | {"max_tokens": 60_000})["id"]
+    request = f"GET /v1/jobs/{job_id}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    api = psutil.Process(stack.api_processes[0].popen.pid).children()[0]
+    await_that(lambda: get(stack, job_id)["status"] == "completed", timeout_s=60)
+    with socket.socket() as idle:
+        # Its kernel takes a few kilobytes for it, ours some megabytes.
+        idle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        idle.connect(("127.0.0.1", stack.api_ports[0]))
+        idle.sendall(request)
+        await_that(lambda: len(idle.recv(4096, socket.MSG_PEEK)) > 1000)
+        await_that(lambda: _cpu_s(api, 0.5) < 0.4, timeout_s=20)
+        used_s = _cpu_s(api, 2)
+    assert used_s < 0.2, f"{used_s} s of processor in 2 s"
+
+
+def _cpu_s(process: psutil.Process, during_s: float) -> float:
+    """What the process uses of the processor from now on."""
+    before, begun_s = process.cpu_times(), time.monotonic()
+    await_that(lambda: time.monotonic() - begun_s > during_s)
+    after = process.cpu_times()
+    return after.user + after.system - before.user - before.system
+
+
+def test_a_socket_is_not_sent_compressed_frames(stack: Stack) -> None:
+    url = f"ws://127.0.0.1:{stack.api_ports[0]}/v1/chat/completions"
+    with connect(url, compression="deflate") as ws:
+        assert ws.protocol.extensions == []
+
+
+def test_what_waits_on_a_socket_is_bounded_in_bytes(stack: Stack) -> None:
+    url = f"ws://127.0.0.1:{stack.api_ports[0]}/v1/chat/completions"
+    frame = padded(MOST_BYTES // 3).decode().replace('"max_tokens":1', '"max_tokens":5000')
+    stack.redis.sadd(keys.PAUSED, "sim")
+    try:
+        with connect(url) as ws:
+            with suppress(ConnectionClosed):
+                for _ in range(5):
+                    ws.send(frame)
+                while True:
+                    ws.recv(timeout=10)
+            assert ws.close_code == 1008
+    finally:
+        stack.redis.srem(keys.PAUSED, "sim")
+
+
+SECRET = "sk-marked-secret"
+
+
+def test_nothing_that_was_asked_is_in_a_log(stack: Stack) -> None:
+    asked = {"messages": [{"role": "user", "content": SECRET}], "max_tokens": 1}
+    headers = {
+        "authorization": f"Bearer {SECRET}",
+        "x-request-id": SECRET,
+        "idempotency-key": SECRET,
+        "content-type": "application/json",
+    }
+    json_bodies: list[dict[str, Any]] = [
+        asked,
+        asked | {"stream": True},
+        asked | {"model": SECRET},
+        asked | {"on_disconnect": SECRET},
+        asked | {"n": SECRET},
+        asked | {"max_tokens": SECRET},
+        {"messages": SECRET},
+    ]
+    bodies = [json.dumps(body) for body in json_bodies]
+    bodies += [f'{{"{SECRET}', "[" * 300 + f'"{SECRET}"' + "]" * 300, f'"{SECRET}"']
+    for number, body in enumerate(bodies):
+        own = headers | {"idempotency-key": f"{SECRET}-{number}"}
+        call(stack, "POST", "/v1/chat/completions", data=body, headers=own)
+        call(stack, "POST", "/v1/completions", data=body, headers=own)
+        call(stack, "POST", f"/v1/{SECRET}?{SECRET}", data=body, headers=own)
+        call(stack, "POST", "/v1/chat/completions", data=body, headers=own | {"prefer": SECRET})
+        job = f'{{"endpoint":"/v1/chat/completions","body":{body},"metadata":{{"a":"{SECRET}"}}}}'
+        call(stack, "POST", "/v1/jobs", data=job, headers=own | {"idempotency-key": f"j{number}"})
+    job = {"endpoint": "/v1/chat/completions", "body": asked, "webhook": f"http://x/{SECRET}"}
+    call(stack, "POST", "/v1/jobs", json=job)
+    call(stack, "GET", f"/v1/jobs/{SECRET}/events", params={"starting_after": SECRET})
+    answer(stack, f"{HEAD}Transfer-Encoding: chunked\r\n\r\n{SECRET}\r\n".encode(), True)
+    answer(stack, f"{HEAD}Content-Length: {SECRET}\r\n\r\n".encode(), True)
+    answer(stack, f"{SECRET} / HTTP/1.1\r\n\r\n".encode(), True)
+    with connect(f"ws://127.0.0.1:{stack.api_ports[0]}/v1/chat/completions") as ws:
+        for body in bodies:
+            ws.send(body)
+            while ws.recv(timeout=10) != "[DONE]":
+                continue
+    await_that(lambda: all(get(stack, i)["status"] == "completed" for i in _jobs(stack)))
+    told = "".join(process.log.read_text() for process in stack.processes)
+    assert "job accepted" in told
+    assert SECRET not in told
+
+
+def _jobs(stack: Stack) -> list[str]:
+    listed = call(stack, "GET", "/v1/jobs", params={"status": "queued"}).json()["data"]
+    return [job["id"] for job in listed]
