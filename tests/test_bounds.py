@@ -14,6 +14,7 @@ import requests
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from deploy.redis_server import free_port
 from tasks import keys
 from tests.conftest import SIM
 from tests.stack import Process, Stack, await_that, running
@@ -118,7 +119,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(stack: Stack) -> None:
 
 
 def test_more_connections_than_files_allow_are_told_and_take_nothing_away(stack: Stack) -> None:
-    port = 20000 + stack.api_ports[0] % 10000
+    port = free_port()
     command = [sys.executable, "-m", "deploy.cli", "api", "--bind", f"127.0.0.1:{port}"]
     limited = ["/bin/sh", "-c", 'ulimit -n 400; exec "$@"', "sh", *command]
     api = Process(limited, stack.env | {"SLUICE_BODY_TIMEOUT_S": "5"}, stack.home / "api-few.log")
