@@ -1,5 +1,5 @@
 # Needs Python 3.11+ and make, nothing else; all that it installs goes to .venv.
-.PHONY: up test checks lint faults model bench dashboards clean
+.PHONY: up test checks lint faults model holes bench dashboards clean
 
 # 3.11 is what Sluice is developed with; vLLM has CPU builds for it.
 PYTHON ?= $(firstword $(shell command -v python3.11) python3)
@@ -33,7 +33,10 @@ faults: .venv/installed-test  ## kills every part in every way; REPEAT=20 does i
 STEPS ?= 100000
 
 model: .venv/installed-test  ## drives the queue's scripts at random against a model of them
-	nice -n 19 $(BIN)/pytest tests/model --steps $(STEPS)
+	nice -n 19 $(BIN)/pytest tests/model/test_model.py --steps $(STEPS)
+
+holes: .venv/installed-test  ## breaks the queue's code a line at a time, and sees the model find it
+	$(BIN)/pytest tests/model/test_seeded_holes.py
 
 bench: .venv/installed-test  ## Sluice against vLLM's own server, on this machine
 	$(BIN)/python -m bench

@@ -61,7 +61,7 @@ def make_world(
         monkeypatch.setenv(f"SLUICE_{name}", value)
     # Bounds that are reached.
     monkeypatch.setattr(backlog, "REAPED_AT_ONCE", 2)
-    monkeypatch.setattr(backlog, "MOST_RECORDS", 30)
+    monkeypatch.setattr(backlog, "MOST_RECORDS", 15)
     monkeypatch.setattr(backlog, "MOST_TICKETS", 3)
     monkeypatch.setattr(jobs, "MOST_TICKETS", 3)
     monkeypatch.setattr(ledger, "RECORDS_AT_ONCE", 4)
