@@ -11,7 +11,7 @@ up: .venv/installed-$(UP_NEEDS)  ## runs everything on this machine, until Ctrl-
 	@exec $(BIN)/sluice up
 
 test: .venv/installed-test lint  ## everything that a change has to pass
-	$(MAKE) --jobs 2 checks model
+	$(MAKE) --jobs 2 checks model SEED=1
 	$(MAKE) faults OUTAGE_S=10
 
 checks: .venv/installed-test
@@ -31,9 +31,11 @@ faults: .venv/installed-test  ## kills every part in every way; REPEAT=20 does i
 	$(BIN)/pytest tests/faults -n 2 --dist loadfile --repeat $(REPEAT) --outage-s $(OUTAGE_S)
 
 STEPS ?= 100000
+# Any other one each time, if it is not given: `make test` takes the same steps everywhere.
+SEED ?=
 
 model: .venv/installed-test  ## drives the queue's scripts at random against a model of them
-	nice -n 19 $(BIN)/pytest tests/model/test_model.py --steps $(STEPS)
+	nice -n 19 $(BIN)/pytest tests/model/test_model.py --steps $(STEPS) $(SEED:%=--hypothesis-seed=%)
 
 holes: .venv/installed-test  ## breaks the queue's code a line at a time, and sees the model find it
 	$(BIN)/pytest tests/model/test_seeded_holes.py
