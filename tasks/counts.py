@@ -1,6 +1,6 @@
 """What happened, counted in Redis: exact whoever dies, and the same from every process.
 
-The scripts that change a job's state count in the same step (lua/record.lua). Only what is rare is
+The scripts that change a job's state count in the same step (lua/state.lua). Only what is rare is
 counted from outside. A field of the hash is `<what> <value> <lane> <model>`.
 """
 

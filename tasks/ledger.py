@@ -1,4 +1,4 @@
-"""Carries the records of started and ended jobs from their stream in Redis (lua/record.lua) to SQL.
+"""Carries the records of started and ended jobs from their stream in Redis (lua/state.lua) to SQL.
 
 A record leaves the stream only after its commit, and is written once however often it is read:
 whoever dies in between, nothing is lost or doubled. Only maintenance imports this module.

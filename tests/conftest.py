@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 from db import get_engine
 from tasks.models import BUILT_IN, Model, load_catalog
@@ -67,6 +68,22 @@ def sim_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 def home(tmp_path: Path) -> Path:
     """The state directory of a test's own deployment."""
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Redis alone, of a model `m`."""
+    stack = Stack(tmp_path_factory.mktemp("redis"), [{"name": "m", "engine": "sim"}])
+    stack.start_redis()
+    yield stack
+    stack.stop()
+
+
+@pytest.fixture
+def bus(server: Stack) -> redis.Redis:
+    """An empty one."""
+    server.redis.flushall()
+    return server.redis
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,10 @@
 """The scripts in tasks/lua against a real Redis: every step of a job's life, and every fence."""
 
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+import redis
 from celery import Celery
 from kombu import Queue
 from kombu.message import Message
@@ -22,18 +22,9 @@ from tests.stack import Stack, await_that
 SETTINGS = Settings(lease_s=3, max_backlog=5, max_attempts=2)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    stack = Stack(tmp_path_factory.mktemp("redis"), [{"name": "m", "engine": "sim"}])
-    stack.start_redis()
-    yield stack
-    stack.stop()
-
-
 @pytest.fixture
-def backlog(server: Stack) -> Backlog:
-    server.redis.flushall()
-    return Backlog(server.redis, SETTINGS)
+def backlog(bus: redis.Redis) -> Backlog:
+    return Backlog(bus, SETTINGS)
 
 
 def _job(lane: Lane = Lane.INTERACTIVE) -> Job:

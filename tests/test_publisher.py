@@ -23,20 +23,6 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
-    stack = Stack(tmp_path_factory.mktemp("redis"), [{"name": "m", "engine": "sim"}])
-    stack.start_redis()
-    yield stack
-    stack.stop()
-
-
-@pytest.fixture
-def bus(server: Stack) -> redis.Redis:
-    server.redis.flushall()
-    return server.redis
-
-
 @pytest.fixture
 def log(bus: redis.Redis) -> TokenLog:
     return TokenLog(bus)

@@ -2,7 +2,7 @@
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import redis
@@ -13,27 +13,13 @@ from tasks.events import End, Entry, Kind, Position, Start, decode_frame
 from tasks.message import State
 from tasks.settings import Settings
 from tasks.token_log import Addressed, TokenLog, append_arguments
-from tests.stack import Stack, await_that
+from tests.stack import await_that
 
 SETTINGS = Settings()
 JOB = "job_1"
 KEY = keys.log(JOB)
 
 Append = Callable[..., list[int | bytes]]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    stack = Stack(tmp_path_factory.mktemp("redis"), [{"name": "m", "engine": "sim"}])
-    stack.start_redis()
-    yield stack
-    stack.stop()
-
-
-@pytest.fixture
-def bus(server: Stack) -> redis.Redis:
-    server.redis.flushall()
-    return server.redis
 
 
 @pytest.fixture

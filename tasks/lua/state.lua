@@ -61,7 +61,7 @@ local function drop_deadline(job)
     job.deadline_us = nil
 end
 
--- Ends an open job. Its hash and log stay until SQL has them (record.lua), its body only if it is a dead
+-- Ends an open job. Its hash and log stay until SQL has them (settle.lua), its body only if it is a dead
 -- letter, which SQL is still to get.
 local function end_job(job, state, at_us, reason, is_dead)
     drop_deadline(job)
