@@ -25,6 +25,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps in one process what shares a deployment: a file, and all tests of the one vLLM."""
+    for item in items:
+        needs_vllm = {"vllm_stack", "vllm_server"} & set(getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group("vllm" if needs_vllm else item.path.stem))
+
+
 @pytest.fixture
 def report(record_property: Callable[[str, object], None]) -> Iterator[Callable[[str], None]]:
     """Where a test says, line by line, what shall be seen when all tests are over."""
