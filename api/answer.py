@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import orjson
 from flask import Response
 
+from api.errors import respond_again
 from api.job_stream import ClientGoneError, JobStream, ServerStoppingError
 from api.services import Services
 from tasks.errors import RequestTimeoutError, StreamBrokenError
@@ -82,9 +83,7 @@ class Answer:
     def _failure(self) -> Response:
         if self.end is None:
             raise RequestTimeoutError
-        return Response(
-            orjson.dumps(self.end.error), self.end.status, content_type="application/json"
-        )
+        return respond_again(self.end.error)
 
     def _headers(self) -> dict[str, str]:
         headers = {"x-sluice-job": self._stream.job_id, "x-sluice-model": self._model}

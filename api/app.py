@@ -8,7 +8,18 @@ import gevent
 from flask import Response, request
 from flask_openapi3 import Info, OpenAPI
 
-from api import admin, errors, health, instruments, jobs, metrics, routes, sites, websocket
+from api import (
+    admin,
+    document,
+    errors,
+    health,
+    instruments,
+    jobs,
+    metrics,
+    routes,
+    sites,
+    websocket,
+)
 from api.services import Services
 from tasks import logs
 from tasks.settings import get_settings
@@ -20,13 +31,15 @@ def create_app() -> OpenAPI:
     """Builds the app and starts this process's relay."""
     app = OpenAPI(
         __name__,
-        info=Info(title="Sluice", version=version("sluice")),
+        info=Info(title="Sluice", version=version("sluice"), description=document.DESCRIPTION),
         doc_prefix="/docs",
         validation_error_callback=errors.refuse_parameters,
     )
     logs.configure(get_settings())
     gevent.get_hub().print_exception = _log_lost  # type: ignore[assignment,method-assign]
     services = Services.start()
+    # Otherwise /docs would first ask which page it shall show.
+    app.config["OPENAPI_HTML_STRING"] = "{% include 'docs.html' %}"
     app.config["MAX_CONTENT_LENGTH"] = services.settings.max_body_bytes
     app.extensions["sluice"] = services
     app.register_api(routes.blueprint)
@@ -34,6 +47,8 @@ def create_app() -> OpenAPI:
     app.register_api(health.blueprint)
     app.register_api(metrics.blueprint)
     app.register_api(admin.blueprint)
+    document.complete(app.api_doc)
+    app.add_url_rule("/openapi.json", view_func=lambda: app.api_doc)
     websocket.register(app)
     instruments.register(app)
     sites.register(app, services.settings)

@@ -2,6 +2,7 @@
 
 import logging
 from http import HTTPStatus
+from typing import Any
 
 import orjson
 from flask import Flask, Response, make_response, request
@@ -13,7 +14,13 @@ from werkzeug.exceptions import HTTPException
 
 from api.instruments import ERRORS
 from api.schemas import refusal
-from tasks.errors import DatabaseUnavailableError, QueueUnavailableError, SluiceError
+from tasks.errors import (
+    DatabaseUnavailableError,
+    HttpError,
+    QueueUnavailableError,
+    SluiceError,
+    kind_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -28,19 +35,27 @@ def register(app: Flask) -> None:
     app.register_error_handler(Exception, _answer_unexpected)
 
 
+def respond(body: dict[str, Any], kind: SluiceError | type[SluiceError]) -> Response:
+    """An error's body as a response, with the headers that errors of its kind have."""
+    response = Response(orjson.dumps(body), kind.status, content_type="application/json")
+    if kind.retry_after_s is not None:
+        response.headers["Retry-After"] = str(max(1, round(kind.retry_after_s)))
+        response.headers["retry-after-ms"] = str(round(kind.retry_after_s * 1000))
+    if kind.status == HTTPStatus.UNAUTHORIZED:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    if kind.should_retry is not None:
+        response.headers["x-should-retry"] = str(kind.should_retry).lower()
+    return response
+
+
+def respond_again(body: dict[str, Any]) -> Response:
+    """The same for the error of a job, which another process has put into words."""
+    return respond(body, kind_of(body["error"].get("code")))
+
+
 def _answer(error: SluiceError) -> Response:
     ERRORS.labels(str(error.status), error.code).inc()
-    response = Response(
-        orjson.dumps(error.body()), status=error.status, content_type="application/json"
-    )
-    if error.retry_after_s is not None:
-        response.headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
-        response.headers["retry-after-ms"] = str(round(error.retry_after_s * 1000))
-    if error.status == HTTPStatus.UNAUTHORIZED:
-        response.headers["WWW-Authenticate"] = "Bearer"
-    if error.should_retry is not None:
-        response.headers["x-should-retry"] = str(error.should_retry).lower()
-    return response
+    return respond(error.body(), error)
 
 
 def _answer_redis(failure: RedisError) -> Response:
@@ -58,23 +73,13 @@ def refuse_parameters(refused: ValidationError) -> Response:
     return make_response(_answer(refusal(refused)))
 
 
-class _HttpError(SluiceError):
-    """A request that no route takes, in the words of the HTTP status."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.type = "not_found_error" if status == HTTPStatus.NOT_FOUND else "invalid_request_error"
-        self.code = HTTPStatus(status).name.lower()
-
-
 def _answer_http(error: HTTPException) -> Response:
     status = error.code or 500
     message = {
         HTTPStatus.NOT_FOUND: f"Unknown URL: {request.method} {request.path}; see /docs.",
         HTTPStatus.METHOD_NOT_ALLOWED: f"{request.path} does not take {request.method}.",
     }.get(HTTPStatus(status), error.description or error.name)
-    response = _answer(_HttpError(status, message))
+    response = _answer(HttpError(status, message))
     if "Allow" in (headers := dict(error.get_headers())) or hasattr(error, "valid_methods"):
         allowed = getattr(error, "valid_methods", None) or ()
         response.headers["Allow"] = headers.get("Allow") or ", ".join(allowed)

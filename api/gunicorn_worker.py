@@ -3,22 +3,45 @@
 import logging
 import socket
 from contextlib import suppress
+from http import HTTPStatus
 from typing import Any
 
+import orjson
+from gunicorn import util
 from gunicorn.workers.ggevent import GeventWorker
+
+from tasks.errors import HttpError, SluiceError, TooManyConnectionsError
 
 # Connections that are told to go away at once; more wait to be accepted.
 REFUSED_AT_ONCE = 64
 REFUSAL_TIMEOUT_S = 1.0
 MOST_READS = 10
-_BODY = (
-    b'{"error":{"message":"This server has as many connections as it can hold; try again shortly.",'
-    b'"type":"overloaded_error","param":null,"code":"too_many_connections"}}'
-)
-REFUSAL = (
-    b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Type: application/json\r\n"
-    b"Retry-After: 2\r\nContent-Length: %d\r\n\r\n%b" % (len(_BODY), _BODY)
-)
+
+
+def _encode(error: SluiceError) -> bytes:
+    """An error as a whole HTTP response, for connections of which the app hears nothing."""
+    body = orjson.dumps(error.body())
+    head = [
+        f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}",
+        "Connection: close",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    ]
+    if error.retry_after_s is not None:
+        head.append(f"Retry-After: {round(error.retry_after_s)}")
+        head.append(f"retry-after-ms: {round(error.retry_after_s * 1000)}")
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + body
+
+
+REFUSAL = _encode(TooManyConnectionsError())
+
+
+def _write_error(client: Any, status: int, reason: str, message: str) -> None:
+    """Refuses what is not HTTP as we refuse everything; gunicorn itself would answer in HTML."""
+    client.sendall(_encode(HttpError(status, message or reason)))
+
+
+util.write_error = _write_error
 
 
 def _leave_out_request(record: logging.LogRecord) -> bool:

@@ -14,6 +14,7 @@ from redis.exceptions import RedisError
 
 from api.job_stream import ClientGoneError, JobStream, ServerStoppingError
 from api.job_view import describe, find_queued, places_of
+from api.schemas import EVENT_ID
 from api.services import TENANT, Services
 from tasks.depth import Place
 from tasks.errors import InvalidRequestError, StreamBrokenError
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 DONE = b"[DONE]"
 # A log begins with its head, after the takeovers of attempts that got no further.
 HEAD_WITHIN = 50
-_POSITION = re.compile("[0-9]{1,15}-[0-9]{1,15}")
+_POSITION = re.compile(EVENT_ID)
 
 
 class Event(NamedTuple):

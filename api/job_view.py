@@ -8,6 +8,7 @@ import gevent
 import orjson
 from flask import Response
 
+from api.errors import respond_again
 from api.job_stream import ENTRIES_AT_ONCE
 from api.services import Services
 from db import jobs
@@ -61,18 +62,19 @@ def places_of(services: Services, found: Sequence[Snapshot]) -> list[Place | Non
 
 
 def stored_response(services: Services, tenant: str, job_id: str) -> Response:
-    """What an ended job answered, as HTTP.
+    """What an ended job answered, or the error that it ended with, as HTTP.
 
     Raises:
-        SluiceError: it ended without an answer, or is not known.
+        JobNotFoundError: it is not known.
     """
     found = jobs.get(services.settings.database_url, tenant, job_id)
     if found is None or found[1] is None:
         raise JobNotFoundError
     result = found[1]
     if result.body is None or result.status_code is None:
-        raise SluiceError((result.error or {}).get("message", ""))
-    response = Response(result.body, result.status_code, content_type="application/json")
+        response = respond_again({"error": result.error or SluiceError().body()["error"]})
+    else:
+        response = Response(result.body, result.status_code, content_type="application/json")
     response.headers["x-sluice-job"] = job_id
     response.headers["x-sluice-model"] = found[0].model
     response.headers["x-sluice-attempts"] = str(found[0].attempts)

@@ -12,10 +12,25 @@ from flask_openapi3 import APIBlueprint, Tag
 from pydantic import ValidationError
 from werkzeug.datastructures import Headers
 
-from api import schemas
+from api import replies, schemas
 from api.answer import event_stream
 from api.body import read_body, read_object
 from api.calls import Call, Preference, count_sequences, fingerprint, read_key
+from api.document import (
+    ACCEPTANCE_ERRORS,
+    BODY_ERRORS,
+    ENDED,
+    EVENTS,
+    JOB_ERRORS,
+    KEY,
+    LATER,
+    OF_JOB,
+    PREFER,
+    RESUME,
+    Given,
+    given,
+    operation,
+)
 from api.job_events import Follower, encode
 from api.job_stream import ServerStoppingError
 from api.job_view import describe, describe_all, find_queued, of_record
@@ -49,7 +64,12 @@ ROWS_AT_A_LOOK = 500
     "/v1/jobs",
     tags=JOBS,
     summary="Submit a job",
-    openapi_extensions=schemas.body_of(schemas.JobRequest),
+    openapi_extensions=operation(
+        {200: ENDED, 202: LATER},
+        (*BODY_ERRORS, *ACCEPTANCE_ERRORS),
+        body=schemas.body("JobRequest"),
+        takes=(PREFER, KEY),
+    ),
 )
 def submit() -> Response:
     """Queues a request; its answer can be polled, waited for, streamed, or sent to a webhook."""
@@ -106,7 +126,12 @@ def _accept(services: Services, job: JobRecord) -> Response:
     return _respond(of_record(job, None), 202)
 
 
-@blueprint.get("/v1/jobs", tags=JOBS, summary="List jobs")
+@blueprint.get(
+    "/v1/jobs",
+    tags=JOBS,
+    summary="List jobs",
+    openapi_extensions=operation({200: given("A page of jobs", replies.JobList)}, JOB_ERRORS),
+)
 def list_jobs(query: schemas.JobQuery) -> Response:
     """The newest first; `after` is the id of the last one of the page before.
 
@@ -144,13 +169,27 @@ def _page(services: Services, query: schemas.JobQuery) -> list[dict[str, Any]]:
     return found
 
 
-@blueprint.get("/v1/jobs/<string:job_id>", tags=JOBS, summary="Get a job")
+@blueprint.get(
+    "/v1/jobs/<string:job_id>",
+    tags=JOBS,
+    summary="Get a job",
+    openapi_extensions=operation(
+        {200: given("The job", replies.Job, *OF_JOB), 202: LATER}, JOB_ERRORS, takes=[PREFER]
+    ),
+)
 def get_job(path: schemas.JobPath) -> Response:
     """The job; with `Prefer: wait=N` its end is waited for: 200 when it has ended, else 202."""
     return _answer(get_services(), path.job_id, Preference.read(request.headers).wait_s)
 
 
-@blueprint.get("/v1/jobs/<string:job_id>/events", tags=JOBS, summary="Stream a job's events")
+@blueprint.get(
+    "/v1/jobs/<string:job_id>/events",
+    tags=JOBS,
+    summary="Stream a job's events",
+    openapi_extensions=operation(
+        {200: Given("Its events", {EVENTS: str}, OF_JOB)}, JOB_ERRORS, takes=[RESUME]
+    ),
+)
 def get_events(path: schemas.JobPath, query: schemas.EventQuery) -> Response:
     """Server-sent events from the start, or after `Last-Event-ID` or `starting_after`."""
     services = get_services()
@@ -161,7 +200,12 @@ def get_events(path: schemas.JobPath, query: schemas.EventQuery) -> Response:
     return response
 
 
-@blueprint.get("/v1/jobs/<string:job_id>/webhook", tags=JOBS, summary="Get a webhook's log")
+@blueprint.get(
+    "/v1/jobs/<string:job_id>/webhook",
+    tags=JOBS,
+    summary="Get a webhook's log",
+    openapi_extensions=operation({200: given("Its calls", replies.WebhookLog)}, JOB_ERRORS),
+)
 def get_webhook(path: schemas.JobPath) -> Response:
     """How the calls of the job's webhook went."""
     services = get_services()
@@ -188,7 +232,12 @@ def get_webhook(path: schemas.JobPath) -> Response:
     )
 
 
-@blueprint.post("/v1/jobs/<string:job_id>/cancel", tags=JOBS, summary="Cancel a job")
+@blueprint.post(
+    "/v1/jobs/<string:job_id>/cancel",
+    tags=JOBS,
+    summary="Cancel a job",
+    openapi_extensions=operation({200: ENDED}, (*JOB_ERRORS, ConflictError)),
+)
 def cancel(path: schemas.JobPath) -> Response:
     """Takes it out of the queue or off the engine; one that has ended gets 409."""
     services = get_services()
@@ -205,7 +254,16 @@ def cancel(path: schemas.JobPath) -> Response:
     return _respond(view)
 
 
-@blueprint.post("/v1/jobs/<string:job_id>/retry", tags=JOBS, summary="Submit a job again")
+@blueprint.post(
+    "/v1/jobs/<string:job_id>/retry",
+    tags=JOBS,
+    summary="Submit a job again",
+    openapi_extensions=operation(
+        {200: ENDED, 202: LATER},
+        (*JOB_ERRORS, ConflictError, *ACCEPTANCE_ERRORS),
+        takes=[PREFER],
+    ),
+)
 def retry(path: schemas.JobPath) -> Response:
     """A new job with the same request, for one that failed, expired or was cancelled."""
     services = get_services()

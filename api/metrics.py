@@ -12,6 +12,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from redis.exceptions import RedisError
 
+from api.document import Given, operation
 from api.queue_metrics import families, redis_up
 from api.services import Services, get_services
 from tasks import vitals
@@ -19,6 +20,7 @@ from tasks import vitals
 log = logging.getLogger(__name__)
 
 blueprint = APIBlueprint("metrics", __name__)
+FORMATS = ("text/plain", "application/openmetrics-text")
 
 
 class _Queue(Collector):
@@ -39,7 +41,12 @@ class _Queue(Collector):
         yield from families(seen)
 
 
-@blueprint.get("/metrics", tags=[Tag(name="Health")], summary="Metrics for Prometheus")
+@blueprint.get(
+    "/metrics",
+    tags=[Tag(name="Health")],
+    summary="Metrics for Prometheus",
+    openapi_extensions=operation({200: Given("The metrics", dict.fromkeys(FORMATS, str))}),
+)
 def show() -> Response:
     """In Prometheus's text format, or OpenMetrics when the scraper prefers that."""
     registry = CollectorRegistry()

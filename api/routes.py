@@ -5,16 +5,33 @@ from typing import Any
 import orjson
 from flask import Response, request
 from flask_openapi3 import APIBlueprint, Tag
+from pydantic import BaseModel
 from redis.exceptions import RedisError
 
-from api import schemas
+from api import replies, schemas
 from api.body import read_body
 from api.calls import Call, Preference
+from api.document import (
+    ACCEPTANCE_ERRORS,
+    BODY_ERRORS,
+    EVENTS,
+    GENERATION_ERRORS,
+    JSON,
+    KEY,
+    LATER,
+    LEAVE,
+    OF_ANSWER,
+    PREFER,
+    Given,
+    given,
+    operation,
+)
 from api.generation import AnsweredError, Generation
 from api.job_view import stored_response
 from api.jobs import accept_call
 from api.services import TENANT, get_services
 from tasks import control
+from tasks.errors import ModelNotFoundError
 from tasks.models import Model
 
 blueprint = APIBlueprint("openai", __name__)
@@ -22,11 +39,23 @@ GENERATION = [Tag(name="Generation", description="Answered by the model's engine
 MODELS = [Tag(name="Models", description="What this deployment serves")]
 
 
+def _generating(body: str, reply: type[BaseModel], *more: str) -> dict[str, Any]:
+    """What the docs say of an endpoint that the engine answers; `more` are other content types."""
+    content = {JSON: reply, **dict.fromkeys(more, str)}
+    return operation(
+        {200: Given("The engine's answer", content, OF_ANSWER), 202: LATER},
+        (*BODY_ERRORS, *ACCEPTANCE_ERRORS, *GENERATION_ERRORS),
+        body=schemas.body(body),
+        takes=(PREFER, KEY, LEAVE),
+        engine=(400, 404, 500, 501),
+    )
+
+
 @blueprint.post(
     "/v1/chat/completions",
     tags=GENERATION,
     summary="Chat with a model",
-    openapi_extensions=schemas.body("ChatCompletionRequest"),
+    openapi_extensions=_generating("ChatCompletionRequest", replies.ChatCompletion, EVENTS),
 )
 def chat_completions() -> Response:
     """OpenAI's chat completions, with every parameter of the engine; SSE when `stream` is true.
@@ -40,7 +69,7 @@ def chat_completions() -> Response:
     "/v1/completions",
     tags=GENERATION,
     summary="Continue a text",
-    openapi_extensions=schemas.body("CompletionRequest"),
+    openapi_extensions=_generating("CompletionRequest", replies.Completion, EVENTS),
 )
 def completions() -> Response:
     """OpenAI's text completions, with every parameter of the engine; SSE when `stream` is true."""
@@ -51,14 +80,19 @@ def completions() -> Response:
     "/v1/embeddings",
     tags=GENERATION,
     summary="Embed texts",
-    openapi_extensions=schemas.body("EmbeddingRequest"),
+    openapi_extensions=_generating("EmbeddingRequest", replies.Embeddings),
 )
 def embeddings() -> Response:
     """OpenAI's embeddings, where the model supports them; the engine's error where not."""
     return _generate("/v1/embeddings")
 
 
-@blueprint.get("/v1/models", tags=MODELS, summary="List models")
+@blueprint.get(
+    "/v1/models",
+    tags=MODELS,
+    summary="List models",
+    openapi_extensions=operation({200: given("All models", replies.ModelList)}),
+)
 def list_models() -> Response:
     """Every name that requests may use, aliases included."""
     names, lengths = get_services().catalog.names, _lengths()
@@ -66,7 +100,12 @@ def list_models() -> Response:
     return _json({"object": "list", "data": cards})
 
 
-@blueprint.get("/v1/models/<path:model_id>", tags=MODELS, summary="Get a model")
+@blueprint.get(
+    "/v1/models/<path:model_id>",
+    tags=MODELS,
+    summary="Get a model",
+    openapi_extensions=operation({200: given("The model", replies.Model)}, (ModelNotFoundError,)),
+)
 def get_model(path: schemas.ModelPath) -> Response:
     """The model of that name or alias."""
     model = get_services().catalog.resolve(path.model_id)

@@ -7,9 +7,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tasks.errors import InvalidRequestError
 from tasks.message import LOWEST_PRIORITY, Lane, State
 
+# The form of an event's id; api/job_events.py refuses others.
+EVENT_ID = "^[0-9]{1,15}-[0-9]{1,15}$"
+
 
 class ModelPath(BaseModel):
-    model_id: str = Field(description="a model's name or alias")
+    model_id: str = Field(
+        description="a model's name or alias", json_schema_extra={"example": "gpt-3.5-turbo"}
+    )
 
 
 class JobPath(BaseModel):
@@ -40,7 +45,11 @@ class WorkerPath(BaseModel):
 
 
 class EventQuery(BaseModel):
-    starting_after: str | None = Field(None, description="id of the last event that was received")
+    starting_after: str | None = Field(
+        None,
+        description="id of the last event that was received",
+        json_schema_extra={"pattern": EVENT_ID},
+    )
 
 
 # No database takes one.
@@ -84,43 +93,46 @@ def refusal(refused: ValidationError) -> InvalidRequestError:
     return InvalidRequestError(f"{param or 'The body'}: {first['msg']}.", param=param)
 
 
-def body_of(request: type[BaseModel]) -> dict[str, Any]:
-    """The request body of an operation whose every field is ours."""
-    schema = request.model_json_schema()
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
+_QUESTION = [{"role": "user", "content": "What is Sluice?"}]
 _MODEL = {"type": "string", "description": "name or alias; the default model when missing"}
 _STREAM = {"type": "boolean", "default": False}
 _MAX_TOKENS = {"type": "integer", "minimum": 1}
 _TEMPERATURE = {"type": "number", "minimum": 0}
-_TEXT: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "array"}]}
 _CHAT_MESSAGE = {
     "type": "object",
     "required": ["role", "content"],
     "properties": {
-        "role": {"type": "string", "examples": ["user"]},
-        "content": {"type": "string", "examples": ["Hello"]},
+        "role": {"type": "string"},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]},
     },
+}
+_TEXTS = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}},
+        {"type": "array", "items": {"type": "integer"}},
+        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+    ],
+    "description": "a text, token ids, or several",
 }
 
 _SCHEMAS: dict[str, dict[str, Any]] = {
     "ChatCompletionRequest": {
+        "anyOf": [{"required": ["messages"]}, {"required": ["message"]}],
         "properties": {
             "model": _MODEL,
-            "messages": {"type": "array", "items": _CHAT_MESSAGE},
+            "messages": {"type": "array", "items": _CHAT_MESSAGE, "minItems": 1},
             "message": {"type": "string", "description": "short form, instead of messages"},
             "stream": _STREAM,
             "max_tokens": _MAX_TOKENS,
             "temperature": _TEMPERATURE,
         },
-        "examples": [{"messages": [{"role": "user", "content": "Hello"}], "stream": True}],
     },
     "CompletionRequest": {
         "required": ["prompt"],
         "properties": {
             "model": _MODEL,
-            "prompt": _TEXT | {"description": "text, token ids, or several"},
+            "prompt": _TEXTS,
             "stream": _STREAM,
             "max_tokens": _MAX_TOKENS,
             "temperature": _TEMPERATURE,
@@ -128,12 +140,34 @@ _SCHEMAS: dict[str, dict[str, Any]] = {
     },
     "EmbeddingRequest": {
         "required": ["input"],
-        "properties": {"model": _MODEL, "input": _TEXT},
+        "properties": {"model": _MODEL, "input": _TEXTS},
+    },
+}
+# They run on the demo model, but for the embeddings, which no model for chats has.
+_EXAMPLES: dict[str, dict[str, Any]] = {
+    "ChatCompletionRequest": {
+        "question": {"messages": _QUESTION, "max_tokens": 64},
+        "streamed": {"messages": _QUESTION, "stream": True},
+        "short form": {"message": "Hello"},
+    },
+    "CompletionRequest": {"text": {"prompt": "Sluice is", "max_tokens": 16}},
+    "EmbeddingRequest": {"text": {"input": "What is Sluice?"}},
+    "JobRequest": {
+        "question": {
+            "endpoint": "/v1/chat/completions",
+            "body": {"messages": _QUESTION},
+            "metadata": {"for": "docs"},
+        }
     },
 }
 
 
 def body(name: str) -> dict[str, Any]:
-    """The request body of an operation: the common fields; all others go to the engine as well."""
-    schema = {"title": name, "type": "object", "additionalProperties": True} | _SCHEMAS[name]
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    """The request body of an operation, with examples: a schema of the document's components."""
+    examples = {each: {"value": value} for each, value in _EXAMPLES[name].items()}
+    return {"schema": {"$ref": f"#/components/schemas/{name}"}, "examples": examples}
+
+
+def engine_schemas() -> dict[str, dict[str, Any]]:
+    """What engines take: the common fields; all others go to the engine as well."""
+    return {name: {"type": "object"} | schema for name, schema in _SCHEMAS.items()}

@@ -160,6 +160,7 @@ async def _send_unavailable(send: Send) -> None:
     headers = [
         (b"content-type", b"application/json"),
         (b"retry-after", str(math.ceil(error.retry_after_s or 0)).encode()),
+        (b"retry-after-ms", str(round((error.retry_after_s or 0) * 1000)).encode()),
     ]
     await _send_start(send, error.status, headers)
     body = json.dumps(error.body()).encode()

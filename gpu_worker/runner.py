@@ -10,6 +10,7 @@ from typing import Any
 from gpu_worker.engine import Engine, Message
 from gpu_worker.metrics import Meter
 from gpu_worker.publisher import Feed, Publisher, Refusal
+from gpu_worker.refusal import in_our_shape
 from gpu_worker.tape import Tape, current_tape
 from tasks.errors import JobFailedError, StreamBrokenError
 from tasks.events import Attempt, End, Entry, Kind, Start
@@ -161,8 +162,10 @@ class Running:
         if self._repeated < len(self.history.events):
             raise DivergedError
         if not self.head.is_event_stream:
-            body = b"".join(self._whole)
-            self._put((Kind.START, self.head.encode()), *([(Kind.BODY, body)] if body else []))
+            head, body = self.head, b"".join(self._whole)
+            if status >= 400:
+                head, body = in_our_shape(head, body, self.claim.job)
+            self._put((Kind.START, head.encode()), *([(Kind.BODY, body)] if body else []))
         return await self.end(End(State.COMPLETED if status < 400 else State.FAILED))
 
     async def end(self, end: End) -> State:

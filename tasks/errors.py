@@ -4,6 +4,7 @@ The class docstring is the default message. `api/errors.py` is the one place tha
 """
 
 from collections.abc import Iterable
+from http import HTTPStatus
 from typing import Any
 
 
@@ -82,6 +83,19 @@ class ModelNotFoundError(SluiceError):
         valid = ", ".join(names)
         super().__init__(
             f"The model `{model}` does not exist. Valid aliases: {valid}.", param="model"
+        )
+
+
+class EndpointNotSupportedError(SluiceError):
+    """The model has no such endpoint; choose another model of /v1/models."""
+
+    status = 404
+    type = "not_found_error"
+    code = "endpoint_not_supported"
+
+    def __init__(self, model: str, endpoint: str) -> None:
+        super().__init__(
+            f"{model} has no {endpoint}; choose another model of /v1/models.", param="model"
         )
 
 
@@ -180,6 +194,24 @@ class KeyInUseError(SluiceError):
     should_retry = True
 
 
+class NoWorkerError(SluiceError):
+    """No worker lives yet; requests wait in the queue until one does."""
+
+    status = 503
+    type = "overloaded_error"
+    code = "no_worker"
+    retry_after_s = 2.0
+
+
+class TooManyConnectionsError(SluiceError):
+    """The server has as many connections as it can hold; try again shortly."""
+
+    status = 503
+    type = "overloaded_error"
+    code = "too_many_connections"
+    retry_after_s = 2.0
+
+
 class QueueUnavailableError(SluiceError):
     """The queue cannot be reached at the moment; try again shortly."""
 
@@ -247,3 +279,33 @@ class JobCancelledError(SluiceError):
     type = "conflict_error"
     code = "job_cancelled"
     should_retry = False
+
+
+_TYPES: dict[int, str] = {
+    HTTPStatus.UNAUTHORIZED: AuthenticationError.type,
+    HTTPStatus.FORBIDDEN: PermissionDeniedError.type,
+    HTTPStatus.NOT_FOUND: NotKnownError.type,
+    HTTPStatus.CONFLICT: ConflictError.type,
+    HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
+    HTTPStatus.SERVICE_UNAVAILABLE: OverloadedError.type,
+    HTTPStatus.GATEWAY_TIMEOUT: RequestTimeoutError.type,
+}
+
+
+class HttpError(SluiceError):
+    """An error of which no more is known than the HTTP status and some words."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        other = InvalidRequestError.type if status < 500 else SluiceError.type
+        self.type = _TYPES.get(status, other)
+        self.code = next((s.name.lower() for s in HTTPStatus if s == status), str(status))
+
+
+def kind_of(code: object) -> type[SluiceError]:
+    """The class of the errors with that code; what it says of trying again is not in the body."""
+    kinds: list[type[SluiceError]] = [SluiceError]
+    for kind in kinds:  # grows meanwhile
+        kinds += kind.__subclasses__()
+    return next((kind for kind in kinds if kind.code == code), SluiceError)

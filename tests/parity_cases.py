@@ -250,6 +250,4 @@ CASES: dict[str, tuple[str, object]] = {
     "chat-string": (CHAT, "Hello"),
     "chat-null": (CHAT, None),
     "text-number": (TEXT, 5),
-    "embeddings": ("/v1/embeddings", {"input": "Hello"}),
-    "embeddings-alias": ("/v1/embeddings", {"model": "llama-3", "input": ["a", "b"]}),
 }

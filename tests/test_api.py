@@ -107,6 +107,22 @@ def test_an_engines_refusal_of_a_stream_keeps_its_status(sim_stack: Stack) -> No
     assert response.json()["error"]["param"] == "max_tokens"
 
 
+def test_a_chat_model_refuses_embeddings_in_openais_shape(sim_stack: Stack) -> None:
+    with pytest.raises(openai.NotFoundError) as refused:
+        _client(sim_stack).embeddings.create(model="gpt-3.5-turbo", input="Hello")
+    error = {
+        "message": "sim has no /v1/embeddings; choose another model of /v1/models.",
+        "type": "not_found_error",
+        "param": "model",
+        "code": "endpoint_not_supported",
+    }
+    assert refused.value.body == error
+    wait = {"Prefer": "respond-async, wait=20"}
+    job = _post(sim_stack, "/v1/embeddings", json={"input": "Hello"}, headers=wait).json()
+    assert (job["status"], job["error"]) == ("failed", error)
+    assert job["response"] == {"status_code": 404, "body": {"error": error}}
+
+
 def test_health_version_and_docs(sim_stack: Stack) -> None:
     def get(path: str) -> requests.Response:
         return requests.get(sim_stack.url + path, timeout=5)

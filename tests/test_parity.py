@@ -113,8 +113,8 @@ def test_answers_as_vllm_does(name: str, vllm_stack: Stack, vllm_server: str) ->
 
 JSON = "application/json"
 GREETING = b'{"messages": [{"role": "user", "content": "Hello"}]}'
-# Not sent to a worker: there is nothing to route. vLLM answers in three shapes, of which only one
-# has an `error` that OpenAI's clients can read; Sluice always has it, and the same status.
+# vLLM answers these in three shapes, of which only one has an `error` that OpenAI's clients can
+# read; Sluice always has it, and the same status. Only the embeddings are sent to a worker.
 REFUSED: dict[str, tuple[str, str, str | None, bytes]] = {
     "cut-off": ("POST", CHAT, JSON, b'{"messages": ['),
     "no-utf8": ("POST", CHAT, JSON, b'{"model": "\xff"}'),
@@ -131,6 +131,8 @@ REFUSED: dict[str, tuple[str, str, str | None, bytes]] = {
     "get-chat": ("GET", CHAT, None, b""),
     "delete-text": ("DELETE", TEXT, None, b""),
     "post-models": ("POST", "/v1/models", JSON, b"{}"),
+    "embeddings": ("POST", "/v1/embeddings", JSON, b'{"input": "Hello"}'),
+    "embeddings-alias": ("POST", "/v1/embeddings", JSON, b'{"model": "llama-3", "input": ["a"]}'),
     "unknown-model": ("GET", "/v1/models/no-such-model", None, b""),
 }
 
