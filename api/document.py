@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, get_args
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from api.calls import LONGEST_KEY
 from api.job_stream import ServerStoppingError
 from api.replies import DOCUMENTED, Error, Job
 from api.schemas import EVENT_ID, JobRequest, engine_schemas
@@ -42,6 +43,9 @@ from tasks.errors import (
 )
 
 JSON, EVENTS = "application/json", "text/event-stream"
+# Samples of streams.
+CHUNKS = 'data: {"id": …, "choices": [{"index": 0, …}]}\n\ndata: [DONE]\n\n'
+CHUNKS_WITH_IDS = f"id: 1-2\n{CHUNKS}"
 DESCRIPTION = """OpenAI's API, and jobs: every request has an id, in the header `x-sluice-job`, with
 which it can be polled, waited for, streamed, resumed and cancelled.
 
@@ -64,7 +68,10 @@ _PARAMETERS: dict[str, tuple[str, dict[str, Any]]] = {
         "`wait=N`: waits up to N seconds, and 60, for the job's end. `respond-async`: 202 at once",
         {},
     ),
-    KEY: ("the same request with the same key gets the same job", {"maxLength": 255}),
+    KEY: (
+        "the same request with the same key gets the same job",
+        {"maxLength": LONGEST_KEY, "pattern": "^[ -~¡-¬®-ÿ]*$"},
+    ),
     LEAVE: ("what becomes of the job when its client leaves", {"enum": ["abort", "continue"]}),
     RESUME: ("goes on after that event", {"pattern": EVENT_ID}),
 }
@@ -96,7 +103,7 @@ class Given(NamedTuple):
 
     says: str
     content: Mapping[str, Any]
-    """What it holds by content type: a model of replies.py, a list of one, or str."""
+    """What it holds by content type: a model of replies.py, a list of one, `str`, or a sample."""
     headers: tuple[str, ...] = ()
 
 
@@ -167,11 +174,16 @@ def _schemas() -> dict[str, Any]:
     wanted = [(JobRequest, "validation"), *((kind, "serialization") for kind in DOCUMENTED)]
     _, made = models_json_schema(wanted, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     ours: dict[str, Any] = made["$defs"]
+    for schema in ours.values():
+        _drop_null_defaults(schema.get("properties", {}).values())
     return engine_schemas() | ours
 
 
 def _answer(told: Given) -> dict[str, Any]:
-    content = {mime: {"schema": _schema(kind)} for mime, kind in told.content.items()}
+    content = {
+        mime: {"example": kind} if isinstance(kind, str) else {"schema": _schema(kind)}
+        for mime, kind in told.content.items()
+    }
     answer: dict[str, Any] = {"description": told.says, "content": content}
     if told.headers:
         answer["headers"] = {name: _header(name, name in _ALWAYS) for name in told.headers}
@@ -222,9 +234,15 @@ def _parameter(name: str) -> dict[str, Any]:
 def _without_null(parameter: dict[str, Any]) -> dict[str, Any]:
     """What a URL may leave out cannot be null in it."""
     schema = dict(parameter["schema"])
-    kinds = [kind for kind in schema.pop("anyOf", ()) if kind != {"type": "null"}]
-    if schema.get("default", ...) is None:
-        del schema["default"]
-    for kind in kinds:
-        schema |= kind
+    for kind in schema.pop("anyOf", ()):
+        if kind != {"type": "null"}:
+            schema |= kind
+    _drop_null_defaults([schema])
     return parameter | {"schema": schema}
+
+
+def _drop_null_defaults(schemas: Iterable[dict[str, Any]]) -> None:
+    """They say no more than that a field may be left out."""
+    for schema in schemas:
+        if schema.get("default", ...) is None:
+            del schema["default"]

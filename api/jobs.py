@@ -19,6 +19,7 @@ from api.calls import Call, Preference, count_sequences, fingerprint, read_key
 from api.document import (
     ACCEPTANCE_ERRORS,
     BODY_ERRORS,
+    CHUNKS_WITH_IDS,
     ENDED,
     EVENTS,
     JOB_ERRORS,
@@ -187,7 +188,7 @@ def get_job(path: schemas.JobPath) -> Response:
     tags=JOBS,
     summary="Stream a job's events",
     openapi_extensions=operation(
-        {200: Given("Its events", {EVENTS: str}, OF_JOB)}, JOB_ERRORS, takes=[RESUME]
+        {200: Given("Its events", {EVENTS: CHUNKS_WITH_IDS}, OF_JOB)}, JOB_ERRORS, takes=[RESUME]
     ),
 )
 def get_events(path: schemas.JobPath, query: schemas.EventQuery) -> Response:

@@ -5,7 +5,6 @@ from typing import Any
 import orjson
 from flask import Response, request
 from flask_openapi3 import APIBlueprint, Tag
-from pydantic import BaseModel
 from redis.exceptions import RedisError
 
 from api import replies, schemas
@@ -14,6 +13,7 @@ from api.calls import Call, Preference
 from api.document import (
     ACCEPTANCE_ERRORS,
     BODY_ERRORS,
+    CHUNKS,
     EVENTS,
     GENERATION_ERRORS,
     JSON,
@@ -39,11 +39,10 @@ GENERATION = [Tag(name="Generation", description="Answered by the model's engine
 MODELS = [Tag(name="Models", description="What this deployment serves")]
 
 
-def _generating(body: str, reply: type[BaseModel], *more: str) -> dict[str, Any]:
-    """What the docs say of an endpoint that the engine answers; `more` are other content types."""
-    content = {JSON: reply, **dict.fromkeys(more, str)}
+def _generating(body: str, gives: dict[str, Any]) -> dict[str, Any]:
+    """What the docs say of an endpoint that the engine answers, by content type."""
     return operation(
-        {200: Given("The engine's answer", content, OF_ANSWER), 202: LATER},
+        {200: Given("The engine's answer", gives, OF_ANSWER), 202: LATER},
         (*BODY_ERRORS, *ACCEPTANCE_ERRORS, *GENERATION_ERRORS),
         body=schemas.body(body),
         takes=(PREFER, KEY, LEAVE),
@@ -55,7 +54,9 @@ def _generating(body: str, reply: type[BaseModel], *more: str) -> dict[str, Any]
     "/v1/chat/completions",
     tags=GENERATION,
     summary="Chat with a model",
-    openapi_extensions=_generating("ChatCompletionRequest", replies.ChatCompletion, EVENTS),
+    openapi_extensions=_generating(
+        "ChatCompletionRequest", {JSON: replies.ChatCompletion, EVENTS: CHUNKS}
+    ),
 )
 def chat_completions() -> Response:
     """OpenAI's chat completions, with every parameter of the engine; SSE when `stream` is true.
@@ -69,7 +70,7 @@ def chat_completions() -> Response:
     "/v1/completions",
     tags=GENERATION,
     summary="Continue a text",
-    openapi_extensions=_generating("CompletionRequest", replies.Completion, EVENTS),
+    openapi_extensions=_generating("CompletionRequest", {JSON: replies.Completion, EVENTS: CHUNKS}),
 )
 def completions() -> Response:
     """OpenAI's text completions, with every parameter of the engine; SSE when `stream` is true."""
@@ -80,7 +81,7 @@ def completions() -> Response:
     "/v1/embeddings",
     tags=GENERATION,
     summary="Embed texts",
-    openapi_extensions=_generating("EmbeddingRequest", replies.Embeddings),
+    openapi_extensions=_generating("EmbeddingRequest", {JSON: replies.Embeddings}),
 )
 def embeddings() -> Response:
     """OpenAI's embeddings, where the model supports them; the engine's error where not."""

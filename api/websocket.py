@@ -75,6 +75,10 @@ def register(app: Flask) -> None:
     for endpoint in ("/v1/chat/completions", "/v1/completions"):
         sock.route(endpoint, endpoint=f"socket {endpoint}")(_generations(endpoint))
     sock.route("/v1/jobs/<job_id>/events", endpoint="socket job events")(_job_events)
+    for rule in app.url_map.iter_rules():
+        if rule.websocket:
+            # Otherwise those who do not upgrade are told that GET is allowed.
+            rule.methods = None
 
 
 def _prepare_socket() -> None:

@@ -1,4 +1,4 @@
-"""Keeps what schemathesis asks of the engine small."""
+"""Keeps what schemathesis asks for small, and on this machine."""
 
 from typing import Any
 
@@ -8,9 +8,13 @@ MOST_TOKENS = 20
 
 
 @schemathesis.hook
-def map_body(context: schemathesis.HookContext, body: Any) -> Any:
-    """No answer takes longer than a moment: a valid `max_tokens` may be any number."""
-    asked = body.get("body", body) if isinstance(body, dict) else None
-    if isinstance(asked, dict) and isinstance(asked.get("max_tokens"), int):
-        asked["max_tokens"] = min(asked["max_tokens"], MOST_TOKENS)
-    return body
+def before_call(context: Any, case: schemathesis.Case, kwargs: dict[str, Any]) -> None:
+    """Any number of tokens is valid, and any text that could be the URL of a webhook."""
+    body = case.body
+    if not isinstance(body, dict):
+        return
+    if isinstance(webhook := body.get("webhook"), str) and len(webhook) <= 2000:
+        body["webhook"] = None
+    request = body.get("body", body)
+    if isinstance(request, dict) and isinstance(request.get("max_tokens"), int):
+        request["max_tokens"] = min(request["max_tokens"], MOST_TOKENS)

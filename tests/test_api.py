@@ -1,5 +1,8 @@
 """What a client of the API sees, with the sim engine."""
 
+import json
+import socket
+
 import openai
 import pytest
 import requests
@@ -101,6 +104,38 @@ def test_bad_requests_get_an_error_in_openais_shape(
     assert error["message"]
 
 
+@pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE", "TRACE", "BREW"])
+def test_an_unknown_method_is_told_those_that_are_known(sim_stack: Stack, method: str) -> None:
+    url = f"{sim_stack.url}/v1/chat/completions"
+    response = requests.request(method, url, json=CHAT, timeout=20)
+    assert response.status_code == 405
+    assert set(response.headers["allow"].split(", ")) == {"OPTIONS", "POST"}
+    assert response.json()["error"]["code"] == "method_not_allowed"
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status"),
+    [
+        ("GET /" + "x" * 5000 + " HTTP/1.1", 414),
+        ("GET /version HTTP/1.1\r\nA header: 1", 400),
+        ("GET /version HTTP/1.1\r\nA: " + "x" * 9000, 431),
+        ("GET /version HTTP/9", 400),
+        ("{", 400),
+    ],
+)
+def test_what_is_not_http_is_refused_in_openais_shape(
+    sim_stack: Stack, request_line: str, status: int
+) -> None:
+    with socket.create_connection(("127.0.0.1", sim_stack.api_ports[0]), timeout=20) as client:
+        client.sendall(f"{request_line}\r\nHost: localhost\r\n\r\n".encode())
+        head, _, body = client.makefile("rb").read().partition(b"\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {status} ".encode())
+    assert b"Content-Type: application/json" in head
+    error = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+
+
 def test_an_engines_refusal_of_a_stream_keeps_its_status(sim_stack: Stack) -> None:
     response = _post(sim_stack, json=CHAT | {"stream": True, "max_tokens": -1})
     assert response.status_code == 400
@@ -123,7 +158,7 @@ def test_a_chat_model_refuses_embeddings_in_openais_shape(sim_stack: Stack) -> N
     assert job["response"] == {"status_code": 404, "body": {"error": error}}
 
 
-def test_health_version_and_docs(sim_stack: Stack) -> None:
+def test_health_and_version(sim_stack: Stack) -> None:
     def get(path: str) -> requests.Response:
         return requests.get(sim_stack.url + path, timeout=5)
 
@@ -132,9 +167,3 @@ def test_health_version_and_docs(sim_stack: Stack) -> None:
     assert get("/health").status_code == get("/ping").status_code == 200
     assert get("/load").json() == {"server_load": 0}
     assert get("/version").json()["version"]
-    document = get("/docs/openapi.json").json()
-    assert document["openapi"].startswith("3.1")
-    assert "/v1/chat/completions" in document["paths"]
-    body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]
-    assert "messages" in body["content"]["application/json"]["schema"]["properties"]
-    assert get("/docs/swagger").status_code == 200
