@@ -9,7 +9,6 @@ import gevent
 import orjson
 from flask import Response, request
 from flask_openapi3 import APIBlueprint, Tag
-from pydantic import ValidationError
 from werkzeug.datastructures import Headers
 
 from api import replies, schemas
@@ -76,7 +75,7 @@ def submit() -> Response:
     """Queues a request; its answer can be polled, waited for, streamed, or sent to a webhook."""
     services = get_services()
     body = read_body()
-    wanted = _validate(read_object(body))
+    wanted = schemas.check(schemas.JobRequest, read_object(body))
     call = Call.read(services, wanted.endpoint, orjson.dumps(wanted.body), Headers())
     lane, priority = wanted.place
     job = JobRecord(
@@ -323,13 +322,6 @@ def _await_end(services: Services, job_id: str, wait_s: int) -> None:
                 continue
             entries = stream.take(min(left_s, LOOK_S))
             has_log_ended = bool(entries) and entries[-1].kind is Kind.END
-
-
-def _validate(document: dict[str, Any]) -> schemas.JobRequest:
-    try:
-        return schemas.JobRequest.model_validate(document)
-    except ValidationError as refused:
-        raise schemas.refusal(refused) from None
 
 
 def _respond(document: dict[str, Any], status: int = 200) -> Response:

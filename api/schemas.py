@@ -1,6 +1,6 @@
 """What clients may send: our own objects, checked here; and the engine's, for the docs only."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -11,6 +11,10 @@ from tasks.message import LOWEST_PRIORITY, Lane, State
 EVENT_ID = "^[0-9]{1,15}-[0-9]{1,15}$"
 
 
+# No database takes one.
+_NO_NUL = r"^[^\x00]*$"
+
+
 class ModelPath(BaseModel):
     model_id: str = Field(
         description="a model's name or alias", json_schema_extra={"example": "gpt-3.5-turbo"}
@@ -18,7 +22,7 @@ class ModelPath(BaseModel):
 
 
 class JobPath(BaseModel):
-    job_id: str = Field(max_length=64)
+    job_id: str = Field(max_length=64, pattern=_NO_NUL)
 
 
 class JobQuery(BaseModel):
@@ -27,9 +31,9 @@ class JobQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     status: State | None = None
-    model: str | None = None
+    model: str | None = Field(None, pattern=_NO_NUL)
     limit: int = Field(20, ge=1, le=100)
-    after: str | None = None
+    after: str | None = Field(None, pattern=_NO_NUL)
 
 
 class DeadQuery(BaseModel):
@@ -50,10 +54,6 @@ class EventQuery(BaseModel):
         description="id of the last event that was received",
         json_schema_extra={"pattern": EVENT_ID},
     )
-
-
-# No database takes one.
-_NO_NUL = r"^[^\x00]*$"
 
 
 class JobRequest(BaseModel):
@@ -83,6 +83,21 @@ class JobRequest(BaseModel):
         if isinstance(self.priority, Lane):
             return self.priority, 0
         return Lane.BATCH, self.priority
+
+
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
+
+
+def check(kind: type[AnyModel], document: dict[str, Any]) -> AnyModel:
+    """The document as that model.
+
+    Raises:
+        InvalidRequestError: it is none.
+    """
+    try:
+        return kind.model_validate(document)
+    except ValidationError as refused:
+        raise refusal(refused) from None
 
 
 def refusal(refused: ValidationError) -> InvalidRequestError:

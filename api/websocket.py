@@ -18,6 +18,7 @@ from redis.exceptions import RedisError
 from simple_websocket import ConnectionClosed
 from sqlalchemy.exc import SQLAlchemyError
 
+from api import schemas
 from api.calls import Call
 from api.generation import AnsweredError, Generation
 from api.job_events import KEEP_ALIVE, Follower
@@ -207,7 +208,8 @@ def _job_events(ws: Any, job_id: str) -> None:
     services = get_services()
     conversation = Conversation(ws, services.settings.max_body_bytes)
     try:
-        follower = Follower(services, job_id, request.args.get("starting_after"))
+        path = schemas.check(schemas.JobPath, {"job_id": job_id})
+        follower = Follower(services, path.job_id, request.args.get("starting_after"))
         conversation.on_cancel = follower.cancel
         conversation.on_gone = follower.hang_up
         for event in follower.events():

@@ -2,12 +2,13 @@
 
 import json
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 import requests
 
-from tests.stack import Stack
+from tests.stack import Stack, await_that
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
 
@@ -156,6 +157,19 @@ def test_a_chat_model_refuses_embeddings_in_openais_shape(sim_stack: Stack) -> N
     job = _post(sim_stack, "/v1/embeddings", json={"input": "Hello"}, headers=wait).json()
     assert (job["status"], job["error"]) == ("failed", error)
     assert job["response"] == {"status_code": 404, "body": {"error": error}}
+
+
+def test_a_request_that_was_cancelled_is_not_to_be_sent_again(sim_stack: Stack) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(_post, sim_stack, json=CHAT | {"sim": {"failure": "hang"}})
+        (worker,) = sim_stack.workers
+        await_that(lambda: sim_stack.jobs_of(worker))
+        (job_id,) = sim_stack.jobs_of(worker)
+        assert _post(sim_stack, f"/v1/jobs/{job_id}/cancel").ok
+        answer = asked.result()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "job_cancelled")
+    assert answer.headers["x-should-retry"] == "false"
+    assert answer.headers["x-sluice-job"] == job_id
 
 
 def test_health_and_version(sim_stack: Stack) -> None:

@@ -17,6 +17,7 @@ from websockets.sync.client import connect
 from deploy.redis_server import free_port
 from tasks import keys
 from tests.conftest import SIM
+from tests.postgres import Postgres
 from tests.stack import Process, Stack, await_that, running
 from tests.test_jobs import CHAT, STREAM, call, get, submit
 
@@ -32,6 +33,13 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     home = tmp_path_factory.mktemp("bounds")
     settings = {"body_timeout_s": BODY_TIMEOUT_S, "max_body_bytes": MOST_BYTES}
     with running(Stack(home, [FAST], **settings)) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def postgres_stack(tmp_path_factory: pytest.TempPathFactory, postgres: Postgres) -> Iterator[Stack]:
+    home, url = tmp_path_factory.mktemp("postgres"), postgres.create_database()
+    with running(Stack(home, [FAST], database_url=url, admin_key="admin"), workers=0) as stack:
         yield stack
 
 
@@ -153,6 +161,26 @@ def test_what_is_no_events_id_is_refused_at_the_door(stack: Stack, after: str) -
     refused = call(stack, "GET", f"/v1/jobs/{job_id}/events", params={"starting_after": after})
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "starting_after"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("jobs/%00", "jobs/a%00b/events", "jobs/%00/webhook", "jobs?after=%00", "jobs?model=%00"),
+        "admin/dead/%00",
+    ],
+)
+def test_what_no_database_takes_is_refused_at_the_door(postgres_stack: Stack, path: str) -> None:
+    key = {"Authorization": "Bearer admin"}
+    refused = call(postgres_stack, "GET", f"/v1/{path}", headers=key)
+    assert refused.status_code == 400, refused.text
+    assert refused.json()["error"]["param"] in ("job_id", "after", "model")
+
+
+def test_a_socket_refuses_it_too(postgres_stack: Stack) -> None:
+    with connect(f"ws{postgres_stack.url[4:]}/v1/jobs/%00/events") as client:
+        assert json.loads(client.recv(timeout=10))["error"]["param"] == "job_id"
+        assert client.recv(timeout=10) == "[DONE]"
 
 
 def test_a_follower_that_does_not_read_costs_nothing(stack: Stack) -> None:

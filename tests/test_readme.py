@@ -26,7 +26,7 @@ def test_an_example_works(vllm_stack: Stack, language: str, code: str) -> None:
 
 
 def test_every_example_is_found() -> None:
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6
 
 
 def test_the_table_names_every_setting() -> None:
