@@ -18,7 +18,7 @@ from deploy.install import WITHOUT_VLLM
 from tasks import keys
 from tasks.backlog import Backlog
 from tasks.control import WorkerState, maintenance
-from tasks.errors import SluiceError
+from tasks.errors import NoWorkerError, SluiceError
 from tasks.message import Lane
 from tasks.models import BUILT_IN, get_catalog
 from tasks.settings import PREFIX, Settings
@@ -176,7 +176,7 @@ def _listener(url: str) -> str:
 
 def _judge_unready(url: str, state: Any) -> Remark:
     found = f"{url} answers, and is not ready"
-    if "workers" in state:
+    if state.get("error", {}).get("code") == NoWorkerError.code:
         return warning(f"{found}: no worker lives", "start one: `sluice worker`")
     return wrong(
         f"{found}: it cannot reach Redis",

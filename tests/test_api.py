@@ -144,8 +144,8 @@ def test_an_engines_refusal_of_a_stream_keeps_its_status(sim_stack: Stack) -> No
 
 
 def test_a_chat_model_refuses_embeddings_in_openais_shape(sim_stack: Stack) -> None:
-    with pytest.raises(openai.NotFoundError) as refused:
-        _client(sim_stack).embeddings.create(model="gpt-3.5-turbo", input="Hello")
+    with _client(sim_stack) as client, pytest.raises(openai.NotFoundError) as refused:
+        client.embeddings.create(model="gpt-3.5-turbo", input="Hello")
     error = {
         "message": "sim has no /v1/embeddings; choose another model of /v1/models.",
         "type": "not_found_error",
