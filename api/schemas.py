@@ -2,15 +2,13 @@
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from tasks.errors import InvalidRequestError
 from tasks.message import LOWEST_PRIORITY, Lane, State
 
 # The form of an event's id; api/job_events.py refuses others.
 EVENT_ID = "^[0-9]{1,15}-[0-9]{1,15}$"
-
-
 # No database takes one.
 _NO_NUL = r"^[^\x00]*$"
 
@@ -56,6 +54,18 @@ class EventQuery(BaseModel):
     )
 
 
+def _whole(given: Any) -> Any:
+    """For JSON, 5.0 is an integer."""
+    return int(given) if isinstance(given, float) and given.is_integer() else given
+
+
+Priority = Annotated[
+    int,
+    BeforeValidator(_whole),
+    Field(strict=True, ge=-LOWEST_PRIORITY, le=LOWEST_PRIORITY),
+]
+
+
 class JobRequest(BaseModel):
     """A request to be answered in the background."""
 
@@ -63,8 +73,8 @@ class JobRequest(BaseModel):
 
     endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
     body: dict[str, Any] = Field(description="what would be posted to the endpoint")
-    priority: Lane | Annotated[int, Field(strict=True, ge=-LOWEST_PRIORITY, le=LOWEST_PRIORITY)] = (
-        Field(Lane.BATCH, description="a lane, or an order within `batch`: lower ones go first")
+    priority: Lane | Priority = Field(
+        Lane.BATCH, description="a lane, or an order within `batch`: lower ones go first"
     )
     deadline_s: float | None = Field(
         None, gt=0, le=2_592_000, description="from now; it expires when it has not started by then"

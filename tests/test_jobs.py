@@ -343,6 +343,11 @@ def test_after_redis_has_forgotten_a_job_sql_answers(sim_stack: Stack) -> None:
         assert list(states) == ["in_progress", "completed"]
 
 
+@pytest.mark.parametrize("priority", ["interactive", -100, 5.0])
+def test_a_priority_is_a_lane_or_an_integer_in_any_form(sim_stack: Stack, priority: Any) -> None:
+    assert submit(sim_stack, priority=priority)["status"] in ("queued", "in_progress")
+
+
 BAD_JOBS: list[tuple[dict[str, Any], str | None]] = [
     ({"endpoint": "/v1/nothing"}, "endpoint"),
     ({"body": "text"}, "body"),
