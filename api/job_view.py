@@ -16,7 +16,7 @@ from db.models import JobRecord, JobResult
 from tasks.depth import Place, places
 from tasks.errors import JobNotFoundError, SluiceError
 from tasks.events import Kind
-from tasks.message import Snapshot, State
+from tasks.message import Lane, Snapshot, State
 from tasks.response import Outcome, assemble
 
 
@@ -93,6 +93,7 @@ def of_record(job: JobRecord, result: JobResult | None) -> dict[str, Any]:
         "object": "job",
         "endpoint": job.endpoint,
         "model": job.model,
+        "priority": _priority(job.lane, job.priority),
         "status": job.status,
         "created_at": _seconds(job.created_at),
         "started_at": _seconds(job.started_at),
@@ -148,11 +149,12 @@ def _of_snapshot(job: Snapshot, place: Place | None = None) -> dict[str, Any]:
         "object": "job",
         "endpoint": job.endpoint,
         "model": job.model,
+        "priority": _priority(job.lane, job.priority),
         "status": job.state,
         "created_at": job.queued_us // 1_000_000,
         "started_at": job.started_us and job.started_us // 1_000_000,
         "completed_at": job.ended_us and job.ended_us // 1_000_000,
-        "queue": place and {"position": place.position, "eta_s": place.eta_s},
+        "queue": place and place._asdict(),
         "attempts": job.attempt,
         "response": None,
         "error": None,
@@ -169,6 +171,11 @@ def _of_outcome(outcome: Outcome) -> dict[str, Any]:
         "error": outcome.error,
         "usage": outcome.usage,
     }
+
+
+def _priority(lane: str, priority: int) -> str | int:
+    """As it is given to POST /v1/jobs."""
+    return priority if lane == Lane.BATCH and priority else lane
 
 
 def _seconds(moment: datetime | None) -> int | None:

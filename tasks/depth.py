@@ -4,6 +4,7 @@ A job's score in its lane is the order of service: priority x 1e13 + the ms at w
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,9 +14,7 @@ from redis import Redis
 from tasks import keys
 from tasks.backlog import load_script
 from tasks.control import WorkerState, workers
-from tasks.message import LOWEST_PRIORITY, Lane, Snapshot
-
-ONE_PRIORITY = 1e13
+from tasks.message import LOWEST_PRIORITY, ONE_PRIORITY, Lane, Snapshot
 
 
 @dataclass(frozen=True)
@@ -27,12 +26,16 @@ class Depth:
 
 
 class Place(NamedTuple):
-    """Where a queued job stands."""
+    """Where a queued job stands, in the fields that clients see."""
 
     position: int
     """1 is next."""
     eta_s: float | None
-    """Until it starts, as the model was served lately; None: not known, or no worker lives."""
+    """Until it starts, as the model was served lately; None: not known, or nobody will start it."""
+    is_paused: bool
+    """Whether the operator has paused the model."""
+    workers: int
+    """That serve the model."""
 
 
 def depths(redis: Redis, models: Iterable[str]) -> dict[tuple[str, Lane], Depth]:
@@ -68,29 +71,33 @@ def places(redis: Redis, queued: Sequence[Snapshot]) -> list[Place | None]:
 
     Suspects count as the first of their lane: their score is that of their first time in it.
     """
+    if not queued:
+        return []
     pipeline = redis.pipeline(transaction=False)
     for job in queued:
         pipeline.zrank(keys.suspects(job.model, job.lane), job.id)
         pipeline.zrank(keys.backlog(job.model, job.lane), job.id)
         pipeline.zcard(keys.suspects(job.model, job.lane))
-    asked = pipeline.execute()
+    pipeline.smembers(keys.PAUSED)
+    *asked, paused = pipeline.execute()
     ranks = [
         rank if rank is not None else ready if ready is None else ready + suspects
         for rank, ready, suspects in zip(asked[::3], asked[1::3], asked[2::3], strict=True)
     ]
-    slots = _slots(redis) if queued else {}
+    slots = _slots(redis)
     models = {job.model for job in queued}
     waiting = depths(redis, models)
-    each_s = {model: _start_interval_s(redis, model, slots.get(model, 0)) for model in models}
+    each_s = {model: _start_interval_s(redis, model, sum(slots[model])) for model in models}
 
     def place(job: Snapshot, rank: int | None) -> Place | None:
         if rank is None:
             return None
         interactive = waiting[job.model, Lane.INTERACTIVE].jobs
         position = rank + 1 + (interactive if job.lane is Lane.BATCH else 0)
-        interval_s = each_s[job.model]
+        is_paused = job.model.encode() in paused
+        interval_s = None if is_paused else each_s[job.model]
         eta_s = None if interval_s is None else math.ceil(position * interval_s * 10) / 10
-        return Place(position, eta_s)
+        return Place(position, eta_s, is_paused, len(slots[job.model]))
 
     return [place(*found) for found in zip(queued, ranks, strict=True)]
 
@@ -104,10 +111,10 @@ def _start_interval_s(redis: Redis, model: str, slots: int) -> float | None:
     return float(mean_us) / 1e6 / slots if mean_us and slots else None
 
 
-def _slots(redis: Redis) -> dict[str, int]:
-    """Slots of the workers that serve, per model."""
-    slots: dict[str, int] = {}
+def _slots(redis: Redis) -> defaultdict[str, list[int]]:
+    """Slots of each worker that serves, per model."""
+    slots = defaultdict(list)
     for worker in workers(redis):
         if worker.state is WorkerState.SERVING:
-            slots[worker.model] = slots.get(worker.model, 0) + worker.slots
+            slots[worker.model].append(worker.slots)
     return slots

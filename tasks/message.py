@@ -107,6 +107,8 @@ class Terms:
 
 
 LOWEST_PRIORITY = 100
+# Between two priorities in the order of service (depth.py).
+ONE_PRIORITY = 1e13
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,7 @@ class Snapshot:
     lane: Lane
     tenant: str
     metadata: str
+    priority: int
     state: State
     attempt: int
     queued_us: int
@@ -126,21 +129,22 @@ class Snapshot:
     ended_us: int | None
 
     FIELDS = (
-        *("model", "endpoint", "lane", "tenant", "metadata"),
+        *("model", "endpoint", "lane", "tenant", "metadata", "order"),
         *("state", "attempt", "queued_us", "started_us", "ended_us"),
     )
 
     @classmethod
     def decode(cls, job_id: str, values: list[bytes | None]) -> Self | None:
         """Reads FIELDS of a job's hash; None: there is no such job."""
-        if values[5] is None:
+        if values[6] is None:
             return None
         text = [None if value is None else value.decode() for value in values]
-        model, endpoint, lane, tenant, metadata = (value or "" for value in text[:5])
-        state, attempt, *times = text[5:]
+        model, endpoint, lane, tenant, metadata, order = (value or "" for value in text[:6])
+        state, attempt, *times = text[6:]
         queued, started, ended = (int(value) if value else None for value in times)
         return cls(
             *(job_id, model, endpoint, Lane(lane), tenant, metadata or "{}"),
+            int(float(order or 0) // ONE_PRIORITY),
             *(State(str(state)), int(attempt or 0), queued or 0, started, ended),
         )
 
