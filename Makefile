@@ -1,6 +1,18 @@
 # Needs Python 3.11+ and make, nothing else; all that it installs goes to .venv.
-.PHONY: up test checks lint faults model holes lock audit bench dashboards clean
+.PHONY: help up test checks lint faults model holes lock audit bench dashboards clean
 
+# Both lists come from the comments with two #.
+help:  ## this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1|\2/p' Makefile | $(IN_COLUMNS)
+	@printf '\nWhat may be set, as in `make up SLUICE_MODEL=sim`:\n\n'
+	@sed -nE 's/^## ([A-Z_]+): (.*)/\1|\2/p' Makefile | $(IN_COLUMNS)
+
+IN_COLUMNS := awk -F '|' '{ printf "%-16s%s\n", $$1, $$2 }'
+
+## SLUICE_MODEL: up: a Hub id, a directory, `sim`, or the URL of a server
+## SLUICE_PORT: up: the port of the API; default: 8000
+## SLUICE_HOME: up: where data and logs go; default: ~/.sluice
+## PYTHON: what .venv is made with; default: python3.11 if it is there
 # 3.11 is what Sluice is developed with; vLLM has CPU builds for it.
 PYTHON ?= $(firstword $(shell command -v python3.11) python3)
 BIN := .venv/bin
@@ -25,20 +37,24 @@ lint: .venv/installed-test  ## style, types and who may import whom
 	$(BIN)/lint-imports
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 
+## REPEAT: faults: rounds of each test; default: 1
 REPEAT ?= 1
+## OUTAGE_S: faults: how long servers stay away; default: 60
 OUTAGE_S ?= 60
 
-faults: .venv/installed-test  ## kills every part in every way; REPEAT=20 does it more often
+faults: .venv/installed-test  ## kills every part in every way
 	$(BIN)/pytest tests/faults -n 2 --dist loadfile --repeat $(REPEAT) --outage-s $(OUTAGE_S)
 
+## STEPS: model: how many; default: 100000
 STEPS ?= 100000
+## SEED: model: of the random numbers; default: a new one each time
 # Any other one each time, if it is not given: `make test` takes the same steps everywhere.
 SEED ?=
 
 model: .venv/installed-test  ## drives the queue's scripts at random against a model of them
 	nice -n 19 $(BIN)/pytest tests/model/test_model.py --steps $(STEPS) $(SEED:%=--hypothesis-seed=%)
 
-holes: .venv/installed-test  ## breaks the queue's code a line at a time, and sees the model find it
+holes: .venv/installed-test  ## breaks the queue's code line by line, for the model to find
 	$(BIN)/pytest tests/model/test_seeded_holes.py
 
 # Where PyTorch's CPU builds are found; the rest comes from where uv looks.
@@ -48,7 +64,7 @@ NOT_LOCKED := $(foreach package,torch torchvision torchaudio torchcodec triton,\
 COMPILE := $(BIN)/uv pip compile --quiet --upgrade --generate-hashes --no-annotate --no-header \
 	--no-emit-index-url
 
-lock: .venv/installed-test  ## pins all that is installed to what is newest now, with hashes
+lock: .venv/installed-test  ## pins what is installed to the newest, with hashes
 	$(COMPILE) --universal --extra cpu --extra postgres --extra test $(TORCH_SOURCE) $(NOT_LOCKED) \
 	--override deploy/cpu-overrides.txt --output-file deploy/lock.txt pyproject.toml
 	echo uv | $(COMPILE) --output-file deploy/uv.txt -
@@ -62,7 +78,7 @@ bench: .venv/installed-test  ## Sluice against vLLM's own server, on this machin
 dashboards: .venv/installed-test  ## Grafana's dashboards, from deploy/dashboards to deploy/grafana
 	$(BIN)/python -m deploy.dashboards
 
-clean:  ## removes what the other targets made here; data stays in SLUICE_HOME
+clean:  ## removes what make has made here; data stays in SLUICE_HOME
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
