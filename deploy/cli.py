@@ -2,7 +2,7 @@
 
 import os
 import sys
-from importlib.metadata import version as installed_version
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +24,7 @@ class Program(click.Group):
 
 
 @click.group(cls=Program)
+@click.version_option(package_name="sluice", message="%(prog)s %(version)s")
 def main() -> None:
     """Self-hosted LLM serving with a queue at its heart."""
     # What it keeps (prompts, answers, keys) is this user's alone.
@@ -77,6 +78,20 @@ def _read_pairs(_ctx: click.Context, _param: click.Parameter, pairs: list[str]) 
     return {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
 
 
+def _read_priority(
+    _ctx: click.Context, _param: click.Parameter, value: str | None
+) -> str | int | None:
+    from tasks.message import LOWEST_PRIORITY, Lane
+
+    if value is None or value in [*Lane]:
+        return value
+    with suppress(ValueError):
+        if abs(int(value)) <= LOWEST_PRIORITY:
+            return int(value)
+    numbers = f"a number from -{LOWEST_PRIORITY} to {LOWEST_PRIORITY}"
+    raise click.BadParameter(f"{value!r} is neither {' nor '.join(Lane)} nor {numbers}")
+
+
 def _read_object(
     _ctx: click.Context, _param: click.Parameter, file: IO[bytes] | None
 ) -> dict[str, Any] | None:
@@ -99,7 +114,12 @@ def _read_object(
 @click.option("--endpoint", metavar="PATH", help="Where --body goes; default: chat completions.")
 @click.option("--model", metavar="NAME")
 @click.option("--max-tokens", type=int)
-@click.option("--priority", type=int, help="Lower ones go first; default: 0.")
+@click.option(
+    "--priority",
+    metavar="PRIORITY",
+    callback=_read_priority,
+    help="interactive, batch, or -100 … 100 within batch: lower ones go first; default: batch.",
+)
 @click.option("--deadline-s", type=float, help="Expires when it has not begun by then.")
 @click.option("--webhook", metavar="URL", help="Called when the job has ended.")
 @click.option("--metadata", metavar="NAME=VALUE", multiple=True, callback=_read_pairs)
@@ -132,10 +152,21 @@ def submit(
 @click.argument("job")
 @URL
 def watch(job: str, url: str | None) -> None:
-    """Show a job's place in the queue, then its text as it comes."""
+    """Show a job's place in the queue, then its text; exit code 1 unless it completes."""
     from deploy import client
 
     sys.exit(client.watch(client.Api(url), job))
+
+
+@main.command("job")
+@click.argument("job")
+@click.option("--json", "as_json", is_flag=True, help="The API's object.")
+@URL
+def show_job(job: str, as_json: bool, url: str | None) -> None:
+    """Show a job: what became of it, when, and why."""
+    from deploy import client
+
+    client.show_job(client.Api(url), job, as_json=as_json)
 
 
 @main.command()
@@ -230,12 +261,6 @@ def status(once: bool, as_json: bool) -> None:
 
 for _command in operate.COMMANDS:
     main.add_command(_command)
-
-
-@main.command()
-def version() -> None:
-    """Print the version."""
-    click.echo(installed_version("sluice"))
 
 
 if __name__ == "__main__":

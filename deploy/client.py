@@ -1,9 +1,8 @@
-"""The commands of those who use the jobs API: submit, watch, jobs, cancel."""
+"""The commands of those who use the jobs API: submit, watch, job, jobs, cancel."""
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -12,8 +11,8 @@ import httpx
 import orjson
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-from rich.table import Table
 
+from deploy.job_text import describe, outlook, reason, show_table
 from tasks.errors import SluiceError
 from tasks.settings import get_settings
 
@@ -22,14 +21,20 @@ TIMEOUT_S = 30.0
 RETRY_S = 0.5
 GIVE_UP_S = 60.0
 PAGE_JOBS = 100
-# A pipe has no width of its own, and rich's 80 columns would cut names.
-PIPE_COLUMNS = 160
+# From a job's last event to its end in the queue.
+END_WITHIN_S = 10
+UNSUCCESSFUL = ("failed", "cancelled", "expired")
+INTERRUPTED = 130  # as shells call a program that Ctrl-C has ended
 
 Json = dict[str, Any]
 
 
 class RequestRefusedError(SluiceError):
     """The API refused the request."""
+
+
+class NotThereError(RequestRefusedError):
+    """The API does not know it."""
 
 
 class ApiAwayError(RequestRefusedError):
@@ -84,6 +89,18 @@ class Api:
 
     def cancel(self, job_id: str) -> Json:
         return self._call("POST", f"{_path(job_id)}/cancel")
+
+    def job(self, job_id: str, wait_s: int = 0) -> Json:
+        """The job, after at most that wait for its end."""
+        headers = {"Prefer": f"wait={wait_s}"} if wait_s else {}
+        return self._call("GET", _path(job_id), headers=headers)
+
+    def webhook(self, job_id: str) -> Json | None:
+        """How the calls of the job's webhook went; None: it has none, or has not ended."""
+        try:
+            return self._call("GET", f"{_path(job_id)}/webhook")
+        except NotThereError:
+            return None
 
     def jobs(self, limit: int, **filters: str | None) -> Iterator[Json]:
         """The newest jobs, up to that many."""
@@ -146,7 +163,8 @@ class Api:
             ) from None
 
     def _refusal(self, answer: httpx.Response) -> RequestRefusedError:
-        kind = ApiAwayError if answer.status_code in (502, 503, 504) else RequestRefusedError
+        away = dict.fromkeys((502, 503, 504), ApiAwayError)
+        kind = ({404: NotThereError} | away).get(answer.status_code, RequestRefusedError)
         try:
             return kind(orjson.loads(answer.content)["error"]["message"])
         except (orjson.JSONDecodeError, KeyError, TypeError):
@@ -189,10 +207,10 @@ class Screen:
                 click.echo(text, nl=False)
 
     def _show_queue(self, queue: Json) -> None:
-        place, eta_s = queue["position"], queue["eta_s"]
+        place = queue["position"]
         self._places = max(self._places, place)
-        when = "" if eta_s is None else f", starts in about {eta_s:.0f} s"
-        text, passed = f"place {place} in the queue{when}", self._places - place
+        parts = f"place {place} in the queue", outlook(queue)
+        text, passed = ", ".join(filter(None, parts)), self._places - place
         self._progress.update(self._bar, total=self._places, completed=passed, description=text)
 
 
@@ -207,18 +225,19 @@ def _text(answer: Json) -> str:
 
 def watch(api: Api, job_id: str) -> int:
     """Shows a job to its end; returns the exit code of the program."""
-    screen = Screen(job_id)
     try:
-        for event in api.follow(job_id):
-            screen.show(event)
+        with closing(Screen(job_id)) as screen:
+            for event in api.follow(job_id):
+                screen.show(event)
     except KeyboardInterrupt:
         ways = f"`sluice watch {job_id}` shows it again, `sluice cancel {job_id}` ends it"
-        screen.error = f"the job goes on; {ways}"
-    finally:
-        screen.close()
-    if screen.error:
-        click.echo(f"sluice: {screen.error}", err=True)
-    return 1 if screen.error else 0
+        click.echo(f"sluice: the job goes on; {ways}", err=True)
+        return INTERRUPTED
+    job = api.job(job_id, wait_s=END_WITHIN_S)
+    if not screen.error and job["status"] not in UNSUCCESSFUL:
+        return 0
+    click.echo(f"sluice: {job_id} {job['status']}: {screen.error or reason(job)}", err=True)
+    return 1
 
 
 def cancel(api: Api, job_ids: Iterable[str]) -> None:
@@ -233,20 +252,20 @@ def cancel(api: Api, job_ids: Iterable[str]) -> None:
         raise RequestRefusedError("; ".join(dict.fromkeys(refusals)))
 
 
+def show_job(api: Api, job_id: str, *, as_json: bool) -> None:
+    """Prints a job: in lines for people, or its JSON, as the API has it."""
+    job = api.job(job_id)
+    if as_json:
+        click.echo(orjson.dumps(job, option=orjson.OPT_INDENT_2))
+        return
+    for line in describe(job, api.webhook(job_id)):
+        click.echo(line)
+
+
 def show_jobs(jobs: Iterable[Json], *, as_json: bool) -> None:
     """Prints jobs as a table, or one JSON object per line."""
-    if as_json:
-        for job in jobs:
-            click.echo(orjson.dumps(job))
+    if not as_json:
+        show_table(jobs)
         return
-    table = Table("id", "model", "status", "age", "position", "attempts", "tokens", box=None)
-    table.columns[0].no_wrap = True
     for job in jobs:
-        queue, usage = job["queue"] or {}, job["usage"] or {}
-        numbers = queue.get("position", ""), job["attempts"], usage.get("total_tokens", "")
-        age = timedelta(seconds=round(max(time.time() - job["created_at"], 0)))
-        table.add_row(job["id"], job["model"], job["status"], *map(str, (age, *numbers)))
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = PIPE_COLUMNS
-    console.print(table)
+        click.echo(orjson.dumps(job))

@@ -14,7 +14,8 @@ from rich.table import Table
 from bench.baseline import PERCENTILES, TIMES, Change, Run, compare
 from bench.drive import run_client
 from bench.load import Load, Measurement
-from deploy.client import PIPE_COLUMNS, Api, RequestRefusedError
+from deploy.client import Api, RequestRefusedError
+from deploy.job_text import PIPE_COLUMNS
 from tasks.errors import ConfigurationError
 from tasks.settings import get_settings
 

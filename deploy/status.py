@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from deploy.client import PIPE_COLUMNS
+from deploy.job_text import PIPE_COLUMNS
 from deploy.operate import queue
 from tasks.control import WorkerState, WorkerView
 from tasks.counts import Counted, Happening

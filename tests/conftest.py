@@ -78,6 +78,13 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def idle_stack(home: Path) -> Iterator[Stack]:
+    """A deployment without workers: all jobs stay in the queue."""
+    with running(Stack(home, [SIM], keep_alive_s=1), workers=0) as stack:
+        yield stack
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Redis alone, of a model `m`."""
