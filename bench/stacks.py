@@ -16,13 +16,16 @@ import psutil
 import yaml
 
 from bench.processes import Snapshot, snapshot
-from gpu_worker.vllm_engine import command_line as engine_arguments
+from gpu_worker.vllm_args import command_line as engine_arguments
 from tasks.models import Model
 
 LOAD_TIMEOUT_S = 600
 STOP_TIMEOUT_S = 20
 # The benchmark's Sluice stays away from servers in use; its other settings are the user's.
-NOT_INHERITED = {"SLUICE_REDIS_URL", "SLUICE_BUS_URL", "SLUICE_DATABASE_URL", "SLUICE_MODEL"}
+NOT_INHERITED = {
+    *("SLUICE_REDIS_URL", "SLUICE_BUS_URL", "SLUICE_DATABASE_URL"),
+    *("SLUICE_HOST", "SLUICE_MODEL", "SLUICE_MODEL_ARGS"),
+}
 
 
 class StackError(Exception):

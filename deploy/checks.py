@@ -14,9 +14,9 @@ from deploy.findings import without_password
 from deploy.install import WITHOUT_VLLM
 from deploy.redis_server import answers
 from gpu_worker.orphans import refuse_orphans
-from gpu_worker.vllm_engine import resolve_source
+from gpu_worker.sources import refuse_missing
 from tasks.errors import SluiceError
-from tasks.models import Catalog, Model
+from tasks.models import Catalog
 from tasks.settings import Settings
 
 ENGINE_MEMORY_GIB = 2.0
@@ -114,18 +114,4 @@ def _check_models(catalog: Catalog) -> None:
         raise StartError(
             f"{available:.1f} GiB of memory are available, and {len(on_vllm)} vLLM engine(s) need "
             f"{ENGINE_MEMORY_GIB:.0f} GiB each; close other programs, or use SLUICE_MODEL=sim"
-        )
-
-
-def refuse_missing(model: Model) -> None:
-    """Looks for the files of a vLLM model that is a directory on this machine.
-
-    Raises:
-        SluiceError: they are not there.
-    """
-    source = Path(resolve_source(model.source))
-    if source.is_absolute() and not (source / "config.json").is_file():
-        raise StartError(
-            f"{source} holds no model (no config.json); "
-            "give a directory in Hugging Face's format, or a Hub id"
         )

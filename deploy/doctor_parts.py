@@ -11,11 +11,12 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from deploy.checks import listener, refuse_missing
+from deploy.checks import listener
 from deploy.doctor_servers import open_redis
 from deploy.findings import Remark, UnusableError, explain, ok, warning, without_password, wrong
 from deploy.install import WITHOUT_VLLM
-from tasks import keys
+from gpu_worker.sources import refuse_missing
+from tasks import keys, running
 from tasks.backlog import Backlog
 from tasks.control import WorkerState, maintenance
 from tasks.errors import NoWorkerError, SluiceError
@@ -35,7 +36,10 @@ FEW_OPEN_FILES = 4096
 def check_settings(settings: Settings) -> Iterator[Remark]:
     """Which variables are set: wrong ones have ended the program before."""
     names = sorted(name for name in os.environ if name.startswith(PREFIX))
-    yield ok(f"set: {', '.join(names) or 'none'}; state is kept in {settings.home}")
+    found = f"set: {', '.join(names) or 'none'}; state is kept in {settings.home}"
+    if shared := sorted(running.find(settings.home)):
+        found += f"; of the `sluice up` that runs there: {', '.join(shared)}"
+    yield ok(found)
 
 
 def check_models(settings: Settings) -> Iterator[Remark]:

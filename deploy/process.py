@@ -18,6 +18,8 @@ GRACE_S = 6.0
 REDIS_GRACE_S = 2.5
 SLOWEST_RESTART_S = 30.0
 HEALTHY_AFTER_S = 60.0
+LOG_LINES_SEARCHED = 50
+SAYS = "sluice: "
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
@@ -106,6 +108,11 @@ class Part:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+
+    def reason(self) -> str:
+        """Why it ended, in the sentence that all of Sluice's programs say last; '' without one."""
+        tail = self.log_tail(LOG_LINES_SEARCHED)
+        return next((line[len(SAYS) :] for line in reversed(tail) if line.startswith(SAYS)), "")
 
     def log_tail(self, lines: int) -> list[str]:
         """The last lines of the log; a progress bar counts as one line."""

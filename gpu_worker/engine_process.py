@@ -5,17 +5,40 @@ Sluice has started: EngineCore, and EngineCore's own workers.
 """
 
 import ctypes
+import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from tasks.tracebacks import cut
 
 WORKER_PID_VARIABLE = "_SLUICE_WORKER_PID"
+FAILURES_VARIABLE = "_SLUICE_LOAD_FAILURES"
 _PR_SET_PDEATHSIG = 1
+LONGEST_MESSAGE = 600
+# vLLM's processes that only pass on that another one has failed say so in these words.
+ELSEWHERE = "root cause"
+KILLED = (
+    "its process ended without a word; perhaps the system killed it for want of memory "
+    "(`dmesg` tells): take a smaller model, or a smaller --kv-cache-memory-bytes"
+)
 
 
-def adopt() -> None:
-    """Makes this process the worker whose engine processes `settle` ties to it."""
-    os.environ[WORKER_PID_VARIABLE] = str(os.getpid())
+@contextmanager
+def noted_failures(directory: Path) -> Iterator[Path]:
+    """While inside, processes that this one starts are its engine's, and note why they fail."""
+    failures = directory / "failures"
+    failures.touch(mode=0o600)
+    os.environ |= {WORKER_PID_VARIABLE: str(os.getpid()), FAILURES_VARIABLE: str(failures)}
+    try:
+        yield failures
+    finally:
+        failures.unlink()
 
 
 def settle() -> None:
@@ -29,3 +52,34 @@ def settle() -> None:
         return
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    logging.getLogger("vllm").addHandler(_Failures())
+
+
+class _Failures(logging.Handler):
+    """Notes the exceptions that vLLM logs while it loads: the worker is not told them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info and record.exc_info[1]
+        # The file is there during the load only: later errors may tell what was asked.
+        with suppress(FileNotFoundError):
+            if error and (
+                file := os.open(os.environ[FAILURES_VARIABLE], os.O_WRONLY | os.O_APPEND)
+            ):
+                os.write(file, f"{describe(error)}\n".encode())
+                os.close(file)
+
+
+def root_cause(failures: Path, error: BaseException) -> str:
+    """Why the engine could not be loaded: the first failure, in whichever process it was."""
+    noted = [*failures.read_text().splitlines(), describe(error)]
+    return next((line for line in noted if ELSEWHERE not in line), KILLED)
+
+
+def describe(error: BaseException) -> str:
+    """The exception in one line; of one that lists what pydantic refuses, the reasons alone."""
+    if isinstance(error, ValidationError):
+        reasons = (reason["msg"].removeprefix("Value error, ") for reason in error.errors())
+        text = "; ".join(reasons)
+    else:
+        text = f"{type(error).__name__}: {error}"
+    return cut(" ".join(text.split()), LONGEST_MESSAGE)

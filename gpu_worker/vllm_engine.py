@@ -1,25 +1,27 @@
 """vLLM in this process: the same three calls that `vllm serve` makes, without its HTTP server.
 
-All knowledge of vLLM's module paths is in this file, vllm_replay.py and engine_process.py.
+All knowledge of vLLM's module paths is in the vllm_*.py files and engine_process.py.
 """
 
+import logging
 import os
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from gpu_worker import engine_process, sockets
+from gpu_worker import engine_process, sockets, vllm_args
 from gpu_worker.engine import AsgiApp, Load
+from gpu_worker.sources import refuse_missing
 from tasks import affinity
-from tasks.errors import ConfigurationError
+from tasks.errors import ConfigurationError, EngineLoadError
 from tasks.models import Model
 
-BUNDLED_MODEL = Path(__file__).parent / "demo" / "model"
+log = logging.getLogger(__name__)
 
 
 class VllmEngine:
@@ -71,22 +73,37 @@ async def open_engine(model: Model) -> AsyncIterator[VllmEngine]:
     """Starts vLLM's engine and builds its app.
 
     Raises:
-        ConfigurationError: vLLM is not installed, or the source is a path that does not exist.
+        ConfigurationError: vLLM is not installed, the model is not there, or vLLM refuses an
+            argument.
+        EngineLoadError: vLLM cannot load it.
     """
     if find_spec("vllm") is None:
         raise ConfigurationError(
             "vLLM is not installed here; install the extra `cpu` or `gpu`, "
             "or set SLUICE_MODEL to `sim` or to the URL of an OpenAI-compatible server"
         )
+    refuse_missing(model)
     for name, value in model.env.items():
         os.environ.setdefault(name, value)
     # A domain that is allowed can send on to one that is not.
     os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")
-    engine_process.adopt()
     with sockets.private_directory() as directory:
         os.environ["VLLM_RPC_BASE_PATH"] = directory
-        async with _open(_parse(command_line(model))) as engine:
+        args = vllm_args.parse(model)
+        async with AsyncExitStack() as stack:
+            with engine_process.noted_failures(Path(directory)) as failures:
+                try:
+                    engine = await stack.enter_async_context(_open(args))
+                except Exception as failure:  # whatever it is: vLLM's boundary
+                    raise _explained(model, failure, failures) from failure
             yield engine
+
+
+def _explained(model: Model, failure: Exception, failures: Path) -> EngineLoadError:
+    cause = engine_process.root_cause(failures, failure)
+    if cause == engine_process.describe(failure):  # no other process has logged it
+        log.error("vLLM failed", exc_info=failure)
+    return EngineLoadError(f"vLLM cannot load {model.name}: {cause}")
 
 
 @asynccontextmanager
@@ -99,6 +116,8 @@ async def _open(args: Namespace) -> AsyncIterator[VllmEngine]:
 
     async with build_async_engine_client(args) as client:
         make_continuable(client)
+        model_type = client.model_config.hf_config.model_type
+        vllm_args.choose_tool_parser(args, model_type, client.get_tokenizer())
         tasks = await client.get_supported_tasks()
         app = build_app(args, tasks, client.model_config)
         await init_app_state(client, app.state, args, tasks)
@@ -124,46 +143,3 @@ def _make_way() -> None:
         affinity.confine(os.getpid(), free)
         for pid in (pid for pid, cpus in engine.items() if cpus == everywhere):
             affinity.step_back(pid)
-
-
-def resolve_source(source: str) -> str:
-    """The Hub id or directory that vLLM loads.
-
-    Raises:
-        ConfigurationError: it is a path, and nothing is there.
-    """
-    if source == "bundled":
-        return str(BUNDLED_MODEL)
-    looks_like_path = source.startswith((".", "/", "~"))
-    if looks_like_path and not Path(source).expanduser().is_dir():
-        raise ConfigurationError(
-            f"there is no model at {source}; give a directory in Hugging Face's format or a Hub id"
-        )
-    return str(Path(source).expanduser()) if looks_like_path else source
-
-
-def command_line(model: Model) -> list[str]:
-    """The model's entry as `vllm serve` would be given it: flags and values."""
-    line = ["--model", resolve_source(model.source)]
-    line += ["--served-model-name", model.name, *model.aliases]
-    for name, value in model.args.items():
-        flag = f"--{name.replace('_', '-')}"
-        if value is True:
-            line.append(flag)
-        elif isinstance(value, list):
-            line += [flag, *map(str, value)]
-        elif value is not False and value is not None:
-            line += [flag, str(value)]
-    return line
-
-
-def _parse(command_line: list[str]) -> Namespace:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    cli_env_setup()
-    parser = make_arg_parser(FlexibleArgumentParser(prog="models.yaml"))
-    args: Namespace = parser.parse_args(command_line)
-    validate_parsed_serve_args(args)
-    return args

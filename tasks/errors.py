@@ -38,6 +38,12 @@ class ConfigurationError(SluiceError):
     """A setting is wrong; the program does not start with it."""
 
 
+class EngineLoadError(SluiceError):
+    """The engine cannot load the model; the worker's log has the reason."""
+
+    code = "engine_load_failed"
+
+
 class DecodeError(SluiceError):
     """A message in Redis has a shape that this version does not know."""
 

@@ -11,7 +11,7 @@ import psutil
 import requests
 
 from deploy import redis_server
-from gpu_worker.vllm_engine import command_line
+from gpu_worker.vllm_args import command_line
 from tasks.models import Model
 from tests.stack import Process, await_that
 
