@@ -38,17 +38,17 @@ def serve(bind: str) -> NoReturn:
         log.warning("the database is away, background jobs get 503 until it is back: %s", away)
     _make_metrics_directory(bind)
     _allow_files()
-    if not get_settings().allowed_hosts and _is_loopback(bind):
+    if not get_settings().allowed_hosts and is_loopback(bind.rpartition(":")[0]):
         os.environ["SLUICE_ALLOWED_HOSTS"] = LOOPBACK_NAMES
     processes = str(get_settings().api_processes)
     # -P: what lies in the working directory is not ours.
     os.execv(sys.executable, [sys.executable, "-P", "-m", "api.gunicorn_app", bind, processes])
 
 
-def _is_loopback(bind: str) -> bool:
-    host = bind.rpartition(":")[0].strip("[]")
+def is_loopback(host: str) -> bool:
+    """Whether who listens there is reached from this machine only."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
 

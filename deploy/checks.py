@@ -63,7 +63,7 @@ def check_machine(settings: Settings, catalog: Catalog) -> None:
     Raises:
         SluiceError: something is missing or in the way.
     """
-    _check_port(settings.port)
+    _check_address(settings.host, settings.port)
     _check_models(catalog)
     refuse_orphans()
     if "SLUICE_REDIS_URL" in os.environ and not answers(settings.redis_url):
@@ -74,16 +74,19 @@ def check_machine(settings: Settings, catalog: Catalog) -> None:
         )
 
 
-def _check_port(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as refused:
-            raise StartError(
-                f"cannot listen on port {port} ({refused.strerror}{listener(port)}); "
-                f"free it, or choose another: SLUICE_PORT={port + 1} make up"
-            ) from None
+def _check_address(host: str, port: int) -> None:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as refused:
+        raise StartError(
+            f"cannot listen on port {port} of {host} ({refused.strerror}{listener(port)}); "
+            f"free it, or choose another: `sluice up --port {port + 1}`, or SLUICE_PORT"
+        ) from None
 
 
 def listener(port: int) -> str:

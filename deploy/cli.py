@@ -32,23 +32,29 @@ def main() -> None:
 
 
 @main.command()
-def up() -> None:
+@click.option(
+    "--model", metavar="DIR_OR_ID", help="A directory, Hub id, URL, or sim; default: SLUICE_MODEL."
+)
+@click.option("--host", help="Where the API listens; default: SLUICE_HOST, or 127.0.0.1.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Default: SLUICE_PORT, or 8000.")
+@click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="[-- FLAGS OF `vllm serve`]")
+def up(**chosen: Any) -> None:
     """Run everything on this machine, until Ctrl-C."""
     from deploy.up import run
 
-    sys.exit(run())
+    sys.exit(run(**chosen))
 
 
 @main.command()
 @click.option(
-    "--bind", metavar="HOST:PORT", help="Where to listen; default: 127.0.0.1:SLUICE_PORT."
+    "--bind", metavar="HOST:PORT", help="Where to listen; default: SLUICE_HOST:SLUICE_PORT."
 )
 def api(bind: str | None) -> None:
     """Run the HTTP API."""
     from api.server import serve
     from tasks.settings import get_settings
 
-    serve(bind or f"127.0.0.1:{get_settings().port}")
+    serve(bind or get_settings().bind)
 
 
 @main.command()

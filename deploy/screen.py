@@ -21,7 +21,7 @@ _TEXT = """
       print(chunk.choices[0].delta.content or "", end="", flush=True)
 
   Model       {model}{note}
-  Your own    SLUICE_MODEL=Qwen/Qwen3-0.6B make up      (a Hub id or a directory)
+  Your own    {sluice} up --model Qwen/Qwen3-0.6B      (a Hub id or a directory)
   On a GPU    {gpu}
   Logs        {home}/logs
   Status      {sluice} status      (also: doctor, jobs, submit, watch, drain, pause, dead)
@@ -40,4 +40,4 @@ def welcome(settings: Settings, catalog: Catalog) -> str:
     sluice = os.path.relpath(Path(sys.executable).with_name("sluice"))
     values = {"model": model.name, "note": note, "home": settings.home, "gpu": GPU_INSTALL}
     values |= {"sluice": sluice}
-    return _TEXT.format(url=f"http://127.0.0.1:{settings.port}", **values)
+    return _TEXT.format(url=settings.local_url, **values)

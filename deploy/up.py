@@ -4,25 +4,30 @@ import http.client
 import os
 import re
 import secrets
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import FrameType
+from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
+from sqlalchemy import make_url
 
+from api.server import is_loopback
 from deploy import checks, redis_server
 from deploy.process import Part, stop_all
 from deploy.screen import welcome
-from tasks import keys
+from tasks import keys, running
 from tasks.connections import connect
 from tasks.errors import SluiceError
 from tasks.models import Catalog, get_catalog
-from tasks.settings import PREFIX, SECRET_FIELDS, Settings, get_settings, redis_url_file
+from tasks.settings import PREFIX, SECRET_FIELDS, Settings, get_settings
 
 LOG_LINES_SHOWN = 15
 LOG_WIDTH = 110
@@ -32,14 +37,25 @@ FOLLOW_INTERVAL_S = 2.0
 
 # An engine runs other people's code, and needs none of these.
 NOT_FOR_WORKERS = {f"{PREFIX}{name.upper()}" for name in (*SECRET_FIELDS, "database_url")}
+# Nor do other commands get these from here: the home is how they find it, the URL follows from it.
+NOT_ANNOUNCED = SECRET_FIELDS | {"home", "api_url"}
+OPEN_TO_ALL = (
+    "warning: the API listens on {host}, and there is no authentication yet: whoever reaches this "
+    "machine can use the models, and read and cancel every job"
+)
 
 
 class StopRequested(Exception):  # noqa: N818 (it is none)
     """A signal asked to stop."""
 
 
-def run() -> int:
-    """Runs all parts until a signal asks to stop; returns the exit code."""
+def run(model: str | None, host: str | None, port: int | None, flags: tuple[str, ...]) -> int:
+    """Runs all parts until a signal asks to stop; returns the exit code.
+
+    What is given goes before the environment, and is what all parts find there.
+    """
+    chosen = {"MODEL": model, "HOST": host, "PORT": port, "MODEL_ARGS": shlex.join(flags) or None}
+    os.environ |= {f"{PREFIX}{name}": str(value) for name, value in chosen.items() if value}
     settings, catalog = get_settings(), get_catalog()
     try:
         with checks.only_one(settings.home):
@@ -60,6 +76,7 @@ class Deployment:
         # Who stops it with Ctrl-C waits for the worker's jobs, but not for long.
         self._env = {"SLUICE_DRAIN_S": "3", "PYTHONUNBUFFERED": "1", **os.environ}
         self._console = Console(highlight=False, soft_wrap=True)
+        self._announcement = ExitStack()
         self._redis: Part | None = None
         self._parts: list[Part] = []
         self._stopping = False
@@ -75,15 +92,19 @@ class Deployment:
         try:
             self._start_redis()
             self._migrate()
+            self._announcement.enter_context(
+                running.announced(self._settings.home, self._announced_settings())
+            )
             self._start_parts()
             self._console.print(welcome(self._settings, self._catalog), markup=False)
+            if not is_loopback(self._settings.host):
+                self._say(OPEN_TO_ALL.format(host=self._settings.bind))
             self._supervise()
         except StopRequested:
             self._say("stopping")
         finally:
             started = time.monotonic()
-            if self._redis:
-                redis_url_file(self._settings.home).unlink(missing_ok=True)
+            self._announcement.close()
             stop_all(self._parts, self._redis)
         self._say(f"stopped in {time.monotonic() - started:.1f} s")
 
@@ -116,7 +137,6 @@ class Deployment:
         self._wait("starting Redis", self._redis, lambda: redis_server.answers(url))
         # Workers of an earlier run that were killed: they must not pass for ours.
         connect(url).delete(keys.WORKERS)
-        redis_url_file(self._settings.home).write_text(url)
         self._say(f"Redis: {server} on port {port}")
 
     def _migrate(self) -> None:
@@ -124,11 +144,22 @@ class Deployment:
 
         migrate(self._settings.database_url)
 
+    def _announced_settings(self) -> dict[str, str]:
+        """What the parts have in their environment, as it can be used from any directory."""
+        names = {f"{PREFIX}{name.upper()}": name for name in Settings.model_fields}
+        given = {names[key]: value for key, value in self._env.items() if value and key in names}
+        here = {"model": self._settings.model, "models": str(self._settings.models)}
+        if "database_url" in given:
+            url = make_url(given["database_url"])._replace(password=None)
+            here["database_url"] = str(url.difference_update_query(["password"]))
+        announced = given | {name: here[name] for name in here.keys() & given.keys()}
+        return {name: announced[name] for name in announced.keys() - NOT_ANNOUNCED}
+
     def _start_parts(self) -> None:
-        port, models = self._settings.port, [model.name for model in self._catalog.models]
+        models = [model.name for model in self._catalog.models]
         # -P: what lies in the working directory is not ours.
         sluice = [sys.executable, "-P", "-m", "deploy.cli"]
-        api = self._part("api", [*sluice, "api", "--bind", f"127.0.0.1:{port}"])
+        api = self._part("api", [*sluice, "api"])
         maintenance = self._part("maintenance", [*sluice, "maintenance"])
         env = {name: value for name, value in self._env.items() if name not in NOT_FOR_WORKERS}
         workers = [
@@ -154,9 +185,11 @@ class Deployment:
         return [self._redis, *self._parts] if self._redis else self._parts
 
     def _is_healthy(self, what: str) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self._settings.port, timeout=3)
+        address = urlsplit(self._settings.local_url)
+        connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=3)
+        names = dict.fromkeys(["Host"], self._settings.hosts[0]) if self._settings.hosts else {}
         try:
-            connection.request("GET", f"/health/{what}")
+            connection.request("GET", f"/health/{what}", headers=names)
             return connection.getresponse().status == http.client.OK
         except (OSError, http.client.HTTPException):
             return False
@@ -188,6 +221,10 @@ class Deployment:
     def _check_parts(self) -> None:
         for part in self._all():
             code = part.exit_code()
+            if code is not None and (reason := part.reason()):
+                raise checks.StartError(
+                    f"{part.name} did not start: {reason} (its log: {part.log})"
+                )
             if code is not None:
                 tail = "\n  ".join(part.log_tail(LOG_LINES_SHOWN))
                 raise checks.StartError(

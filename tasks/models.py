@@ -1,5 +1,7 @@
 """The models of this deployment: `models.yaml`, checked at start, and names resolved to models."""
 
+import re
+import shlex
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -72,8 +74,8 @@ class Catalog:
             raise ModelNotFoundError(name, self._by_name) from None
 
 
-def load_catalog(path: Path, default_source: str = "") -> Catalog:
-    """Reads models.yaml; `default_source` replaces the first model.
+def load_catalog(path: Path, default_source: str = "", default_args: str = "") -> Catalog:
+    """Reads models.yaml; `default_source` replaces the first model, `default_args` add to it.
 
     Raises:
         ConfigurationError: the file is missing, is no YAML, or an entry is wrong.
@@ -89,6 +91,8 @@ def load_catalog(path: Path, default_source: str = "") -> Catalog:
         raise ConfigurationError(f"{path} must hold a list `models:` ({broken!r})") from None
     if default_source and models:
         models[0] = _replaced(models[0], default_source)
+    if default_args and models:
+        models[0] = _with_args(models[0], default_args)
     return Catalog(models)
 
 
@@ -98,17 +102,56 @@ def _explain(refused: ValidationError) -> str:
 
 def _replaced(default: Model, source: str) -> Model:
     """The default model served from another source, whose kind the source's form tells."""
+    engine: Literal["vllm", "sim", "remote"] = "vllm"
+    name = source
     if source == "sim":
-        return Model(name="sim", engine="sim", aliases=(default.name, *default.aliases))
-    engine: Literal["vllm", "remote"] = (
-        "remote" if source.startswith(("http://", "https://")) else "vllm"
-    )
-    name = "remote" if engine == "remote" else source
-    return Model(name=name, source=source, engine=engine, aliases=default.aliases)
+        engine = "sim"
+    elif source.startswith(("http://", "https://")):
+        engine, name = "remote", "remote"
+    elif source.startswith((".", "/", "~")):
+        name = Path(source).name or source
+    aliases = [alias for alias in (default.name, *default.aliases) if alias != name]
+    return Model(name=name, source=source, engine=engine, aliases=tuple(aliases))
+
+
+def _with_args(default: Model, line: str) -> Model:
+    """The default model with more arguments, written as on the command line of `vllm serve`.
+
+    Raises:
+        ConfigurationError: they are not flags and their values.
+    """
+    try:
+        words = shlex.split(line)
+    except ValueError as unclosed:
+        raise ConfigurationError(f"SLUICE_MODEL_ARGS: {unclosed} in {line!r}") from None
+    given: dict[str, list[str]] = {}
+    values: list[str] | None = None
+    for word in words:
+        if word.startswith("--") and word != "--":
+            name, has_value, value = word[2:].partition("=")
+            values = given[_flag(name)] = [value] if has_value else []
+        elif values is None or re.match("-[A-Za-z]", word):
+            raise ConfigurationError(
+                f"{word!r} is no flag of the engine; write `--NAME VALUE`, in the long form, "
+                "and the model itself as `--model` before the `--`, or in SLUICE_MODEL"
+            )
+        else:
+            values.append(word)
+    args = {_flag(name): value for name, value in default.args.items()}
+    args |= {
+        name: values[0] if len(values) == 1 else values or True for name, values in given.items()
+    }
+    return default.model_copy(update={"args": args})
+
+
+def _flag(name: str) -> str:
+    """As vLLM does: dashes for underscores, but not in the names of a JSON value's parts."""
+    flag, dot, part = name.partition(".")
+    return flag.replace("_", "-") + dot + part
 
 
 @cache
 def get_catalog() -> Catalog:
-    """The process's models, from `SLUICE_MODELS` or the bundled file, and `SLUICE_MODEL`."""
+    """The process's models: `SLUICE_MODELS` or the bundled file, the first as the settings say."""
     settings = get_settings()
-    return load_catalog(settings.models or BUILT_IN, settings.model)
+    return load_catalog(settings.models or BUILT_IN, settings.model, settings.model_args)

@@ -7,17 +7,22 @@ import base64
 import os
 from functools import cache
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from tasks import running
 from tasks.errors import ConfigurationError
 
 PREFIX = "SLUICE_"
 
 # Values that no error or log may show.
 SECRET_FIELDS = frozenset({"webhook_secrets", "alert_webhook", "api_key", "admin_key"})
+
+HOME = Path("~/.sluice")
+# Who listens there is reached here.
+_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 (compared only)
 
 
 class Settings(BaseSettings):
@@ -30,11 +35,15 @@ class Settings(BaseSettings):
     )
     bus_url: str = Field("", description="token logs and pub/sub; empty: the same as redis_url")
     database_url: str = Field("", description="SQLAlchemy URL; empty: SQLite in home")
-    home: Path = Field(Path("~/.sluice"), description="state: database, logs, embedded Redis")
+    home: Path = Field(HOME, description="state: database, logs, embedded Redis")
     models: Path | None = Field(None, description="path of models.yaml; empty: the bundled demo")
     model: str = Field("", description="source that replaces the default model's")
+    model_args: str = Field("", description="more flags of the default model's engine")
+    host: str = Field("127.0.0.1", min_length=1, description="address that the API listens on")
     port: int = Field(8000, ge=1, le=65535, description="port of the API under `sluice up`")
-    api_url: str = Field("", description="API of `sluice submit` etc.; empty: port on loopback")
+    api_url: str = Field(
+        "", description="API of `sluice submit` etc.; empty: that on host and port"
+    )
     api_key: str = Field("", description="what these send as bearer token", repr=False)
     api_processes: int = Field(1, ge=1, description="gunicorn processes of one API")
 
@@ -103,6 +112,16 @@ class Settings(BaseSettings):
     )
 
     @property
+    def bind(self) -> str:
+        """HOST:PORT of the API on this machine."""
+        return _address(self.host, self.port)
+
+    @property
+    def local_url(self) -> str:
+        """Where that API is reached from here."""
+        return f"http://{_address(_EVERYWHERE.get(self.host, self.host), self.port)}"
+
+    @property
     def signing_secrets(self) -> tuple[str, ...]:
         """The single secrets of `webhook_secrets`."""
         return _split(self.webhook_secrets)
@@ -124,15 +143,26 @@ class Settings(BaseSettings):
             raise ValueError("a secret is `whsec_` and base64: whsec_$(openssl rand -base64 32)")
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _join_running(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """What is not given is as it is with the `sluice up` that runs in this home."""
+        found = running.find(Path(given.get("home", HOME)).expanduser())
+        if given.get("redis_url") not in {None, "", found.get("redis_url")}:
+            return given  # another deployment is meant
+        return {name: found[name] for name in found.keys() & cls.model_fields.keys()} | given
+
     @model_validator(mode="after")
     def _fill_defaults(self) -> Self:
         home = self.home.expanduser().absolute()
-        redis_url = self.redis_url or running_redis_url(home)
+        redis_url = self.redis_url or "redis://127.0.0.1:6379/0"
         derived = {
             "home": home,
+            "models": self.models and self.models.expanduser().absolute(),
+            "model": _absolute(self.model),
             "redis_url": redis_url,
             "bus_url": self.bus_url or redis_url,
-            "api_url": self.api_url or f"http://127.0.0.1:{self.port}",
+            "api_url": self.api_url or self.local_url,
             "database_url": self.database_url or f"sqlite:///{home / 'sluice.db'}",
         }
         for name, value in derived.items():
@@ -140,17 +170,14 @@ class Settings(BaseSettings):
         return self
 
 
-def redis_url_file(home: Path) -> Path:
-    """Where a running `sluice up` says which Redis it has started."""
-    return home / "redis-url"
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def running_redis_url(home: Path) -> str:
-    """The Redis of the `sluice up` that runs in this home, or Redis's usual place."""
-    try:
-        return redis_url_file(home).read_text()
-    except FileNotFoundError:
-        return "redis://127.0.0.1:6379/0"
+def _absolute(source: str) -> str:
+    """A model's source, wherever this is read: a directory's whole path, anything else as it is."""
+    directory = Path(source).expanduser()
+    return os.path.abspath(directory) if source and directory.is_dir() else source
 
 
 def _split(values: str) -> tuple[str, ...]:

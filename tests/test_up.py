@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -14,6 +15,8 @@ import redis
 import requests
 
 from deploy.redis_server import free_port
+from tasks import running
+from tasks.settings import Settings
 from tests.stack import Process, await_that, is_alive
 
 SLUICE = [sys.executable, "-m", "deploy.cli"]
@@ -57,21 +60,22 @@ def test_what_up_says_works(up: Process, env: dict[str, str], home: Path) -> Non
     assert up.popen.wait(15) == 0
     assert time.monotonic() - began_s < 10
     assert [part for part in parts if is_alive(part)] == []
-    assert not (home / "redis-url").exists()
+    assert not running.record(home).exists()
 
 
 def test_what_it_keeps_is_its_users_alone(up: Process, env: dict[str, str], home: Path) -> None:
     url = f"http://127.0.0.1:{env['SLUICE_PORT']}"
     requests.post(url + "/v1/chat/completions", json={"message": "Hello"}, timeout=30)
     made = [path for path in home.rglob("*") if path.name not in {"up.log", "pytest"}]
-    assert {"redis-url", "sluice.db", "api.log", "redis.conf"} <= {path.name for path in made}
+    assert {"up.json", "sluice.db", "api.log", "redis.conf"} <= {path.name for path in made}
     open_to_others = {path for path in made if path.stat().st_mode & 0o077}
     assert not open_to_others
     # Whoever else is on this machine cannot speak to its Redis.
-    port = int((home / "redis-url").read_text().rsplit(":", 1)[1].partition("/")[0])
-    with redis.Redis(port=port) as stranger, pytest.raises(redis.AuthenticationError):
+    server = urlsplit(Settings(home=home).redis_url)
+    with redis.Redis(port=server.port or 0) as stranger, pytest.raises(redis.AuthenticationError):
         stranger.ping()
-    secret = (home / "redis-url").read_text().split("@")[0].rpartition(":")[2]
+    secret = server.password or ""
+    assert secret
     parts = psutil.Process(up.pid).children(recursive=True)
     assert not [part for part in parts if secret in " ".join(part.cmdline())]
     assert not [log for log in (home / "logs").iterdir() if secret in log.read_text()]
@@ -101,3 +105,14 @@ def test_a_second_one_in_the_same_home_says_so(up: Process, env: dict[str, str])
     (sentence,) = again.stderr.splitlines()
     assert sentence.startswith("sluice: ")
     assert up.popen.poll() is None
+
+
+def test_it_says_who_may_reach_it(home: Path, env: dict[str, str]) -> None:
+    elsewhere = {"SLUICE_ALLOWED_HOSTS": "chat.example.com"}
+    log = home / "up.log"
+    process = Process([*SLUICE, "up", "--host", "0.0.0.0"], env | elsewhere, log)
+    try:
+        await_that(lambda: "no authentication yet" in log.read_text(), 60, log.read_text)
+        assert "Sluice is ready" in log.read_text()
+    finally:
+        process.kill_all()

@@ -1,0 +1,63 @@
+"""The models of a deployment: what SLUICE_MODEL and SLUICE_MODEL_ARGS make of the first one."""
+
+from pathlib import Path
+
+import pytest
+
+from tasks.errors import ConfigurationError
+from tasks.models import BUILT_IN, load_catalog
+from tasks.settings import Settings
+
+
+def test_a_directory_is_served_under_its_own_name(tmp_path: Path) -> None:
+    directory = tmp_path / "my-model"
+    model = load_catalog(BUILT_IN, str(directory)).default
+    assert (model.name, model.source, model.engine) == ("my-model", str(directory), "vllm")
+    assert {"sluice-demo", "gpt-3.5-turbo"} <= set(model.aliases)
+    assert not model.args
+
+
+def test_a_directory_is_found_from_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for given in ("models/mine", "./models/mine", "models/../models/mine/"):
+        assert Settings(home=tmp_path, model=given).model == str(tmp_path / "models" / "mine")
+    assert Settings(home=tmp_path, model="Qwen/Qwen3-0.6B").model == "Qwen/Qwen3-0.6B"
+
+
+def test_a_model_may_be_called_as_an_alias_of_the_demo() -> None:
+    catalog = load_catalog(BUILT_IN, "meta-llama/Meta-Llama-3-8B-Instruct")
+    assert catalog.default.source == "meta-llama/Meta-Llama-3-8B-Instruct"
+    assert catalog.resolve("sluice-demo") is catalog.default
+
+
+def test_flags_are_the_engines_arguments() -> None:
+    line = (
+        "--max_model_len 4096 --enforce-eager --dtype=float32 --max-num-seqs -1 "
+        "--lora-modules a=/a b=/b --hf-overrides.rope_theta 5 --chat-template 'with spaces'"
+    )
+    assert load_catalog(BUILT_IN, "Qwen/Qwen3-0.6B", line).default.args == {
+        "max-model-len": "4096",
+        "enforce-eager": True,
+        "dtype": "float32",
+        "max-num-seqs": "-1",
+        "lora-modules": ["a=/a", "b=/b"],
+        "hf-overrides.rope_theta": "5",
+        "chat-template": "with spaces",
+    }
+
+
+def test_flags_go_before_the_arguments_of_the_entry() -> None:
+    demo, changed = load_catalog(BUILT_IN), load_catalog(BUILT_IN, "", "--max_model_len 64")
+    assert changed.default.args == demo.default.args | {"max-model-len": "64"}
+    assert changed.default.aliases == demo.default.aliases
+
+
+@pytest.mark.parametrize(
+    "line", ["Qwen/Qwen3-0.6B", "-tp 2", "--dtype float32 -O3", "-- --dtype", "'"]
+)
+def test_what_is_no_flag_is_refused(line: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"no flag|closing quotation"):
+        load_catalog(BUILT_IN, "", line)
