@@ -131,8 +131,7 @@ def test_no_secret_but_that_of_redis_is_written_down(home: Path, postgres: Postg
         "SLUICE_API_KEY": "marked-key",
         "SLUICE_ALERT_WEBHOOK": "https://marked.example/hook",
         "SLUICE_WEBHOOK_SECRETS": f"whsec_{'MARKED' * 4}",
-        "SLUICE_DATABASE_URL": postgres.create_database().replace("@", ":marked@")
-        + "?password=marked",
+        "SLUICE_DATABASE_URL": database.replace("@", ":marked@") + "?password=marked",
     }
     up = _up(home, "--model", "sim", "--port", str(free_port()), **secrets)
     try:
