@@ -1,7 +1,6 @@
 """Starts gunicorn with gevent, in place of the calling process."""
 
 import ipaddress
-import logging
 import os
 import re
 import resource
@@ -15,8 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from db import migrate
 from tasks.models import get_catalog
 from tasks.settings import get_settings
-
-log = logging.getLogger(__name__)
+from tasks.trouble import database_trouble, refuse_lasting, refuse_unusable
 
 MOST_FILES = 16_384
 LOOPBACK_NAMES = "localhost,127.0.0.1,::1"
@@ -29,18 +27,22 @@ def serve(bind: str) -> NoReturn:
     imported; a fresh process is the only one where that is so.
 
     Raises:
-        ConfigurationError: a setting or models.yaml is wrong; checked here, before the exec.
+        SluiceError: what is set cannot work; checked here, before the exec.
+        OSError: the state directory cannot be written.
     """
     get_catalog()
+    settings = get_settings()
+    refuse_unusable(settings)
     try:
-        migrate(get_settings().database_url)
-    except (SQLAlchemyError, OSError) as away:
-        log.warning("the database is away, background jobs get 503 until it is back: %s", away)
+        migrate(settings.database_url)
+    except SQLAlchemyError as failure:
+        # Merely away: jobs in the background get 503 until it is back.
+        refuse_lasting(database_trouble(failure, settings))
     _make_metrics_directory(bind)
     _allow_files()
-    if not get_settings().allowed_hosts and is_loopback(bind.rpartition(":")[0]):
+    if not settings.allowed_hosts and is_loopback(bind.rpartition(":")[0]):
         os.environ["SLUICE_ALLOWED_HOSTS"] = LOOPBACK_NAMES
-    processes = str(get_settings().api_processes)
+    processes = str(settings.api_processes)
     # -P: what lies in the working directory is not ours.
     os.execv(sys.executable, [sys.executable, "-P", "-m", "api.gunicorn_app", bind, processes])
 

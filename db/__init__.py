@@ -5,7 +5,7 @@ read and written) and `jobs.py`. A change to a table is a new file in migrations
 Alembic drafts (migrations/env.py says how); a test holds tables and migrations equal.
 """
 
-from db.schema import migrate
+from db.schema import migrate, reach
 from db.session import get_engine, reading, writing
 
-__all__ = ["get_engine", "migrate", "reading", "writing"]
+__all__ = ["get_engine", "migrate", "reach", "reading", "writing"]

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from sqlalchemy import Connection, func, make_url, select
+from sqlalchemy import Connection, func, select
 from sqlalchemy.pool import NullPool
 
-from db.session import for_writing, make_engine
+from db.session import BUSY_TIMEOUT_S, for_writing, make_engine, parse
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -28,9 +28,7 @@ def migrate(url: str) -> None:
     from alembic import command
     from alembic.config import Config
 
-    location = make_url(url)
-    if location.get_backend_name() == "sqlite" and location.database:
-        Path(location.database).parent.mkdir(parents=True, exist_ok=True)
+    _make_directory(url)
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     engine = make_engine(url, MIGRATION_S, poolclass=NullPool)
@@ -39,6 +37,23 @@ def migrate(url: str) -> None:
             connection.execute(select(func.pg_advisory_xact_lock(_LOCK)))
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+
+
+def reach(url: str) -> None:
+    """Connects once, to see that the database is there; makes SQLite's directory.
+
+    Raises:
+        SQLAlchemyError: the database is away or refuses.
+        OSError: SQLite's directory cannot be made.
+    """
+    _make_directory(url)
+    make_engine(url, BUSY_TIMEOUT_S, poolclass=NullPool).connect().close()
+
+
+def _make_directory(url: str) -> None:
+    location = parse(url)
+    if location.get_backend_name() == "sqlite" and location.database:
+        Path(location.database).parent.mkdir(parents=True, exist_ok=True)
 
 
 def revisions(connection: Connection) -> tuple[str | None, list[str]]:

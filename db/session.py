@@ -11,9 +11,19 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, func, inspect, make_url, select
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    create_engine,
+    event,
+    func,
+    inspect,
+    make_url,
+    select,
+)
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Session
 
 # Waiting for SQLite's lock stops a whole process under gevent: it is tried again instead.
@@ -90,6 +100,18 @@ def insert_new(session: Session, rows: Sequence[DeclarativeBase]) -> int:
     return session.connection().execute(once, values, execution_options=counted).rowcount
 
 
+def parse(url: str) -> URL:
+    """The parts of the URL.
+
+    Raises:
+        ArgumentError: it is none.
+    """
+    try:
+        return make_url(url)
+    except ValueError:
+        raise ArgumentError("its port is no number") from None
+
+
 def for_writing(engine: Engine) -> Engine:
     """The same engine, whose transactions hold SQLite's write lock from their start."""
     return engine.execution_options(**{_BEGIN: "IMMEDIATE"})
@@ -99,7 +121,7 @@ def make_engine(url: str, busy_timeout_s: float, **options: Any) -> Engine:
     """A new engine; `busy_timeout_s` is how long SQLite waits for another writer."""
     # Its errors show parameters otherwise, which are what was asked and answered.
     options["hide_parameters"] = True
-    if make_url(url).get_backend_name() == "sqlite":
+    if parse(url).get_backend_name() == "sqlite":
         engine = create_engine(url, connect_args={"timeout": busy_timeout_s}, **options)
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "begin", _begin_sqlite)

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import psutil
 
-from deploy.findings import without_password
 from deploy.install import WITHOUT_VLLM
-from deploy.redis_server import answers
 from gpu_worker.orphans import refuse_orphans
 from gpu_worker.sources import refuse_missing
 from tasks.errors import SluiceError
 from tasks.models import Catalog
-from tasks.settings import Settings
+from tasks.settings import PREFIX, Settings
+from tasks.trouble import REDIS_URLS, ask_redis, refuse_full_disk
 
 ENGINE_MEMORY_GIB = 2.0
 
@@ -31,18 +30,13 @@ def only_one(home: Path) -> Iterator[None]:
     """Holds the state directory for this `sluice up` alone.
 
     Raises:
-        StartError: another one holds it, or it cannot be written.
+        SluiceError: another one holds it, or its disk is full.
+        OSError: it cannot be written.
     """
-    try:
-        (home / "run").mkdir(parents=True, exist_ok=True)
-        (home / "logs").mkdir(exist_ok=True)
-        lock = (home / "run" / "up.lock").open("a+")
-    except OSError as refused:
-        raise StartError(
-            f"cannot write to {home} ({refused.strerror}); "
-            "set SLUICE_HOME to a directory that you may write to"
-        ) from None
-    with lock:
+    refuse_full_disk(home)
+    (home / "run").mkdir(parents=True, exist_ok=True)
+    (home / "logs").mkdir(exist_ok=True)
+    with (home / "run" / "up.lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -66,12 +60,9 @@ def check_machine(settings: Settings, catalog: Catalog) -> None:
     _check_address(settings.host, settings.port)
     _check_models(catalog)
     refuse_orphans()
-    if "SLUICE_REDIS_URL" in os.environ and not answers(settings.redis_url):
-        raise StartError(
-            f"no Redis answers at SLUICE_REDIS_URL={without_password(settings.redis_url)}; "
-            "start it, "
-            "or unset the variable: then Sluice starts one of its own"
-        )
+    configured = [name for name in REDIS_URLS if f"{PREFIX}{name.upper()}" in os.environ]
+    if trouble := ask_redis(settings, configured):
+        raise trouble.error
 
 
 def _check_address(host: str, port: int) -> None:

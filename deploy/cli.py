@@ -18,9 +18,19 @@ class Program(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
         except SluiceError as wrong:
-            click.echo(f"sluice: {wrong}", err=True)
-            ctx.exit(2)
+            error = wrong
+        except Exception as failure:  # the boundary of the process
+            from deploy.findings import find_trouble
+
+            trouble = find_trouble(failure)
+            if trouble is None:
+                raise
+            error = trouble.error
+        click.echo(f"sluice: {error}", err=True)
+        raise click.exceptions.Exit(2)
 
 
 @click.group(cls=Program)

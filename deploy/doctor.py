@@ -15,8 +15,9 @@ import orjson
 
 from deploy import doctor_parts as parts
 from deploy import doctor_servers as servers
-from deploy.findings import Level, Remark, UnusableError, explain, warning, wrong
+from deploy.findings import Level, Remark, UnusableError, find_trouble, warning, wrong
 from tasks.settings import Settings, get_settings
+from tasks.trouble import explain
 
 LONGEST_CHECK_S = 8.0
 
@@ -121,6 +122,9 @@ class _Outcome:
         except UnusableError as unusable:
             self.remarks.append(unusable.remark)
         except Exception as failure:  # noqa: BLE001 (one broken part must not hide the others)
+            if trouble := find_trouble(failure):
+                self.remarks.append(wrong(trouble.found, trouble.do))
+                return
             what = f"{type(failure).__name__}: {explain(failure, self.settings)}"
             self.remarks.append(wrong(f"the check itself failed ({what})", "report this line"))
 

@@ -2,7 +2,6 @@
 
 import os
 import resource
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -12,17 +11,18 @@ from urllib.parse import urlsplit
 import httpx
 
 from deploy.checks import listener
-from deploy.doctor_servers import open_redis
-from deploy.findings import Remark, UnusableError, explain, ok, warning, without_password, wrong
+from deploy.findings import Remark, UnusableError, ok, warning, wrong
 from deploy.install import WITHOUT_VLLM
 from gpu_worker.sources import refuse_missing
 from tasks import keys, running
 from tasks.backlog import Backlog
+from tasks.connections import connect_once
 from tasks.control import WorkerState, maintenance
 from tasks.errors import NoWorkerError, SluiceError
 from tasks.message import Lane
 from tasks.models import BUILT_IN, get_catalog
-from tasks.settings import PREFIX, Settings
+from tasks.settings import PREFIX, Settings, without_password
+from tasks.trouble import MAKE_ROOM, explain, free_bytes
 from tasks.vitals import look
 
 API_TIMEOUT_S = 3.0
@@ -58,7 +58,7 @@ def check_models(settings: Settings) -> Iterator[Remark]:
 def check_workers(settings: Settings) -> Iterator[Remark]:
     """Whether each model that has work, or may get it, has a worker."""
     listed = [model.name for model in get_catalog().models]
-    with open_redis(settings.redis_url) as redis:
+    with connect_once(settings.redis_url) as redis:
         seen = look(Backlog(redis, settings), listed)
     for model in seen.models:
         states = Counter(worker.state for worker in seen.workers if worker.model == model)
@@ -83,7 +83,7 @@ def _judge_workers(model: str, states: Counter[WorkerState], waiting: int) -> Re
 
 def check_maintenance(settings: Settings) -> Iterator[Remark]:
     """Whether the reaper ran lately."""
-    with open_redis(settings.redis_url) as redis:
+    with connect_once(settings.redis_url) as redis:
         process = maintenance(redis)
     if process is None:
         yield wrong(
@@ -96,7 +96,7 @@ def check_maintenance(settings: Settings) -> Iterator[Remark]:
 
 def check_ledger(settings: Settings) -> Iterator[Remark]:
     """Whether what happens gets into SQL."""
-    with open_redis(settings.redis_url) as redis:
+    with connect_once(settings.redis_url) as redis:
         now_s, _ = redis.time()
         oldest: Any = redis.xrange(keys.LEDGER, count=1)
         waiting = redis.xlen(keys.LEDGER)
@@ -113,7 +113,7 @@ def check_ledger(settings: Settings) -> Iterator[Remark]:
 
 def check_pauses(settings: Settings) -> Iterator[Remark]:
     """Models that somebody has paused."""
-    with open_redis(settings.redis_url) as redis:
+    with connect_once(settings.redis_url) as redis:
         paused = sorted(Backlog(redis, settings).paused())
     for model in paused:
         yield warning(f"{model} is paused", f"`sluice resume {model}` ends that")
@@ -190,13 +190,14 @@ def _judge_unready(url: str, state: Any) -> Remark:
 
 def check_disk(settings: Settings) -> Iterator[Remark]:
     """Space where the state is kept."""
-    there = next(path for path in (settings.home, *settings.home.parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    found, do = f"{free / 2**30:.1f} GiB are free at {settings.home}", "delete what is not needed"
+    free = free_bytes(settings.home)
+    found = f"{free / 2**30:.1f} GiB are free at {settings.home}"
     if free < NO_DISK_BYTES:
-        yield wrong(found, do)
+        yield wrong(
+            f"the disk of {settings.home} is full: {free / 2**20:.0f} MiB are free", MAKE_ROOM
+        )
     else:
-        yield warning(found, do) if free < LITTLE_DISK_BYTES else ok(found)
+        yield warning(found, MAKE_ROOM) if free < LITTLE_DISK_BYTES else ok(found)
 
 
 def check_open_files(_settings: Settings) -> Iterator[Remark]:

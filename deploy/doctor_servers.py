@@ -8,22 +8,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from redis import Redis
-from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, BusyLoadingError, NoPermissionError, RedisError
-from redis.retry import Retry
-from sqlalchemy import Connection, Engine, create_engine, make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from redis.exceptions import RedisError
+from sqlalchemy import Connection, Engine, create_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from db import dead
 from db.schema import revisions
 from db.session import CONNECT_TIMEOUT_S as SQL_TIMEOUT_S
-from db.session import database_now
-from deploy.findings import Remark, UnusableError, explain, ok, warning, without_password, wrong
-from tasks.connections import COMMAND_TIMEOUT_S, CONNECT_TIMEOUT_S
-from tasks.settings import PREFIX, Settings
+from db.session import database_now, parse
+from deploy.findings import Remark, UnusableError, ok, warning, wrong
+from tasks.connections import connect_once
+from tasks.settings import Settings, without_password
+from tasks.trouble import MORE_MEMORY, SAME_HOME, ask_redis, judge_redis
 
 # The first with all commands that tasks/ uses.
 LEAST_REDIS = (7, 0)
@@ -31,7 +28,6 @@ MEMORY_HIGH = 0.8
 MEMORY_FULL = 0.95
 CLOCK_APART_S = 2.0
 
-SAME_HOME = "beside a `sluice up`, set SLUICE_HOME as it is there"
 NTP = "have NTP set both clocks (`timedatectl`): times in lists are wrong; leases do not mind"
 
 
@@ -49,43 +45,19 @@ def check_bus(settings: Settings) -> Iterator[Remark]:
 
 
 def _check_redis(settings: Settings, name: str) -> Iterator[Remark]:
-    url, variable = getattr(settings, name), f"{PREFIX}{name.upper()}"
+    url = getattr(settings, name)
     try:
-        with open_redis(url) as redis:
+        with connect_once(url) as redis:
             info: Any = redis.info()
     except RedisError as failure:
-        raise UnusableError(
-            f"no Redis answers at {without_password(url)} ({explain(failure, settings)})",
-            _redis_remedy(failure, variable),
-        ) from None
-    except ValueError:
-        raise UnusableError(
-            f"{variable} is no URL of a Redis",
-            "write it as redis://[USER:PASSWORD@]HOST:PORT/0, with odd characters as %XX",
-        ) from None
+        unusable = judge_redis(failure, settings, name)
+        raise UnusableError(unusable.found, unusable.do) from None
     yield _judge_version(info, without_password(url))
-    yield _judge_persistence(info)
+    # One that takes no writes has answered the question all the same.
+    trouble = ask_redis(settings, [name])
+    yield wrong(trouble.found, trouble.do) if trouble else _judge_persistence(info)
     yield _judge_eviction(info)
     yield _judge_memory(info)
-
-
-@contextmanager
-def open_redis(url: str) -> Iterator[Redis]:
-    """A client that tries once: four rounds of waiting for a silent server are too long here."""
-    bounds = {"socket_connect_timeout": CONNECT_TIMEOUT_S, "socket_timeout": COMMAND_TIMEOUT_S}
-    redis = Redis.from_url(url, retry=Retry(NoBackoff(), 0), **bounds)
-    try:
-        yield redis
-    finally:
-        redis.close()
-
-
-def _redis_remedy(failure: RedisError, variable: str) -> str:
-    if isinstance(failure, (AuthenticationError, NoPermissionError)):
-        return f"give {variable} a user and a password that may use all commands"
-    if isinstance(failure, BusyLoadingError):
-        return "wait until it has loaded its data"
-    return f"start it, or set {variable} to where it runs; {SAME_HOME}"
 
 
 def _judge_version(info: dict[str, Any], url: str) -> Remark:
@@ -135,7 +107,7 @@ def _judge_eviction(info: dict[str, Any]) -> Remark:
 def _judge_memory(info: dict[str, Any]) -> Remark:
     used, limit = info["used_memory"], info["maxmemory"]
     found = f"{used / 2**20:.0f} of {limit / 2**20:.0f} MiB in use"
-    do = "give it a greater maxmemory, or shorten SLUICE_LOG_RETENTION_S"
+    do = MORE_MEMORY
     if not limit:
         limit = info.get("total_system_memory", math.inf)
         found = f"{used / 2**20:.0f} MiB in use, no maxmemory is set"
@@ -183,32 +155,16 @@ def _open_database(settings: Settings) -> Iterator[Connection]:
     """A connection for reading.
 
     Raises:
-        UnusableError: there is no database, or it does not answer.
+        UnusableError: there is no database.
+        SQLAlchemyError: it does not answer.
     """
-    url = without_password(settings.database_url)
-    try:
-        with _make_engine(settings).connect() as connection:
-            yield connection
-    except ImportError as missing:
-        raise UnusableError(
-            f"there is no driver for {url} ({missing})", "install Sluice with its extra `postgres`"
-        ) from None
-    except SQLAlchemyError as failure:
-        raise UnusableError(
-            f"no database answers at {url} ({explain(failure, settings)})",
-            "start it, or set SLUICE_DATABASE_URL to where it runs",
-        ) from None
+    with _make_engine(settings).connect() as connection:
+        yield connection
 
 
 def _make_engine(settings: Settings) -> Engine:
     """An engine that changes nothing: SQLite's file is not made, its journal not switched."""
-    try:
-        location = make_url(settings.database_url)
-    except (ArgumentError, ValueError):
-        raise UnusableError(
-            "SLUICE_DATABASE_URL is no URL of SQLAlchemy's",
-            "write it as postgresql+psycopg://USER:PASSWORD@HOST:PORT/NAME, odd characters as %XX",
-        ) from None
+    location = parse(settings.database_url)
     if location.get_backend_name() != "sqlite" or not location.database:
         bounds = {"connect_timeout": SQL_TIMEOUT_S}
         return create_engine(location, poolclass=NullPool, connect_args=bounds)
@@ -237,8 +193,8 @@ def check_dead_letters(settings: Settings) -> Iterator[Remark]:
 
 def check_redis_clock(settings: Settings) -> Iterator[Remark]:
     """The clock of this machine against that of the queue's Redis."""
-    with open_redis(settings.redis_url) as redis:
-        redis.ping()
+    with connect_once(settings.redis_url) as redis:
+        redis.time()  # connects
         before_s = time.time()
         answer: Any = redis.time()
         here_s = (before_s + time.time()) / 2

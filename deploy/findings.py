@@ -1,14 +1,10 @@
-"""What the checks of `sluice doctor` say, and how they say it without a password."""
+"""What the checks of `sluice doctor` say, and what the program says of errors of libraries."""
 
-import re
 from enum import StrEnum
 from typing import NamedTuple
-from urllib.parse import unquote
 
-from tasks.settings import SECRET_FIELDS, Settings
-
-# In this order: `?password=`; `://user:password@` up to the last @, as people forget to escape.
-_PASSWORDS = re.compile(r"(?i)(password=)([^&]+)"), re.compile(r"(://[^:@/?]*:)(.+)(?=@)")
+from tasks.settings import get_settings
+from tasks.trouble import Trouble, database_trouble, disk_trouble, redis_trouble
 
 
 class Level(StrEnum):
@@ -45,25 +41,17 @@ def wrong(found: str, do: str) -> Remark:
     return Remark(Level.WRONG, found, do)
 
 
-def without_password(url: str) -> str:
-    """The URL as it may be shown, also one that cannot be parsed."""
-    for password in _PASSWORDS:
-        url = password.sub(r"\1…", url)
-    return url
+def find_trouble(failure: Exception) -> Trouble | None:
+    """The trouble behind an error of a library or the system; None: it is a fault of ours."""
+    from alembic.util import CommandError
+    from redis.exceptions import RedisError
+    from sqlalchemy.exc import SQLAlchemyError
 
-
-def explain(error: BaseException, settings: Settings) -> str:
-    """The first line of an error that somebody else has worded, without any of our secrets."""
-    text = (str(error) or type(error).__name__).splitlines()[0]
-    for secret in sorted(_secrets(settings), key=len, reverse=True):
-        text = text.replace(secret, "…")
-    return text
-
-
-def _secrets(settings: Settings) -> set[str]:
-    urls = settings.redis_url, settings.bus_url, settings.database_url, settings.api_url
-    found = {
-        match[2] for url in urls for password in _PASSWORDS for match in password.finditer(url)
-    }
-    found |= {getattr(settings, name) for name in SECRET_FIELDS} | set(settings.signing_secrets)
-    return {form for secret in found if secret for form in (secret, unquote(secret))}
+    if isinstance(failure, RedisError):
+        return redis_trouble(failure, get_settings())
+    if isinstance(failure, OSError):
+        return disk_trouble(failure)
+    is_driver = isinstance(failure, ImportError) and "psycopg" in str(failure)
+    if is_driver or isinstance(failure, (SQLAlchemyError, CommandError)):
+        return database_trouble(failure, get_settings())
+    return None

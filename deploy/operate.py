@@ -1,44 +1,22 @@
 """The operator's commands: drain, pause, resume, dead. They need Redis and SQL, not the API."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
 
-from deploy.findings import without_password
-from tasks.errors import DatabaseUnavailableError, QueueUnavailableError
 from tasks.settings import get_settings
 
 if TYPE_CHECKING:
     from tasks.jobs import Jobs
 
 
-@contextmanager
-def queue() -> Iterator["Jobs"]:
-    """The queue; and one sentence instead of a traceback when Redis or SQL is away.
-
-    Raises:
-        QueueUnavailableError, DatabaseUnavailableError: that.
-    """
-    from redis.exceptions import RedisError
-    from sqlalchemy.exc import SQLAlchemyError
-
+def queue() -> "Jobs":
+    """The queue that the settings name."""
     from tasks.connections import connect
     from tasks.jobs import Jobs
 
     settings = get_settings()
-    try:
-        yield Jobs(connect(settings.redis_url), connect(settings.bus_url))
-    except RedisError as away:
-        raise QueueUnavailableError(
-            f"no Redis answers at {without_password(settings.redis_url)} ({away}); "
-            "start it, or set SLUICE_REDIS_URL"
-        ) from None
-    except SQLAlchemyError as away:
-        raise DatabaseUnavailableError(
-            f"the database does not answer ({away}); start it, or set SLUICE_DATABASE_URL"
-        ) from None
+    return Jobs(connect(settings.redis_url), connect(settings.bus_url))
 
 
 @click.command()
@@ -50,15 +28,15 @@ def drain(worker: str | None) -> None:
 
     from tasks import control
 
-    with queue() as jobs:
-        if worker is not None:
-            control.drain(jobs.backlog.redis, jobs.bus, worker)
-            click.echo(f"{worker} drains; what it has not finished in time others go on with")
-            return
-        table = Table("worker", "model", "state", "running", "slots", box=None)
-        for found in control.workers(jobs.backlog.redis):
-            table.add_row(found.id, found.model, found.state, str(found.running), str(found.slots))
-        Console(highlight=False).print(table)
+    jobs = queue()
+    if worker is not None:
+        control.drain(jobs.backlog.redis, jobs.bus, worker)
+        click.echo(f"{worker} drains; what it has not finished in time others go on with")
+        return
+    table = Table("worker", "model", "state", "running", "slots", box=None)
+    for found in control.workers(jobs.backlog.redis):
+        table.add_row(found.id, found.model, found.state, str(found.running), str(found.slots))
+    Console(highlight=False).print(table)
 
 
 @click.command()
@@ -67,9 +45,9 @@ def pause(model: str) -> None:
     """Have no worker take jobs of MODEL; its backlog goes on growing."""
     from tasks.models import get_catalog
 
-    with queue() as jobs:
-        name = get_catalog().resolve(model).name
-        jobs.backlog.pause(name)
+    jobs = queue()
+    name = get_catalog().resolve(model).name
+    jobs.backlog.pause(name)
     click.echo(f"{name} is paused; `sluice resume {name}` ends that")
 
 
@@ -79,9 +57,9 @@ def resume(model: str) -> None:
     """End the pause of MODEL."""
     from tasks.models import get_catalog
 
-    with queue() as jobs:
-        name = get_catalog().resolve(model).name
-        jobs.backlog.resume(name)
+    jobs = queue()
+    name = get_catalog().resolve(model).name
+    jobs.backlog.resume(name)
     click.echo(f"{name} is served again")
 
 
@@ -102,8 +80,7 @@ def list_dead(limit: int, as_json: bool) -> None:
     from db import dead as letters
     from tasks import dead
 
-    with queue():
-        found = letters.letters(get_settings().database_url, limit)
+    found = letters.letters(get_settings().database_url, limit)
     if as_json:
         for job in found:
             click.echo(orjson.dumps(dead.describe(job)))
@@ -124,8 +101,7 @@ def show_dead(job: str) -> None:
 
     from tasks import dead
 
-    with queue():
-        view = dead.show(get_settings().database_url, job)
+    view = dead.show(get_settings().database_url, job)
     click.echo(orjson.dumps(view, option=orjson.OPT_INDENT_2))
 
 
@@ -135,10 +111,10 @@ def retry_dead(job: tuple[str, ...]) -> None:
     """Queue each JOB again, as a new job."""
     from tasks import dead
 
-    with queue() as jobs:
-        for job_id in job:
-            again = dead.retry(jobs, get_settings().database_url, job_id)
-            click.echo(f"{job_id} is queued again as {again}")
+    jobs = queue()
+    for job_id in job:
+        again = dead.retry(jobs, get_settings().database_url, job_id)
+        click.echo(f"{job_id} is queued again as {again}")
 
 
 @dead_letters.command("purge")
@@ -150,8 +126,7 @@ def purge_dead(job: tuple[str, ...], every: bool) -> None:
 
     if bool(job) == every:
         raise click.UsageError("name the jobs, or give --all")
-    with queue():
-        deleted = letters.purge(get_settings().database_url, None if every else job)
+    deleted = letters.purge(get_settings().database_url, None if every else job)
     click.echo(f"{deleted} deleted")
 
 

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import click
 import orjson
+from redis.exceptions import RedisError
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -19,10 +20,10 @@ from deploy.operate import queue
 from tasks.control import WorkerState, WorkerView
 from tasks.counts import Counted, Happening
 from tasks.depth import Depth
-from tasks.errors import QueueUnavailableError
 from tasks.message import Lane, State
 from tasks.models import get_catalog
 from tasks.settings import get_settings
+from tasks.trouble import redis_trouble
 from tasks.vitals import Vitals, look
 
 REFRESH_S = 1.0
@@ -87,6 +88,7 @@ class Observer:
 
     def __init__(self) -> None:
         self._listed = [model.name for model in get_catalog().models]
+        self._backlog = queue().backlog
         self._last: Vitals | None = None
         self._last_s = 0.0
 
@@ -94,10 +96,9 @@ class Observer:
         """What is so now, with rates since the look before.
 
         Raises:
-            QueueUnavailableError: Redis does not answer.
+            RedisError: Redis does not answer, or is full.
         """
-        with queue() as jobs:
-            seen, now_s = look(jobs.backlog, self._listed), time.monotonic()
+        seen, now_s = look(self._backlog, self._listed), time.monotonic()
         last, interval_s = self._last, now_s - self._last_s
         self._last, self._last_s = seen, now_s
         return Status(
@@ -156,7 +157,7 @@ def run(*, once: bool, as_json: bool) -> None:
     """Shows the status until Ctrl-C; once if asked to, and where nobody watches.
 
     Raises:
-        QueueUnavailableError: Redis does not answer.
+        RedisError: Redis does not answer, or is full.
         ConfigurationError: a setting or models.yaml is wrong.
     """
     console, is_terminal = Console(highlight=False), sys.stdout.isatty()
@@ -182,8 +183,8 @@ def _watch(console: Console, observer: Observer, status: Status) -> NoReturn:
             time.sleep(REFRESH_S)
             try:
                 status, trouble = observer.look(), ""
-            except QueueUnavailableError as away:
-                trouble = f"as last seen: {away}"
+            except RedisError as away:
+                trouble = f"as last seen: {redis_trouble(away, get_settings()).error}"
             live.update(Group(_render(status), Text(trouble, BAD)), refresh=True)
 
 

@@ -45,6 +45,7 @@ from tasks.models import Model, get_catalog
 from tasks.response import assemble
 from tasks.settings import get_settings
 from tasks.token_log import TokenLog
+from tasks.trouble import refuse_unusable
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ def run(model_name: str) -> int:
         SluiceError: the model or a setting is wrong, or the engine cannot be loaded.
     """
     logs.configure(get_settings())
+    refuse_unusable(get_settings())
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     orphans.refuse_orphans()
     return Worker(get_catalog().resolve(model_name)).run()

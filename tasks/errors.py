@@ -236,6 +236,10 @@ class DatabaseUnavailableError(SluiceError):
     retry_after_s = 2.0
 
 
+class DiskFullError(SluiceError):
+    """A disk is full; delete what is not needed there."""
+
+
 class RequestTimeoutError(SluiceError):
     """The answer was not ready within the time limit; the job ends unless it is to continue."""
 

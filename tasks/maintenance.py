@@ -14,6 +14,7 @@ from collections.abc import Callable
 from celery.beat import EmbeddedService
 from sqlalchemy.exc import SQLAlchemyError
 
+from db import reach
 from db.jobs import delete_old
 from tasks import counts, keys, logs
 from tasks.alerts import Alerter
@@ -26,6 +27,7 @@ from tasks.models import get_catalog
 from tasks.reconciler import Reconciler
 from tasks.settings import get_settings
 from tasks.sweeper import Sweeper
+from tasks.trouble import database_trouble, refuse_lasting, refuse_unusable
 from tasks.webhooks import Deliverer
 
 log = logging.getLogger(__name__)
@@ -158,6 +160,12 @@ def run() -> int:
     """Runs maintenance until a signal; returns the exit code."""
     settings = get_settings()
     logs.configure(settings)
+    refuse_unusable(settings)
+    try:
+        reach(settings.database_url)
+    except SQLAlchemyError as failure:
+        # Merely away: jobs of dead workers do not wait for it.
+        refuse_lasting(database_trouble(failure, settings))
     os.nice(NICENESS)
     celery = get_celery()
     schedule = {}

@@ -2,12 +2,14 @@
 
 import re
 import shlex
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 
 from tasks.errors import ConfigurationError, ModelNotFoundError
 from tasks.settings import get_settings
@@ -33,22 +35,22 @@ class Model(BaseModel):
 
     @field_validator("env", mode="before")
     @classmethod
-    def _strings(cls, env: dict[str, Any]) -> dict[str, str]:
-        return {name: str(value) for name, value in env.items()}
+    def _strings(cls, env: Any) -> Any:
+        return {k: str(value) for k, value in env.items()} if isinstance(env, dict) else env
 
 
 class Catalog:
     """All models; the first one is the default."""
 
     def __init__(self, models: list[Model]) -> None:
-        if not models:
-            raise ConfigurationError("models.yaml names no model; give it at least one")
         self.models = models
         self._by_name: dict[str, Model] = {}
         for model in models:
             for name in (model.name, *model.aliases):
                 if name in self._by_name:
-                    raise ConfigurationError(f"models.yaml uses the name {name!r} twice")
+                    raise ConfigurationError(
+                        f"two models have the name {name!r}: SLUICE_MODEL gives the first one's"
+                    )
                 self._by_name[name] = model
 
     @property
@@ -74,6 +76,12 @@ class Catalog:
             raise ModelNotFoundError(name, self._by_name) from None
 
 
+class _Document(BaseModel):
+    """What models.yaml holds; other keys are for YAML's own anchors."""
+
+    models: list[Model] = Field(min_length=1)
+
+
 def load_catalog(path: Path, default_source: str = "", default_args: str = "") -> Catalog:
     """Reads models.yaml; `default_source` replaces the first model, `default_args` add to it.
 
@@ -81,23 +89,88 @@ def load_catalog(path: Path, default_source: str = "", default_args: str = "") -
         ConfigurationError: the file is missing, is no YAML, or an entry is wrong.
     """
     try:
-        document = yaml.safe_load(path.read_text())
-        models = [Model(**entry) for entry in document["models"]]
+        models = _read(path)
     except OSError as missing:
-        raise ConfigurationError(f"cannot read {path}: {missing.strerror}") from None
-    except ValidationError as refused:
-        raise ConfigurationError(f"{path}: {_explain(refused)}") from None
-    except (yaml.YAMLError, KeyError, TypeError) as broken:
-        raise ConfigurationError(f"{path} must hold a list `models:` ({broken!r})") from None
-    if default_source and models:
+        raise ConfigurationError(
+            f"cannot read {path} ({missing.strerror}); set SLUICE_MODELS to the path of a "
+            "models.yaml, or unset it: then the bundled demo is served"
+        ) from None
+    if default_source:
         models[0] = _replaced(models[0], default_source)
     if default_args and models:
         models[0] = _with_args(models[0], default_args)
     return Catalog(models)
 
 
-def _explain(refused: ValidationError) -> str:
-    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in refused.errors())
+def _read(path: Path) -> list[Model]:
+    root = None
+    try:
+        loader = yaml.SafeLoader(path.read_bytes())
+        root = loader.get_single_node()
+        document = loader.construct_document(root) if root else None
+        models = _Document.model_validate(document if isinstance(document, dict) else {}).models
+    except ValidationError as refused:
+        wrong = [_Place(path, root, error["loc"]).says(_word(error)) for error in refused.errors()]
+        raise ConfigurationError("; ".join(wrong)) from None
+    except (yaml.YAMLError, ValueError) as broken:
+        mark = getattr(broken, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else path
+        why = getattr(broken, "problem", None) or getattr(broken, "reason", None) or broken
+        raise ConfigurationError(f"{where}: not YAML ({why}); mend that line") from None
+    _refuse_doubled(models, path, root)
+    return models
+
+
+def _word(error: ErrorDetails) -> str:
+    if error["type"] == "extra_forbidden":
+        return f"no model has such a field; there are {', '.join(Model.model_fields)}"
+    return error["msg"]
+
+
+def _refuse_doubled(models: list[Model], path: Path, root: yaml.Node | None) -> None:
+    taken: dict[str, _Place] = {}
+    for number, model in enumerate(models):
+        fields: dict[tuple[int | str, ...], str] = {("name",): model.name}
+        fields |= {("aliases", index): alias for index, alias in enumerate(model.aliases)}
+        for field, name in fields.items():
+            place = _Place(path, root, ("models", number, *field))
+            if name in taken:
+                raise ConfigurationError(
+                    place.says(f"line {taken[name].line} has the name {name!r} already")
+                )
+            taken[name] = place
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A field of models.yaml, there or missing."""
+
+    path: Path
+    root: yaml.Node | None
+    field: tuple[int | str, ...]
+
+    def says(self, what: str) -> str:
+        return f"{self.path}, line {self.line}: {'.'.join(map(str, self.field))}: {what}"
+
+    @property
+    def line(self) -> int:
+        """That of the field, or of what should hold it."""
+        line, node = 0, self.root
+        for step in self.field:
+            children = _children(node)
+            if step not in children:
+                break
+            line, node = children[step]
+        return line + 1
+
+
+def _children(node: yaml.Node | None) -> dict[int | str, tuple[int, yaml.Node]]:
+    """What a list or mapping of the file holds, each with its line."""
+    if isinstance(node, yaml.MappingNode):
+        return {key.value: (key.start_mark.line, value) for key, value in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return {number: (item.start_mark.line, item) for number, item in enumerate(node.value)}
+    return {}
 
 
 def _replaced(default: Model, source: str) -> Model:

@@ -5,6 +5,7 @@
 
 import base64
 import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -23,6 +24,10 @@ SECRET_FIELDS = frozenset({"webhook_secrets", "alert_webhook", "api_key", "admin
 HOME = Path("~/.sluice")
 # Who listens there is reached here.
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 (compared only)
+# In this order: `?password=`; `://user:password@` up to the last @, as people forget to escape.
+PASSWORDS = re.compile(r"(?i)(password=)([^&]+)"), re.compile(r"(://[^:@/?]*:)(.+)(?=@)")
+
+DATABASES = re.compile(r"(sqlite|postgresql(\+psycopg)?)://")
 
 
 class Settings(BaseSettings):
@@ -35,7 +40,9 @@ class Settings(BaseSettings):
     )
     bus_url: str = Field("", description="token logs and pub/sub; empty: the same as redis_url")
     database_url: str = Field("", description="SQLAlchemy URL; empty: SQLite in home")
-    home: Path = Field(HOME, description="state: database, logs, embedded Redis")
+    home: Path = Field(
+        HOME, validate_default=True, description="state: database, logs, embedded Redis"
+    )
     models: Path | None = Field(None, description="path of models.yaml; empty: the bundled demo")
     model: str = Field("", description="source that replaces the default model's")
     model_args: str = Field("", description="more flags of the default model's engine")
@@ -136,6 +143,37 @@ class Settings(BaseSettings):
         """The single origins of `allowed_origins`."""
         return tuple(origin.rstrip("/") for origin in _split(self.allowed_origins))
 
+    @field_validator("redis_url", "bus_url")
+    @classmethod
+    def _check_redis_url(cls, url: str) -> str:
+        if url:
+            # Commands that never speak to Redis start without its library.
+            from tasks.connections import check_url
+
+            check_url(url)
+        return url
+
+    @field_validator("database_url")
+    @classmethod
+    def _check_database_url(cls, url: str) -> str:
+        if url and not DATABASES.match(url):
+            raise ValueError(
+                "write it as sqlite:////PATH or, for PostgreSQL, "
+                "postgresql+psycopg://USER:PASSWORD@HOST:PORT/NAME"
+            )
+        return url
+
+    @field_validator("home")
+    @classmethod
+    def _find_home(cls, home: Path) -> Path:
+        try:
+            home = home.expanduser().absolute()
+        except RuntimeError as unknown:
+            raise ValueError(f"{unknown}; give a path without ~") from None
+        if home.exists() and not home.is_dir():
+            raise ValueError("that is no directory; name one, which is made if it is not there")
+        return home
+
     @field_validator("webhook_secrets")
     @classmethod
     def _check_secrets(cls, value: str) -> str:
@@ -147,23 +185,21 @@ class Settings(BaseSettings):
     @classmethod
     def _join_running(cls, given: dict[str, Any]) -> dict[str, Any]:
         """What is not given is as it is with the `sluice up` that runs in this home."""
-        found = running.find(Path(given.get("home", HOME)).expanduser())
+        found = running.find(Path(os.path.expanduser(given.get("home", HOME))))
         if given.get("redis_url") not in {None, "", found.get("redis_url")}:
             return given  # another deployment is meant
         return {name: found[name] for name in found.keys() & cls.model_fields.keys()} | given
 
     @model_validator(mode="after")
     def _fill_defaults(self) -> Self:
-        home = self.home.expanduser().absolute()
         redis_url = self.redis_url or "redis://127.0.0.1:6379/0"
         derived = {
-            "home": home,
-            "models": self.models and self.models.expanduser().absolute(),
+            "models": self.models and Path(os.path.abspath(os.path.expanduser(self.models))),
             "model": _absolute(self.model),
             "redis_url": redis_url,
             "bus_url": self.bus_url or redis_url,
             "api_url": self.api_url or self.local_url,
-            "database_url": self.database_url or f"sqlite:///{home / 'sluice.db'}",
+            "database_url": self.database_url or f"sqlite:///{self.home / 'sluice.db'}",
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
@@ -176,8 +212,19 @@ def _address(host: str, port: int) -> str:
 
 def _absolute(source: str) -> str:
     """A model's source, wherever this is read: a directory's whole path, anything else as it is."""
-    directory = Path(source).expanduser()
-    return os.path.abspath(directory) if source and directory.is_dir() else source
+    directory = os.path.abspath(os.path.expanduser(source))
+    return directory if source and os.path.isdir(directory) else source
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be shown, also one that cannot be parsed."""
+    for password in PASSWORDS:
+        url = password.sub(r"\1…", url)
+    user, at, host = url.rpartition("@")
+    # Without a scheme, or with a broken one.
+    if at and "…" not in user and ":" in user.replace("://", "", 1):
+        return f"…@{host}"
+    return url
 
 
 def _split(values: str) -> tuple[str, ...]:
@@ -190,6 +237,12 @@ def _is_webhook_secret(secret: str) -> bool:
         return prefix == "whsec" and bool(base64.b64decode(key, validate=True))
     except ValueError:
         return False
+
+
+def _show(name: str, value: object) -> str:
+    if name in SECRET_FIELDS:
+        return "…"
+    return repr(without_password(value) if isinstance(value, str) else value)
 
 
 @cache
@@ -208,7 +261,7 @@ def get_settings() -> Settings:
         return Settings()
     except ValidationError as refused:
         lines = [
-            f"{PREFIX}{name.upper()}={'…' if name in SECRET_FIELDS else repr(value)}: {message}"
+            f"{PREFIX}{name.upper()}={_show(name, value)}: {message.removeprefix('Value error, ')}"
             for name, value, message in (
                 ("_".join(map(str, error["loc"])), error["input"], error["msg"])
                 for error in refused.errors()
