@@ -28,7 +28,6 @@ def serve(bind: str) -> NoReturn:
 
     Raises:
         SluiceError: what is set cannot work; checked here, before the exec.
-        OSError: the state directory cannot be written.
     """
     get_catalog()
     settings = get_settings()

@@ -16,7 +16,7 @@ from gpu_worker.sources import refuse_missing
 from tasks.errors import SluiceError
 from tasks.models import Catalog
 from tasks.settings import PREFIX, Settings
-from tasks.trouble import REDIS_URLS, ask_redis, refuse_full_disk
+from tasks.trouble import REDIS_URLS, ask_redis, refuse_unwritable
 
 ENGINE_MEMORY_GIB = 2.0
 
@@ -30,11 +30,10 @@ def only_one(home: Path) -> Iterator[None]:
     """Holds the state directory for this `sluice up` alone.
 
     Raises:
-        SluiceError: another one holds it, or its disk is full.
-        OSError: it cannot be written.
+        SluiceError: another one holds it, or it cannot be written.
     """
-    refuse_full_disk(home)
-    (home / "run").mkdir(parents=True, exist_ok=True)
+    refuse_unwritable(home)
+    (home / "run").mkdir(exist_ok=True)
     (home / "logs").mkdir(exist_ok=True)
     with (home / "run" / "up.lock").open("a+") as lock:
         try:

@@ -36,7 +36,9 @@ class Model(BaseModel):
     @field_validator("env", mode="before")
     @classmethod
     def _strings(cls, env: Any) -> Any:
-        return {k: str(value) for k, value in env.items()} if isinstance(env, dict) else env
+        if not isinstance(env, dict):
+            return env
+        return {name: str(value) for name, value in env.items()}
 
 
 class Catalog:
@@ -49,7 +51,8 @@ class Catalog:
             for name in (model.name, *model.aliases):
                 if name in self._by_name:
                     raise ConfigurationError(
-                        f"two models have the name {name!r}: SLUICE_MODEL gives the first one's"
+                        f"the name {name!r}, which SLUICE_MODEL gives the first model, is that of "
+                        "another in models.yaml; rename that one"
                     )
                 self._by_name[name] = model
 
@@ -110,18 +113,18 @@ def _read(path: Path) -> list[Model]:
         document = loader.construct_document(root) if root else None
         models = _Document.model_validate(document if isinstance(document, dict) else {}).models
     except ValidationError as refused:
-        wrong = [_Place(path, root, error["loc"]).says(_word(error)) for error in refused.errors()]
+        wrong = [_Place(path, root, error["loc"]).says(_say(error)) for error in refused.errors()]
         raise ConfigurationError("; ".join(wrong)) from None
     except (yaml.YAMLError, ValueError) as broken:
         mark = getattr(broken, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else path
         why = getattr(broken, "problem", None) or getattr(broken, "reason", None) or broken
-        raise ConfigurationError(f"{where}: not YAML ({why}); mend that line") from None
+        raise ConfigurationError(f"{where}: not YAML ({why}); mend it") from None
     _refuse_doubled(models, path, root)
     return models
 
 
-def _word(error: ErrorDetails) -> str:
+def _say(error: ErrorDetails) -> str:
     if error["type"] == "extra_forbidden":
         return f"no model has such a field; there are {', '.join(Model.model_fields)}"
     return error["msg"]

@@ -169,7 +169,7 @@ class Settings(BaseSettings):
         try:
             home = home.expanduser().absolute()
         except RuntimeError as unknown:
-            raise ValueError(f"{unknown}; give a path without ~") from None
+            raise ValueError("~ cannot be resolved here; give a path without it") from unknown
         if home.exists() and not home.is_dir():
             raise ValueError("that is no directory; name one, which is made if it is not there")
         return home

@@ -6,7 +6,6 @@
 
 import errno
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -184,7 +183,7 @@ DATABASE = (
         "unable to open|readonly|read-only",
         "the database at {url} cannot be written ({reason})",
         "see that it and its directory are there and this user's, "
-        "or set SLUICE_DATABASE_URL to another",
+        "or set SLUICE_DATABASE_URL (SLUICE_HOME, without one) to another",
         ConfigurationError,
     ),
     Case(
@@ -269,13 +268,19 @@ def _secrets(settings: Settings) -> set[str]:
 
 
 def disk_trouble(failure: OSError) -> Trouble:
-    """Why a file or directory cannot be used."""
+    """Why a file or a directory cannot be used, or the system refuses something else."""
     if failure.errno in (errno.ENOSPC, errno.EDQUOT):
         # A file that is open when its disk is full has no name any more.
         place = failure.filename or _full_place()
         return Trouble(f"the disk of {place} is full", MAKE_ROOM, DiskFullError)
+    if not failure.filename:
+        return Trouble(
+            f"the system refuses what is asked of it ({failure})",
+            "look at this user's limits (`ulimit -a`), and at the machine's memory and disks",
+            ConfigurationError,
+        )
     return Trouble(
-        f"cannot use {failure.filename or 'a file'} ({failure.strerror})",
+        f"cannot use {failure.filename} ({failure.strerror})",
         "see that it is there and this user's, or set SLUICE_HOME to a directory of this user",
         ConfigurationError,
     )
@@ -292,19 +297,28 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def refuse_full_disk(home: Path) -> None:
-    """Raises a DiskFullError if nothing more can be written to the state directory."""
-    if free_bytes(home) < LEAST_SPACE_BYTES:
-        raise disk_trouble(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(home))).error
+def refuse_unwritable(home: Path) -> None:
+    """Makes the state directory, and writes there what fits if anything does.
+
+    Raises:
+        SluiceError: it cannot be made or written, or is full.
+    """
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=home) as probe:
+            probe.write(bytes(LEAST_SPACE_BYTES))
+    except OSError as refused:
+        refused.filename = home
+        raise disk_trouble(refused).error from None
 
 
 def refuse_unusable(settings: Settings) -> None:
-    """What every part looks at before it starts: space, and Redis, which may be away for now.
+    """What every part looks at before it starts: its home, and Redis, which may be away for now.
 
     Raises:
         SluiceError: the part could never work like that.
     """
-    refuse_full_disk(settings.home)
+    refuse_unwritable(settings.home)
     if trouble := ask_redis(settings):
         refuse_lasting(trouble)
 
