@@ -3,7 +3,6 @@
 import ipaddress
 import os
 import re
-import resource
 import shutil
 import socket
 import sys
@@ -12,6 +11,7 @@ from typing import NoReturn
 from sqlalchemy.exc import SQLAlchemyError
 
 from db import migrate
+from tasks import open_files
 from tasks.models import get_catalog
 from tasks.settings import get_settings
 from tasks.trouble import database_trouble, refuse_lasting, refuse_unusable
@@ -38,7 +38,8 @@ def serve(bind: str) -> NoReturn:
         # Merely away: jobs in the background get 503 until it is back.
         refuse_lasting(database_trouble(failure, settings))
     _make_metrics_directory(bind)
-    _allow_files()
+    # As many connections as the system lets this user have.
+    open_files.allow(MOST_FILES)
     if not settings.allowed_hosts and is_loopback(bind.rpartition(":")[0]):
         os.environ["SLUICE_ALLOWED_HOSTS"] = LOOPBACK_NAMES
     processes = str(settings.api_processes)
@@ -52,14 +53,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _allow_files() -> None:
-    """As many open files, and so connections, as the system lets this user have."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(MOST_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _make_metrics_directory(bind: str) -> None:

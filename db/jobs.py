@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session, defer
@@ -177,6 +178,7 @@ def _plan_webhooks(session: Session, job_ids: Sequence[str]) -> None:
             WebhookDelivery(
                 job_id=job.id,
                 url=job.webhook or "",
+                receiver=_receiver(job.webhook or ""),
                 type=f"job.{job.status}",
                 created_at=now,
                 next_at=now,
@@ -184,6 +186,14 @@ def _plan_webhooks(session: Session, job_ids: Sequence[str]) -> None:
             for job in session.scalars(query)
         ],
     )
+
+
+def _receiver(url: str) -> str:
+    """Host and port, with which calls of one receiver are told from others."""
+    try:
+        return urlsplit(url).netloc.lower() or "?"
+    except ValueError:
+        return "?"
 
 
 def end_lost(url: str, job_id: str, status: str, error: dict[str, Any]) -> bool:

@@ -60,6 +60,7 @@ class Base(MappedAsDataclass, DeclarativeBase, kw_only=True):
 
 
 _IS_OPEN = text("completed_at IS NULL")
+_IS_WAITING = text("next_at IS NOT NULL")
 
 
 class JobRecord(Base):
@@ -140,7 +141,17 @@ class WebhookDelivery(Base):
     """A call that the user of an ended job has asked for."""
 
     __tablename__ = "webhook_deliveries"
-    __table_args__ = (Index(None, "next_at"),)
+    __table_args__ = (
+        Index(None, "next_at"),
+        # Who waits for a call, however many calls each of them waits for.
+        Index(
+            "ix_webhook_deliveries_waiting",
+            "receiver",
+            "next_at",
+            sqlite_where=_IS_WAITING,
+            postgresql_where=_IS_WAITING,
+        ),
+    )
 
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     url: Mapped[str]
@@ -152,6 +163,8 @@ class WebhookDelivery(Base):
     state: Mapped[str] = mapped_column(default="pending")
     """pending, delivered, failed (given up) or disabled (the receiver said 410)."""
     attempts: Mapped[int] = mapped_column(default=0)
+    receiver: Mapped[str] = mapped_column(default="?", server_default="?")
+    """Host and port of the URL; `?`: an earlier version has planned it."""
 
 
 class WebhookAttempt(Base):

@@ -1,58 +1,128 @@
 """Deliveries of webhooks: which are due, and how each try went."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import NamedTuple
 
-from sqlalchemy import select, update
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, Select, literal, select, tuple_, update
+from sqlalchemy.orm import aliased
 
 from db.models import WebhookAttempt, WebhookDelivery
-from db.session import database_now, reading, writing
+from db.session import database_now, insert_new, reading, writing
 
 
-def claim_due(url: str, limit: int, hold_s: float) -> list[WebhookDelivery]:
-    """The deliveries that are due, each for one caller only; the longest due come first.
+class Due(NamedTuple):
+    """What a receiver has waited for longest."""
+
+    receiver: str
+    job_id: str | None
+    """None: nothing of it is due yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """A try, and what follows from it: the delivery's new state, when it is tried next."""
+
+    attempt: WebhookAttempt
+    state: str
+    next_at: datetime | None
+
+
+def due(url: str, after: str, limit: int) -> list[Due]:
+    """The next receivers in their order that wait for anything, [] if nothing at all is due.
+
+    It takes one step in an index for each, whatever else waits: receivers with very many calls do
+    not hide others.
+    """
+    with reading(url) as session:
+        now = database_now(session)
+        if session.scalar(select(literal(1)).where(_is_due(now)).limit(1)) is None:
+            return []
+        # Each row is the receiver after the one of the row before.
+        steps = select(_next_receiver(literal(after)).label("receiver"), literal(1).label("step"))
+        walk = steps.cte("walk", recursive=True)
+        further = select(_next_receiver(walk.c.receiver), walk.c.step + 1)
+        walk = walk.union_all(further.where(walk.c.receiver.is_not(None), walk.c.step < limit))
+        found = select(walk.c.receiver, _oldest(walk.c.receiver, now))
+        rows = session.execute(found.where(walk.c.receiver.is_not(None)))
+        return [Due(receiver, job_id) for receiver, job_id in rows]
+
+
+def _is_due(now: datetime) -> ColumnElement[bool]:
+    return WebhookDelivery.next_at <= now
+
+
+def _next_receiver(receiver: ColumnElement[str]) -> ColumnElement[str]:
+    other = aliased(WebhookDelivery)
+    waits = select(other.receiver).where(other.next_at.is_not(None), other.receiver > receiver)
+    return waits.order_by(other.receiver).limit(1).scalar_subquery()
+
+
+def _oldest(receiver: ColumnElement[str], now: datetime) -> ColumnElement[str]:
+    its_due = select(WebhookDelivery.job_id).where(
+        WebhookDelivery.receiver == receiver, _is_due(now)
+    )
+    return its_due.order_by(WebhookDelivery.next_at).limit(1).scalar_subquery()
+
+
+def claim(url: str, job_ids: Sequence[str], hold_s: float) -> list[WebhookDelivery]:
+    """Those of the deliveries that are still due, each for one caller only.
 
     One whose attempt is not noted within `hold_s` is due again then.
     """
-    # Mostly there is none: only a claim needs SQLite's write lock.
-    with reading(url) as session:
-        now = database_now(session)
-        is_due = (WebhookDelivery.state == "pending", WebhookDelivery.next_at <= now)
-        due = select(WebhookDelivery).where(*is_due).order_by(WebhookDelivery.next_at).limit(limit)
-        found = session.scalars(due).all()
-    if not found:
+    if not job_ids:
         return []
     with writing(url) as session:
-        until = now + timedelta(seconds=hold_s)
-        return [delivery for delivery in found if _claim(session, delivery, until)]
+        now = database_now(session)
+        # Whoever came first has moved it, or is about to.
+        left = _locked(select(WebhookDelivery.job_id), job_ids).where(_is_due(now))
+        held = update(WebhookDelivery).where(WebhookDelivery.job_id.in_(left))
+        held = held.values(next_at=now + timedelta(seconds=hold_s))
+        return list(session.scalars(held.returning(WebhookDelivery)))
 
 
-def _claim(session: Session, delivery: WebhookDelivery, until: datetime) -> bool:
-    # Whoever read it too and came first has moved it.
-    as_read = (
-        WebhookDelivery.job_id == delivery.job_id,
-        WebhookDelivery.next_at == delivery.next_at,
-    )
-    moved = update(WebhookDelivery).where(*as_read).values(next_at=until)
-    return bool(session.connection().execute(moved).rowcount)
+def _locked(query: Select[tuple[str]], job_ids: Sequence[str]) -> Select[tuple[str]]:
+    """The query for these deliveries that nobody changes at the moment (SQLite has one writer)."""
+    return query.where(WebhookDelivery.job_id.in_(job_ids)).with_for_update(skip_locked=True)
 
 
-def note_attempt(url: str, attempt: WebhookAttempt, state: str, next_at: datetime | None) -> bool:
-    """Writes the try and what follows from it: the delivery's new state, when it is tried next.
-
-    False: nothing was written, as that try is noted already or the delivery is deleted.
-    """
-    same_try = (
-        WebhookDelivery.job_id == attempt.job_id,
-        WebhookDelivery.attempts == attempt.attempt - 1,
-    )
-    follows = {"attempts": attempt.attempt, "state": state, "next_at": next_at}
+def give_back(url: str, deliveries: Sequence[WebhookDelivery]) -> None:
+    """Ends claims without an attempt: the deliveries are due at once."""
+    if not deliveries:
+        return
+    claim_of = tuple_(WebhookDelivery.job_id, WebhookDelivery.next_at)
+    claims = [(delivery.job_id, delivery.next_at) for delivery in deliveries]
     with writing(url) as session:
-        change = update(WebhookDelivery).where(*same_try).values(follows)
-        is_first = bool(session.connection().execute(change).rowcount)
-        if is_first:
-            session.add(attempt)
-        return is_first
+        ended = update(WebhookDelivery).where(claim_of.in_(claims))
+        session.execute(ended.values(next_at=database_now(session)))
+
+
+def note_attempts(url: str, notes: Sequence[Noted]) -> int:
+    """Writes tries and what follows from them; returns how many were new.
+
+    The others are noted already, or their deliveries are deleted.
+    """
+    if not notes:
+        return 0
+    tries = {note.attempt.job_id: note for note in notes}
+    before = select(WebhookDelivery.job_id, WebhookDelivery.attempts)
+    before = before.where(WebhookDelivery.job_id.in_(tries)).order_by(WebhookDelivery.job_id)
+    with writing(url) as session:
+        rows = session.execute(before.with_for_update()).all()
+        new = [tries[job_id] for job_id, n in rows if tries[job_id].attempt.attempt == n + 1]
+        changes = [
+            {
+                "job_id": note.attempt.job_id,
+                "attempts": note.attempt.attempt,
+                "state": note.state,
+                "next_at": note.next_at,
+            }
+            for note in new
+        ]
+        if changes:
+            session.execute(update(WebhookDelivery), changes)
+        return insert_new(session, [note.attempt for note in new])
 
 
 def attempts_of(url: str, job_id: str) -> tuple[WebhookDelivery | None, list[WebhookAttempt]]:

@@ -1,6 +1,7 @@
-"""Maintenance: a Celery worker with beat; jobs of dead workers, lost tickets, the ledger, webhooks.
+"""Maintenance: a Celery worker with beat; jobs of dead workers, lost tickets, the ledger.
 
-Two may run: every task is atomic in Redis or SQL, and doing it twice changes nothing.
+A thread beside it calls webhooks (deliveries.py). Two may run: every task is atomic in Redis or
+SQL, and doing it twice changes nothing.
 """
 
 import functools
@@ -16,11 +17,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from db import reach
 from db.jobs import delete_old
-from tasks import counts, keys, logs
+from tasks import keys, logs
 from tasks.alerts import Alerter
 from tasks.app import MAINTENANCE_QUEUE, get_celery
 from tasks.connections import connect
-from tasks.counts import Counted
+from tasks.deliveries import Deliverer
 from tasks.jobs import Jobs
 from tasks.ledger import Recorder
 from tasks.models import get_catalog
@@ -28,7 +29,6 @@ from tasks.reconciler import Reconciler
 from tasks.settings import get_settings
 from tasks.sweeper import Sweeper
 from tasks.trouble import database_trouble, refuse_lasting, refuse_unusable
-from tasks.webhooks import Deliverer
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,6 @@ LEDGER_INTERVAL_S = 1.0
 RECONCILE_INTERVAL_S = 5.0
 SWEEP_INTERVAL_S = 1.0
 RETENTION_INTERVAL_S = 60.0
-WEBHOOK_INTERVAL_S = 1.0
 ALERT_INTERVAL_S = 5.0
 
 # How long maintenance counts as alive after a round of the reaper.
@@ -47,8 +46,8 @@ LEAST_SHOWN_S = 10
 # Work that can wait a little: where processors are few, requests go first.
 NICENESS = 5
 
-# Up to four may wait, for the database and for receivers; that must not stop the reaper.
-THREADS = 6
+# Up to three may wait, for the database and for who gets alerts; that must not stop the reaper.
+THREADS = 5
 
 
 @functools.cache
@@ -71,12 +70,6 @@ def _reconciler() -> Reconciler:
 @functools.cache
 def _sweeper() -> Sweeper:
     return Sweeper(_jobs())
-
-
-@functools.cache
-def _deliverer() -> Deliverer:
-    settings = get_settings()
-    return Deliverer(settings.database_url, settings)
 
 
 @functools.cache
@@ -150,12 +143,6 @@ def look_for_alerts() -> None:
         _alerter().look()
 
 
-def deliver_webhooks() -> None:
-    """Task: calls the webhooks that are due."""
-    for state, calls in _deliverer().deliver().items():
-        counts.add(_jobs().backlog.redis, Counted.WEBHOOKS, state, times=calls)
-
-
 def run() -> int:
     """Runs maintenance until a signal; returns the exit code."""
     settings = get_settings()
@@ -176,7 +163,6 @@ def run() -> int:
         (reconcile_jobs, RECONCILE_INTERVAL_S),
         (sweep_jobs, SWEEP_INTERVAL_S),
         (delete_old_jobs, RETENTION_INTERVAL_S),
-        (deliver_webhooks, WEBHOOK_INTERVAL_S),
         (look_for_alerts, ALERT_INTERVAL_S),
     ):
         name = f"sluice.{task.__name__}"
@@ -198,5 +184,8 @@ def run() -> int:
         without_heartbeat=True,
         quiet=True,
     )
+    deliverer = Deliverer(settings, _jobs().backlog.redis)
+    deliverer.start()
     worker.start()
+    deliverer.stop()
     return int(worker.exitcode or 0)

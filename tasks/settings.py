@@ -117,6 +117,10 @@ class Settings(BaseSettings):
     webhook_allow_private: bool = Field(
         False, description="webhooks may call addresses that are not public"
     )
+    webhook_ports: str = Field(
+        "80, 443, 8000-8999",
+        description="ports that webhooks may call, and ranges of them, comma-separated",
+    )
 
     @property
     def bind(self) -> str:
@@ -132,6 +136,11 @@ class Settings(BaseSettings):
     def signing_secrets(self) -> tuple[str, ...]:
         """The single secrets of `webhook_secrets`."""
         return _split(self.webhook_secrets)
+
+    @property
+    def webhook_port_ranges(self) -> tuple[range, ...]:
+        """The single ports and ranges of `webhook_ports`."""
+        return tuple(map(_port_range, _split(self.webhook_ports)))
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -179,6 +188,14 @@ class Settings(BaseSettings):
     def _check_secrets(cls, value: str) -> str:
         if not all(map(_is_webhook_secret, _split(value))):
             raise ValueError("a secret is `whsec_` and base64: whsec_$(openssl rand -base64 32)")
+        return value
+
+    @field_validator("webhook_ports")
+    @classmethod
+    def _check_ports(cls, value: str) -> str:
+        ranges = [_port_range(ports) for ports in _split(value)]
+        if not ranges or not all(r and r[0] > 0 and r[-1] < 2**16 for r in ranges):
+            raise ValueError("give ports from 1 to 65535 or ranges of them: 80, 443, 8000-8999")
         return value
 
     @model_validator(mode="before")
@@ -229,6 +246,14 @@ def without_password(url: str) -> str:
 
 def _split(values: str) -> tuple[str, ...]:
     return tuple(filter(None, map(str.strip, values.split(","))))
+
+
+def _port_range(ports: str) -> range:
+    """One port or FIRST-LAST; empty: it is neither."""
+    if not re.fullmatch("[0-9]{1,5}(-[0-9]{1,5})?", ports):
+        return range(0)
+    first, _, last = ports.partition("-")
+    return range(int(first), int(last or first) + 1)
 
 
 def _is_webhook_secret(secret: str) -> bool:

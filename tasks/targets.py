@@ -1,13 +1,23 @@
 """Where a webhook may go: plain http(s) URLs whose host is on the public internet."""
 
+import asyncio
 import ipaddress
 import socket
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
 
 import httpx
 
 from tasks.errors import InvalidRequestError
+from tasks.settings import Settings
 
 MOST_URL_CHARS = 2000
+DEFAULT_PORTS = {"http": 80, "https": 443}
+
+LOOKUP_S = 5.0
+# A name server that is silent holds a thread for half a minute.
+MOST_LOOKUPS = 500
 
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 # What Python 3.11's lists do not have, or have in part (IANA's special-purpose registries).
@@ -18,24 +28,25 @@ _NOT_PUBLIC = [
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
-def check_url(url: str, allow_private: bool) -> None:
+def check_url(url: str, settings: Settings) -> None:
     """Refuses a URL that webhooks must not call. A name that nobody knows at the moment may pass.
 
     Raises:
-        InvalidRequestError: it is no plain http(s) URL, or its host is not public.
+        InvalidRequestError: it is no plain http(s) URL, its port is not allowed, or its host is not
+            public.
     """
-    target = parse(url)
+    target = parse(url, settings.webhook_port_ranges)
     try:
-        resolve(target, allow_private)
+        resolve(target, settings.webhook_allow_private)
     except OSError:
         return
 
 
-def parse(url: str) -> httpx.URL:
+def parse(url: str, ports: Sequence[range]) -> httpx.URL:
     """The URL in its parts.
 
     Raises:
-        InvalidRequestError: it is no plain http(s) URL.
+        InvalidRequestError: it is no plain http(s) URL, or its port is none of these.
     """
     if len(url) > MOST_URL_CHARS:
         raise refusal(f"the URL is longer than {MOST_URL_CHARS:,} characters; shorten it")
@@ -51,6 +62,13 @@ def parse(url: str) -> httpx.URL:
         raise refusal("the URL holds credentials; remove them and check the signature instead")
     if target.port is not None and not 0 < target.port < 2**16:
         raise refusal("the URL's port must be from 1 to 65535")
+    port = target.port or DEFAULT_PORTS[target.scheme]
+    if not any(port in allowed for allowed in ports):
+        known = ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in ports)
+        raise refusal(
+            f"the URL's port {port} is not allowed; use one of {known}, "
+            "or ask the operator for SLUICE_WEBHOOK_PORTS"
+        )
     return target
 
 
@@ -70,6 +88,63 @@ def resolve(target: httpx.URL, allow_private: bool) -> list[str]:
             "or ask the operator for SLUICE_WEBHOOK_ALLOW_PRIVATE"
         )
     return addresses
+
+
+class Lookups:
+    """Does `resolve` for an event loop: in threads, each name once at a time.
+
+    The system's lookup cannot be bounded or stopped: who waits leaves, the thread goes on. A pool's
+    threads would hold up the end of the process, these do not.
+    """
+
+    def __init__(self, allow_private: bool) -> None:
+        self._allow_private = allow_private
+        self._under_way: dict[bytes, asyncio.Task[list[str] | Exception]] = {}
+        self._free = asyncio.Semaphore(MOST_LOOKUPS)
+
+    async def resolve(self, target: httpx.URL) -> list[str]:
+        """The addresses of the host, all of them allowed.
+
+        Raises:
+            InvalidRequestError: one is not public.
+            OSError: the name is not known, at least at the moment; or it took too long.
+        """
+        name = target.raw_host
+        lookup = self._under_way.get(name)
+        if lookup is None:
+            lookup = asyncio.create_task(self._resolve(target))
+            self._under_way[name] = lookup
+            lookup.add_done_callback(lambda _: self._under_way.pop(name))
+        try:
+            async with asyncio.timeout(LOOKUP_S):
+                found = await asyncio.shield(lookup)
+        except TimeoutError:
+            raise OSError(f"no address of the host within {LOOKUP_S:g} s") from None
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    async def _resolve(self, target: httpx.URL) -> list[str] | Exception:
+        async with self._free:
+            loop = asyncio.get_running_loop()
+            answer: asyncio.Future[list[str] | Exception] = loop.create_future()
+
+            def settle(found: list[str] | Exception) -> None:
+                if not answer.done():
+                    answer.set_result(found)
+
+            def look_up() -> None:
+                found: list[str] | Exception
+                try:
+                    found = resolve(target, self._allow_private)
+                except (InvalidRequestError, OSError) as failed:
+                    found = failed
+                # The loop may have ended meanwhile.
+                with suppress(RuntimeError):
+                    loop.call_soon_threadsafe(settle, found)
+
+            threading.Thread(target=look_up, name="lookup", daemon=True).start()
+            return await answer
 
 
 def is_public(address: str) -> bool:

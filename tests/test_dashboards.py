@@ -18,7 +18,7 @@ from deploy.dashboards.__main__ import DIRECTORY, generate
 from tests.conftest import SIM
 from tests.prometheus import Prometheus, prometheus_config
 from tests.stack import Stack, await_that, running
-from tests.test_webhooks import receiving
+from tests.test_webhooks import STACK_SETTINGS, receiving
 
 DOCS = Path(__file__).parents[1] / "docs" / "metrics.md"
 BOARDS = {path.stem: json.loads(text) for path, text in generate().items()}
@@ -31,10 +31,8 @@ ENDPOINT = "/v1/chat/completions"
 @pytest.fixture(scope="module")
 def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """It has scraped a Sluice with the sim engine, on which much has happened."""
-    secrets = f"whsec_{'A' * 32}"
-    settings: dict[str, Any] = {"webhook_secrets": secrets, "webhook_allow_private": True}
     home = tmp_path_factory.mktemp("dashboards")
-    stack = Stack(home, [SIM], admin_key="admin", max_attempts=2, **settings)
+    stack = Stack(home, [SIM], admin_key="admin", max_attempts=2, **STACK_SETTINGS)
     with (
         running(stack),
         receiving() as receiver,

@@ -1,12 +1,13 @@
 """Which URLs webhooks may call."""
 
+import asyncio
 import re
 from datetime import UTC, datetime
 
 import pytest
 
-from tasks.errors import InvalidRequestError
-from tasks.settings import Settings
+from tasks.errors import ConfigurationError, InvalidRequestError
+from tasks.settings import Settings, get_settings
 from tasks.targets import check_url
 from tasks.webhooks import Sender, check_webhook
 
@@ -38,9 +39,9 @@ SECRET = f"whsec_{'A' * 32}"
 def test_private_addresses_are_refused_in_every_spelling(host: str) -> None:
     for port in ("", ":8080"):
         with pytest.raises(InvalidRequestError, match="not public") as refused:
-            check_url(f"http://{host}{port}/hook", allow_private=False)
+            check_url(f"http://{host}{port}/hook", Settings())
     assert refused.value.param == "webhook"
-    check_url(f"http://{host}/hook", allow_private=True)
+    check_url(f"http://{host}/hook", Settings(webhook_allow_private=True))
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,44 @@ def test_urls_that_are_no_plain_http_are_refused(
     url: str, reason: str, allow_private: bool
 ) -> None:
     with pytest.raises(InvalidRequestError, match=f"(?i){reason}"):
-        check_url(url, allow_private)
-    outcome = Sender((SECRET,), allow_private).send("evt_1", url, b"{}", datetime.now(UTC))
-    assert re.search(f"(?i){reason}", str(outcome.error))
+        check_url(url, Settings(webhook_allow_private=allow_private))
+    assert re.search(f"(?i){reason}", error_of(url, allow_private))
+
+
+def error_of(url: str, allow_private: bool = False, **settings: str) -> str:
+    """What a call, not the check before it, says of the URL."""
+    sender = Sender(
+        Settings(webhook_secrets=SECRET, webhook_allow_private=allow_private, **settings)
+    )
+    call = sender.send("evt_1", url, b"{}", datetime.now(UTC))
+    return str(asyncio.run(call).error)
+
+
+@pytest.mark.parametrize(
+    ("ports", "url", "port"),
+    [
+        *(("80, 443, 8000-8999", f"http://8.8.8.8:{p}/", p) for p in (22, 81, 7999, 9000, 6379)),
+        ("443", "http://8.8.8.8/", 80),
+        ("80", "https://8.8.8.8/", 443),
+        ("8080", "http://8.8.8.8:8081/", 8081),
+    ],
+)
+def test_ports_are_called_only_by_setting(ports: str, url: str, port: int) -> None:
+    settings = Settings(webhook_ports=ports)
+    sentence = f"port {port} is not allowed; use one of {ports}, .*SLUICE_WEBHOOK_PORTS"
+    with pytest.raises(InvalidRequestError, match=sentence):
+        check_url(url, settings)
+    assert re.search(sentence, error_of(url, webhook_ports=ports))
+    check_url(url, Settings(webhook_ports=f"{ports},{port}"))
+
+
+@pytest.mark.parametrize("url", ["http://8.8.8.8:80", "https://8.8.8.8:443", "http://8.8.8.8:8999"])
+def test_the_usual_ports_are_allowed(url: str) -> None:
+    check_url(url, Settings())
+
+
+@pytest.mark.parametrize("bad", ["", " , ", "x", "0", "65536", "1-", "-1", "9-8", "80;81", "٨٠"])
+def test_bad_ports_stop_the_program(bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLUICE_WEBHOOK_PORTS", bad)
+    with pytest.raises(ConfigurationError, match=r"SLUICE_WEBHOOK_PORTS=.*8000-8999"):
+        get_settings.__wrapped__()

@@ -1,7 +1,7 @@
 """Webhooks, against real receivers on loopback, SQLite and PostgreSQL."""
 
+import asyncio
 import json
-import logging
 import os
 import re
 import subprocess
@@ -9,7 +9,6 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,18 +17,13 @@ from typing import Any
 
 import pytest
 import requests
-from sqlalchemy import update
-from standardwebhooks import Webhook, WebhookVerificationError
+from standardwebhooks import Webhook
 
-from db import migrate, writing
-from db.models import JobRecord, WebhookAttempt, WebhookDelivery
-from db.webhooks import attempts_of, claim_due, note_attempt
 from deploy.redis_server import free_port
 from tasks.errors import ConfigurationError, InvalidRequestError
 from tasks.settings import Settings, get_settings
 from tasks.webhooks import (
     RETRY_AFTER_S,
-    Deliverer,
     Outcome,
     Sender,
     check_webhook,
@@ -37,12 +31,19 @@ from tasks.webhooks import (
     make_event,
 )
 from tests.conftest import SIM
-from tests.postgres import Postgres
 from tests.stack import Stack, await_that, running, serving
 
 OLD, NEW, OTHER = (f"whsec_{letter * 32}" for letter in "ABC")
-SETTINGS = Settings(webhook_secrets=f"{OLD}, {NEW}", webhook_allow_private=True)
-SENDER = Sender((OLD, NEW), allow_private=True)
+# Receivers of tests listen on any free port.
+SETTINGS = Settings(
+    webhook_secrets=f"{OLD}, {NEW}", webhook_allow_private=True, webhook_ports="1-65535"
+)
+STACK_SETTINGS: dict[str, Any] = {
+    "webhook_secrets": OLD,
+    "webhook_allow_private": True,
+    "webhook_ports": "1024-65535",
+}
+SENDER = Sender(SETTINGS)
 LONG_AGO = datetime(2026, 11, 1, tzinfo=UTC)
 
 
@@ -92,96 +93,8 @@ def receiver() -> Iterator[Receiver]:
         yield receiver
 
 
-@pytest.fixture
-def database(database_url: str) -> str:
-    migrate(database_url)
-    return database_url
-
-
-def add(database: str, url: str, *job_ids: str) -> None:
-    """Jobs that have ended and whose users wait for a call."""
-    job = {"tenant": "t", "model": "sim", "endpoint": "/v1/completions", "lane": "batch"}
-    call = {"url": url, "type": "job.completed", "next_at": LONG_AGO}
-    with writing(database) as session:
-        session.add_all(JobRecord(id=i, created_at=LONG_AGO, **job) for i in job_ids)
-        session.flush()
-        session.add_all(WebhookDelivery(job_id=i, created_at=LONG_AGO, **call) for i in job_ids)
-
-
-def make_due(database: str) -> None:
-    with writing(database) as session:
-        is_pending = WebhookDelivery.state == "pending"
-        session.execute(update(WebhookDelivery).where(is_pending).values(next_at=LONG_AGO))
-
-
-def states(database: str, job_id: str) -> tuple[str, bool, list[tuple[int, int | None]]]:
-    """State, whether it is tried again, and the attempts with their statuses."""
-    delivery, attempts = attempts_of(database, job_id)
-    assert delivery
-    assert delivery.attempts == len(attempts)
-    tries = [(attempt.attempt, attempt.status_code) for attempt in attempts]
-    return delivery.state, delivery.next_at is not None, tries
-
-
 def send(url: str, sender: Sender = SENDER) -> Outcome:
-    return sender.send("evt_1", url, b"{}", datetime.now(UTC))
-
-
-def test_each_of_two_secrets_verifies_a_call(database: str, receiver: Receiver) -> None:
-    add(database, receiver.url + "?a=b", "job_1")
-    assert Deliverer(database, SETTINGS).deliver() == {"delivered": 1}
-    ((path, headers, body),) = receiver.requests
-    event = {
-        "id": "evt_1",
-        "object": "event",
-        "type": "job.completed",
-        "created_at": int(LONG_AGO.timestamp()),
-        "data": {"id": "job_1"},
-    }
-    assert Webhook(OLD).verify(body, headers) == Webhook(NEW).verify(body, headers) == event
-    with pytest.raises(WebhookVerificationError):
-        Webhook(OTHER).verify(body, headers)
-    with pytest.raises(WebhookVerificationError):
-        Webhook(NEW).verify(body.replace(b"job_1", b"job_2"), headers)
-    assert path == "/hook?a=b"
-    assert headers["webhook-id"] == "evt_1"
-    assert headers["content-type"] == "application/json"
-    assert headers["user-agent"] == "sluice"
-    assert headers["host"] == f"127.0.0.1:{receiver.server_port}"
-    assert states(database, "job_1") == ("delivered", False, [(1, 204)])
-
-
-def test_a_call_that_fails_is_made_again_under_the_same_id(database: str) -> None:
-    deliverer = Deliverer(database, SETTINGS)
-    with receiving(500, 302, 200) as receiver:
-        add(database, receiver.url, "job_1")
-        assert [deliverer.deliver(), deliverer.deliver()] == [{"pending": 1}, {}]
-        assert states(database, "job_1") == ("pending", True, [(1, 500)])
-        make_due(database)
-        assert deliverer.deliver() == {"pending": 1}
-        make_due(database)
-        assert [deliverer.deliver(), deliverer.deliver()] == [{"delivered": 1}, {}]
-        assert receiver.ids() == {"evt_1": 3}
-    assert states(database, "job_1") == ("delivered", False, [(1, 500), (2, 302), (3, 200)])
-
-
-def test_a_receiver_that_is_gone_is_not_called_again(database: str) -> None:
-    with receiving(410) as receiver:
-        add(database, receiver.url, "job_1")
-        assert Deliverer(database, SETTINGS).deliver() == {"disabled": 1}
-    assert states(database, "job_1") == ("disabled", False, [(1, 410)])
-
-
-def test_a_port_where_nobody_listens_is_tried_again(database: str) -> None:
-    add(database, f"http://127.0.0.1:{free_port()}/", "job_1")
-    before = datetime.now(UTC)
-    assert Deliverer(database, SETTINGS).deliver() == {"pending": 1}
-    delivery, (attempt,) = attempts_of(database, "job_1")
-    assert delivery
-    assert delivery.next_at
-    assert (delivery.state, attempt.status_code) == ("pending", None)
-    assert "ConnectError" in str(attempt.error)
-    assert 4 < (delivery.next_at - before).total_seconds() < 10
+    return asyncio.run(sender.send("evt_1", url, b"{}", datetime.now(UTC)))
 
 
 def test_tries_go_on_for_about_a_day() -> None:
@@ -213,7 +126,7 @@ def test_a_slow_receiver_is_left_in_time(receiver: Receiver, is_dripping: bool) 
     slow = drip if is_dripping else lambda _, is_over: is_over.wait()
     receiver.respond = lambda handler: slow(handler, is_over) and None
     try:
-        outcome = send(receiver.url, Sender((OLD,), allow_private=True, timeout_s=0.3))
+        outcome = send(receiver.url, Sender(SETTINGS, timeout_s=0.3))
     finally:
         is_over.set()
     assert outcome.error == "no answer within 0.3 s"
@@ -262,19 +175,10 @@ def test_tls_is_verified_for_the_name(
     url = f"https://localhost:{receiver.server_port}/hook"
     assert "CERTIFICATE_VERIFY_FAILED" in str(send(url).error)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    sender = Sender((OLD,), allow_private=True)
+    sender = Sender(SETTINGS)
     assert send(url, sender).status_code == 204
     assert receiver.requests[0][1]["host"] == f"localhost:{receiver.server_port}"
     assert "mismatch" in str(send(url.replace("localhost", "127.0.0.1"), sender).error)
-
-
-def test_a_stored_name_that_is_private_is_not_called(database: str, receiver: Receiver) -> None:
-    add(database, f"http://localhost:{receiver.server_port}/hook", "job_1")
-    assert Deliverer(database, Settings(webhook_secrets=OLD)).deliver() == {"pending": 1}
-    _, (attempt,) = attempts_of(database, "job_1")
-    assert "not public" in str(attempt.error)
-    assert states(database, "job_1") == ("pending", True, [(1, None)])
-    assert receiver.requests == []
 
 
 def test_a_proxy_of_the_environment_is_not_asked(
@@ -284,119 +188,12 @@ def test_a_proxy_of_the_environment_is_not_asked(
     assert send(receiver.url).is_delivered
 
 
-def test_nothing_is_sent_unsigned(database: str, receiver: Receiver) -> None:
-    settings = Settings(webhook_allow_private=True)
+def test_nothing_is_sent_unsigned(receiver: Receiver) -> None:
+    settings = SETTINGS.model_copy(update={"webhook_secrets": ""})
     with pytest.raises(InvalidRequestError, match="SLUICE_WEBHOOK_SECRETS"):
         check_webhook(receiver.url, settings)
-    add(database, receiver.url, "job_1")
-    assert Deliverer(database, settings).deliver() == {"pending": 1}
-    assert states(database, "job_1") == ("pending", True, [(1, None)])
+    assert "SLUICE_WEBHOOK_SECRETS" in str(send(receiver.url, Sender(settings)).error)
     assert receiver.requests == []
-
-
-def test_two_deliverers_at_once_call_once(database: str, receiver: Receiver) -> None:
-    job_ids = [f"job_{number}" for number in range(50)]
-    add(database, receiver.url, *job_ids)
-    deliverers = [Deliverer(database, SETTINGS) for _ in range(2)]
-
-    def work(deliverer: Deliverer) -> int:
-        total = 0
-        while states := deliverer.deliver():
-            total += states.total()
-        return total
-
-    with ThreadPoolExecutor() as pool:
-        assert sum(pool.map(work, deliverers)) >= 20
-
-    def is_done() -> bool:
-        # A round that finds the database busy for seconds leaves its work to the next.
-        for deliverer in deliverers:
-            deliverer.deliver()
-        return {states(database, job_id)[0] for job_id in job_ids} == {"delivered"}
-
-    await_that(is_done)
-    assert receiver.ids() == {f"evt_{number}": 1 for number in range(50)}
-
-
-def test_what_is_read_at_once_is_claimed_once(database: str) -> None:
-    job_ids = [f"job_{number}" for number in range(40)]
-    add(database, "http://x/", *job_ids)
-    barrier = threading.Barrier(4)
-
-    def claim(_: int) -> list[str]:
-        barrier.wait(10)
-        return [delivery.job_id for delivery in claim_due(database, 40, 60)]
-
-    with ThreadPoolExecutor(4) as pool:
-        claims = list(pool.map(claim, range(4)))
-    assert Counter(i for claim in claims for i in claim) == Counter(job_ids)
-
-
-def test_the_claim_of_a_dead_process_comes_back(database: str, receiver: Receiver) -> None:
-    deliverer = Deliverer(database, SETTINGS)
-    assert deliverer.deliver() == {}
-    add(database, receiver.url, "job_1")
-    assert len(claim_due(database, 5, 1.0)) == 1
-    assert deliverer.deliver() == {}
-    await_that(deliverer.deliver, 10)
-    assert receiver.ids() == {"evt_1": 1}
-
-
-def test_an_attempt_is_noted_once_and_only_of_a_delivery_that_exists(database: str) -> None:
-    add(database, "http://x/", "job_1")
-
-    def note(job_id: str, state: str) -> bool:
-        attempt = WebhookAttempt(
-            job_id=job_id, attempt=1, at=LONG_AGO, status_code=200, error=None, duration_ms=1
-        )
-        return note_attempt(database, attempt, state, None)
-
-    assert note("job_1", "delivered")
-    assert not note("job_1", "failed")
-    assert not note("job_2", "delivered")
-    assert states(database, "job_1") == ("delivered", False, [(1, 200)])
-    assert attempts_of(database, "job_2") == (None, [])
-
-
-def test_a_round_under_way_keeps_others_out(database: str, receiver: Receiver) -> None:
-    is_over = threading.Event()
-
-    def respond(handler: Handler) -> None:
-        is_over.wait(10)
-        handler.respond()
-
-    receiver.respond = respond
-    add(database, receiver.url, "job_1")
-    deliverer = Deliverer(database, SETTINGS)
-    with ThreadPoolExecutor() as pool:
-        first = pool.submit(deliverer.deliver)
-        await_that(lambda: receiver.requests)
-        make_due(database)
-        assert deliverer.deliver() == {}
-        is_over.set()
-        assert first.result(10) == {"delivered": 1}
-
-
-def test_calls_wait_while_the_database_is_away(
-    postgres: Postgres, receiver: Receiver, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "tasks.webhooks")
-    url = postgres.create_database()
-    deliverer = Deliverer(url, SETTINGS)
-    assert deliverer.deliver() == {}
-    add(url, receiver.url, "job_1")
-    postgres.stop()
-    try:
-        assert [deliverer.deliver() for _ in range(3)] == [{}, {}, {}]
-    finally:
-        postgres.start()
-    assert deliverer.deliver() == {"delivered": 1}
-    messages = [r.getMessage() for r in caplog.records if r.name == "tasks.webhooks"]
-    assert [re.sub(r"\d+ ms", "0 ms", message)[:64] for message in messages] == [
-        "webhooks: the database is away, calls wait: (psycopg.Operational",
-        "webhooks: the database is back",
-        "webhook evt_1: status 204 in attempt 1 after 0 ms, now delivered",
-    ]
 
 
 def test_the_event_of_a_job_has_a_fixed_id() -> None:
@@ -439,6 +236,7 @@ def test_the_command_sends_a_test_event(
     env: dict[str, Any] = os.environ | {
         "SLUICE_WEBHOOK_SECRETS": OLD,
         "SLUICE_WEBHOOK_ALLOW_PRIVATE": str(is_private_allowed),
+        "SLUICE_WEBHOOK_PORTS": "1-65535",
     }
     with receiving(status) as receiver:
         command = [sys.executable, "-m", "deploy.cli", "webhooks", "test", receiver.url]
@@ -458,11 +256,14 @@ def test_the_command_sends_a_test_event(
 def test_the_user_of_a_job_is_called_when_it_has_ended(
     home: Path, receiver: Receiver, body: dict[str, Any], wanted: str
 ) -> None:
-    secrets = {"webhook_secrets": OLD, "webhook_allow_private": True}
-    with running(Stack(home, [SIM], **secrets)) as stack:
+    with running(Stack(home, [SIM], **STACK_SETTINGS)) as stack:
         chat = {"messages": [{"role": "user", "content": "Hello"}]} | body
         job = {"endpoint": "/v1/chat/completions", "body": chat, "webhook": receiver.url}
         jobs = f"{stack.url}/v1/jobs"
+        refused = requests.post(jobs, json=job | {"webhook": "http://127.0.0.1:22"}, timeout=10)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "webhook")
+        assert "1024-65535" in refused.text
+        assert "SLUICE_WEBHOOK_PORTS" in refused.text
         job_id = requests.post(jobs, json=job, timeout=10).json()["id"]
         log = f"{jobs}/{job_id}/webhook"
         await_that(lambda: requests.get(log, timeout=5).json().get("state") == "delivered")
