@@ -95,7 +95,7 @@ class Answer:
             "x-sluice-attempts": str(self.head.attempt),
             "openai-processing-ms": str(round((time.monotonic() - self._begun_s) * 1000)),
         }
-        return headers | passed_on | own
+        return passed_on | headers | own
 
     def _until_head(self, patience_s: float) -> bytes:
         """Waits for the head; returns what of the body came along with it."""

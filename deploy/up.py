@@ -20,7 +20,7 @@ from rich.text import Text
 from sqlalchemy import make_url
 
 from api.server import is_loopback
-from deploy import checks, redis_server
+from deploy import checks, log_files, redis_server
 from deploy.process import Part, stop_all
 from deploy.screen import welcome
 from tasks import keys, running
@@ -177,8 +177,7 @@ class Deployment:
 
     def _part(self, name: str, command: list[str], env: dict[str, str] | None = None) -> Part:
         log = self._settings.home / "logs" / f"{name}.log"
-        if log.exists():
-            log.replace(log.with_suffix(".log.1"))
+        log_files.begin(log)
         return Part(name, command, log, self._env if env is None else env)
 
     def _all(self) -> list[Part]:
@@ -236,6 +235,8 @@ class Deployment:
         time.sleep(0.1)
         if self._stopping:
             raise StopRequested
+        for part in self._all():
+            log_files.rotate(part.log, self._say)
 
     def _request_stop(self, _signal: int, _frame: FrameType | None) -> None:
         self._stopping = True

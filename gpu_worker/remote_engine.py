@@ -15,6 +15,7 @@ import httpx
 from pydantic import BaseModel, ConfigDict, Field
 
 from gpu_worker.engine import Load, Message, Receive, Send, answer_unless_left, read_args, read_body
+from gpu_worker.remote_usage import usage_option, watched
 from tasks.errors import ConfigurationError, OverloadedError, StreamBrokenError
 from tasks.models import Model
 
@@ -66,10 +67,10 @@ class RemoteEngine:
 
     async def app(self, scope: Message, receive: Receive, send: Send) -> None:
         """Relays one request; if the client leaves, the connection closes, which frees a slot."""
-        body = self._renamed(await read_body(receive))
-        await answer_unless_left(receive, self._relay(scope, body, send))
+        body, wants_no_usage = self._asked(scope["path"], await read_body(receive))
+        await answer_unless_left(receive, self._relay(scope, body, send, wants_no_usage))
 
-    async def _relay(self, scope: Message, body: bytes, send: Send) -> None:
+    async def _relay(self, scope: Message, body: bytes, send: Send, wants_no_usage: bool) -> None:
         headers = [pair for pair in scope["headers"] if pair[0] in FORWARDED]
         request = self._client.build_request(
             scope["method"], scope["path"], content=body, headers=headers
@@ -81,8 +82,8 @@ class RemoteEngine:
             async with aclosing(response):
                 has_started = True
                 await _send_start(send, response.status_code, response.headers.raw)
-                async for chunk in response.aiter_raw():
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                async for piece in watched(response, scope["path"], wants_no_usage):
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except httpx.TransportError as failure:
             reason = f"{request.url.host}:{request.url.port}: {failure or type(failure).__name__}"
@@ -93,17 +94,21 @@ class RemoteEngine:
         finally:
             self._running -= 1
 
-    def _renamed(self, body: bytes) -> bytes:
-        """The body, asking for the model by the server's name for it if that is set."""
-        if self._server_model is None:
-            return body
+    def _asked(self, path: str, body: bytes) -> tuple[bytes, bool]:
+        """What the server is asked: by its name for the model, and for a stream's usage.
+
+        Returns:
+            The body, and whether its client has not asked for the usage.
+        """
         try:
             document = json.loads(body)
         except (ValueError, RecursionError):
-            return body  # the server says what is wrong with it
+            return body, False  # the server says what is wrong with it
         if not isinstance(document, dict):
-            return body
-        return json.dumps(document | {"model": self._server_model}).encode()
+            return body, False
+        changes = {} if self._server_model is None else {"model": self._server_model}
+        changes |= (unasked := usage_option(path, document))
+        return (json.dumps(document | changes).encode() if changes else body), bool(unasked)
 
 
 @asynccontextmanager

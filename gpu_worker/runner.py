@@ -166,11 +166,12 @@ class Running:
             if status >= 400:
                 head, body = in_our_shape(head, body, self.claim.job)
             self._put((Kind.START, head.encode()), *([(Kind.BODY, body)] if body else []))
-        return await self.end(End(State.COMPLETED if status < 400 else State.FAILED))
+        state = State.COMPLETED if status < 400 else State.FAILED
+        return await self.end(End(state, usage=self.tape.usage))
 
     async def end(self, end: End) -> State:
         """Ends the log. Whoever sees the job in its final state then finds the end there."""
-        self.meter.end(self.tape.input_tokens, self.tape.output_tokens)
+        self.meter.end(*self.tape.total())
         self._put((Kind.END, end.encode()))
         await self.feed.written()
         return end.state

@@ -197,7 +197,7 @@ class Answer:
         """The answer of a request that does not stream."""
         texts = enumerate("".join(tokens) for tokens in self.choices)
         choices = [self.request.choice(index, text, self.finish_reason) for index, text in texts]
-        usage = self._usage() | _nulls("prompt_tokens_details completion_tokens_details")
+        usage = self.usage() | _nulls("prompt_tokens_details completion_tokens_details")
         answer = self._head(0, choices) | {"service_tier": None, "system_fingerprint": FINGERPRINT}
         return answer | {"usage": usage} | _nulls(self.request.tail)
 
@@ -215,13 +215,14 @@ class Answer:
             chunk = self._head(1, [self.request.delta(index, tokens[number], reason)])
             yield chunk | signature if reason and not ends_with_usage else chunk
         if reason and ends_with_usage:
-            yield self._head(1, []) | {"usage": self._usage()} | signature
+            yield self._head(1, []) | {"usage": self.usage()} | signature
 
     def _head(self, kind: int, choices: list[Json]) -> Json:
         head = {"id": self.id, "object": self.request.objects[kind], "created": self.created}
         return head | {"model": self.model, "choices": choices}
 
-    def _usage(self) -> Json:
+    def usage(self) -> Json:
+        """How many tokens were asked with and made."""
         made = self.length * len(self.choices)
         total = self.prompt_tokens + made
         return {

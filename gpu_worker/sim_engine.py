@@ -99,6 +99,7 @@ class SimEngine:
         async with self._in_batch():
             for number in range(answer.length):
                 await self._token(answer, failure, number)
+        get_tape().usage = answer.usage()
         await _send_json(send, 200, answer.whole())
 
     async def _stream(self, answer: Answer, failure: Failure, send: Send) -> None:
@@ -109,6 +110,7 @@ class SimEngine:
                     await self._token(answer, failure, number)
                     for chunk in answer.chunks(number):
                         await _send_event(send, orjson.dumps(chunk))
+            get_tape().usage = answer.usage()
         except RefusedError as died:  # vLLM spells this one event with spaces
             await _send_event(send, json.dumps(died.body).encode())
         await _send_event(send, b"[DONE]")

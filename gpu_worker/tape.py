@@ -8,6 +8,7 @@ on by itself. Without notes an answer that has begun cannot be continued.
 
 from collections.abc import Iterable
 from contextvars import ContextVar
+from typing import Any
 
 import orjson
 
@@ -22,12 +23,22 @@ class Tape:
         """How many streams of tokens the engine makes for the job; only one can be continued."""
         self.input_tokens = self.output_tokens = 0
         """Of the whole answer, what earlier attempts made of it included."""
+        self.usage: dict[str, Any] | None = None
+        """The whole answer's, as the engine tells it to who asks for it."""
         self._new: list[object] = []
 
     def count(self, input_tokens: int, new_tokens: int) -> None:
         """Counts tokens that the next events are made of, and those that were asked with."""
         self.input_tokens = input_tokens
         self.output_tokens += new_tokens
+
+    def total(self) -> tuple[int, int]:
+        """All tokens that were asked with, and that were made: as the engine tells, or counted."""
+        told = self.usage or {}
+        totals = told.get("prompt_tokens"), told.get("completion_tokens")
+        counted = self.input_tokens, self.output_tokens
+        asked, made = (t if isinstance(t, int) else c for t, c in zip(totals, counted, strict=True))
+        return asked, made
 
     def note(self, note: object) -> None:
         """Notes what the next events are made of."""

@@ -15,8 +15,9 @@ from typing import Any
 import psutil
 
 from gpu_worker import engine_process, sockets, vllm_args
-from gpu_worker.engine import AsgiApp, Load
+from gpu_worker.engine import AsgiApp, Load, Message, Receive, Send
 from gpu_worker.sources import refuse_missing
+from gpu_worker.tape import get_tape
 from tasks import affinity
 from tasks.errors import ConfigurationError, EngineLoadError
 from tasks.models import Model
@@ -28,10 +29,18 @@ class VllmEngine:
     """A running AsyncLLM and vLLM's own OpenAI app around it."""
 
     def __init__(self, app: AsgiApp, client: Any) -> None:
-        self.app = app
+        self._app = app
         self._client = client
         self._steps = 0
         _on_each_step(client, self._count_step)
+
+    async def app(self, scope: Message, receive: Receive, send: Send) -> None:
+        """One request; its usage goes on the tape, streamed or not."""
+        await self._app(scope, receive, send)
+        # Where vLLM's handlers leave it for middleware.
+        told = scope["state"].get("request_metadata")
+        if told and told.final_usage_info:
+            get_tape().usage = told.final_usage_info.model_dump(exclude_none=True)
 
     def load(self) -> Load:
         from prometheus_client import REGISTRY

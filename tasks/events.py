@@ -155,11 +155,15 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """Data of an END entry: the job's final state, and the error object if it has one."""
+    """Data of an END entry: the job's final state, the error object if it has one.
+
+    Also what the answer used, as far as its engine knows: of a stream, no event may tell it.
+    """
 
     state: State
     error: dict[str, Any] = field(default_factory=dict)
     status: int = 500
+    usage: dict[str, Any] | None = None
 
     @classmethod
     def failed(cls, error: SluiceError, state: State = State.FAILED) -> Self:
@@ -167,9 +171,9 @@ class End:
         return cls(state, error.body(), error.status)
 
     def encode(self) -> bytes:
-        return orjson.dumps([self.state, self.error, self.status])
+        return orjson.dumps([self.state, self.error, self.status, self.usage])
 
     @classmethod
     def decode(cls, data: bytes) -> Self:
-        state, error, status = orjson.loads(data)
-        return cls(State(state), error, status)
+        state, *rest = orjson.loads(data)
+        return cls(State(state), *rest)

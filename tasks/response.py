@@ -38,6 +38,8 @@ def assemble(entries: Sequence[Entry]) -> Outcome | None:
     body = b"".join(entry.data for entry in entries if entry.kind is Kind.BODY)
     if start.is_event_stream:
         document = fold(_chunks(body))
+        if end.usage:
+            document.setdefault("usage", end.usage)
         body = orjson.dumps(document)
     else:
         document = _read(body)

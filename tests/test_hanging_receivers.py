@@ -20,8 +20,8 @@ from tests.stack import Stack, await_that, running
 from tests.test_deliveries import add, await_tries, counted, delivering, states
 from tests.test_webhooks import STACK_SETTINGS, Handler, Receiver, receiving
 
-# On a busy machine, with a thousand calls begun just before; one that hangs lasts for 15 s.
-SOON_S = 10.0
+# On a busy machine; one that hangs lasts for 15 s.
+SOON_S = 5.0
 
 
 @pytest.fixture
@@ -63,7 +63,6 @@ def test_a_thousand_calls_that_hang_do_not_delay_others(
 ) -> None:
     with hanging() as port, delivering(database, bus):
         add(database, many(kind, port))
-        time.sleep(1)
         delays_s = []
         for number in range(5):
             add(database, {f"job_{number}": receiver.url})
@@ -71,7 +70,9 @@ def test_a_thousand_calls_that_hang_do_not_delay_others(
             await_that(lambda known=number: len(receiver.requests) > known)
             delays_s.append(time.monotonic() - began_s)
     report(f"{kind} hanging, others called after {', '.join(f'{d:.2f}' for d in delays_s)} s")
-    assert max(delays_s) < SOON_S
+    # The first while a thousand others begin, which takes a processor more than a second.
+    assert delays_s[0] < 3 * SOON_S
+    assert max(delays_s[1:]) < SOON_S
 
 
 def test_a_receiver_is_called_by_few_at_once(
