@@ -61,8 +61,8 @@ def _whole(given: Any) -> Any:
 
 Priority = Annotated[
     int,
-    BeforeValidator(_whole),
     Field(strict=True, ge=-LOWEST_PRIORITY, le=LOWEST_PRIORITY),
+    BeforeValidator(_whole),
 ]
 
 
@@ -85,7 +85,9 @@ class JobRequest(BaseModel):
     metadata: dict[
         Annotated[str, Field(max_length=64, pattern=_NO_NUL)],
         Annotated[str, Field(max_length=512, pattern=_NO_NUL)],
-    ] = Field(default_factory=dict, max_length=16)
+    ] = Field(
+        default_factory=dict, max_length=16, json_schema_extra={"additionalProperties": False}
+    )
 
     @property
     def place(self) -> tuple[Lane, int]:
