@@ -45,8 +45,8 @@ def due(url: str, after: str, limit: int) -> list[Due]:
         further = select(_next_receiver(walk.c.receiver), walk.c.step + 1)
         walk = walk.union_all(further.where(walk.c.receiver.is_not(None), walk.c.step < limit))
         found = select(walk.c.receiver, _oldest(walk.c.receiver, now))
-        rows = session.execute(found.where(walk.c.receiver.is_not(None)))
-        return [Due(receiver, job_id) for receiver, job_id in rows]
+        found = found.where(walk.c.receiver.is_not(None)).order_by(walk.c.step)
+        return [Due(receiver, job_id) for receiver, job_id in session.execute(found)]
 
 
 def _is_due(now: datetime) -> ColumnElement[bool]:

@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 POLL_S = 0.5
 # A receiver that hangs keeps a place for 15 s: there are places for a thousand of them.
 AT_ONCE = 1200
-OTHER_FILES = 300
 # Enough for 40 calls a second to a receiver that takes 0.2 s for each. Once half of all places are
 # taken, a receiver that has one gets no other: the rest is for those that nobody has called yet.
 AT_ONE_RECEIVER = 8
@@ -50,7 +49,8 @@ class Deliverer:
         self._settings = settings
         self._url = settings.database_url
         self._redis = redis
-        self._places = min(AT_ONCE, open_files.allow(AT_ONCE + OTHER_FILES) - OTHER_FILES)
+        # The other half is for the rest of the process.
+        self._places = min(AT_ONCE, open_files.allow(2 * AT_ONCE) // 2)
         self._calls: dict[asyncio.Task[None], WebhookDelivery] = {}
         self._ended: list[Noted] = []
         self._uncounted: Counter[str] = Counter()

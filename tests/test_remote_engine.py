@@ -1,6 +1,8 @@
 """The remote engine against a real HTTP server on a real socket."""
 
 import asyncio
+import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 
 from gpu_worker.engine import Load, Message
 from gpu_worker.remote_engine import RemoteEngine, open_engine
+from gpu_worker.tape import Tape, current_tape
 from tasks.errors import ConfigurationError, StreamBrokenError
 from tasks.models import Model
 
@@ -27,6 +30,7 @@ class Server:
     def __init__(self) -> None:
         self.url = ""
         self.requests: list[tuple[str, bytes]] = []
+        self.events = [b"data: one\n\n", b"data: [DONE]\n\n"]
         self.goes_on = asyncio.Event()
         self.client_left = asyncio.Event()
         self.breaks_off = False
@@ -62,13 +66,14 @@ class Server:
             return
         writer.write(b"HTTP/1.1 418 Teapot\r\ncontent-type: text/event-stream\r\n")
         writer.write(b"transfer-encoding: chunked\r\nconnection: keep-alive\r\n\r\n")
-        writer.write(b"b\r\ndata: one\n\n\r\n")
+        first, *others = (b"%x\r\n%b\r\n" % (len(event), event) for event in self.events)
+        writer.write(first)
         if self.breaks_off:
             raise ConnectionResetError
         if not self.goes_on.is_set():
             await reader.read(1)  # returns when the client has left
             return
-        writer.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+        writer.write(b"".join(others) + b"0\r\n\r\n")
 
 
 @pytest.fixture
@@ -119,6 +124,43 @@ async def test_the_servers_own_name_and_key_are_used(
     head, body = server.requests[0]
     assert "authorization: bearer s3cret" in head.lower()
     assert body == b'{"model": "llama", "n": 1}'
+
+
+STREAMED = b"""data: {"choices": [{"index": 0, "delta": {"content": "Hi"}}]}
+
+data: {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 1}}\r
+\r
+data: [DONE]
+
+: no end"""
+WITHOUT_USAGE = re.sub(rb'data: {"choices": \[\].*?\r\n\r\n', b"", STREAMED, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize(
+    ("options", "asked", "is_told"),
+    [
+        ({}, {"include_usage": True}, False),
+        ({"stream_options": None}, {"include_usage": True}, False),
+        (
+            {"stream_options": {"include_usage": False, "continuous_usage_stats": True, "x": 1}},
+            {"include_usage": True, "x": 1},
+            False,
+        ),
+        ({"stream_options": {"include_usage": True}}, {"include_usage": True}, True),
+    ],
+)
+async def test_usage_is_asked_for_and_told_to_who_asked(
+    server: Server, size: int, options: dict[str, Any], asked: dict[str, Any], is_told: bool
+) -> None:
+    server.events = [STREAMED[at : at + size] for at in range(0, len(STREAMED), size)]
+    tape = Tape()
+    current_tape.set(tape)
+    async with remote(server.url) as engine:
+        answer = await post(engine, json.dumps({"stream": True} | options).encode())
+    assert json.loads(server.requests[0][1])["stream_options"] == asked
+    assert answer.content == (STREAMED if is_told else WITHOUT_USAGE)
+    assert tape.total() == (3, 1)
 
 
 async def test_a_request_that_is_cancelled_leaves_the_server_at_once(server: Server) -> None:
