@@ -101,6 +101,8 @@ class ModelList(BaseModel):
 class Place(BaseModel):
     position: int
     eta_s: float | None
+    is_paused: bool = Field(description="whether the operator has paused the model")
+    workers: int = Field(description="that serve the model")
 
 
 class JobResponse(BaseModel):
@@ -115,6 +117,7 @@ class Job(BaseModel):
     object: Literal["job"]
     endpoint: str
     model: str
+    priority: str | int = Field(description="as it is given to `POST /v1/jobs`")
     status: State
     created_at: int
     started_at: int | None
