@@ -22,6 +22,7 @@ from tests.conftest import SIM
 from tests.stack import Stack, running
 from tests.test_jobs import CHAT, ENDPOINT, call, submit, wait
 
+pytestmark = pytest.mark.timeout(300)
 HERE = Path(__file__).parent
 FAST = SIM | {"args": {"tokens-per-s": 0, "first-token-s": 0, "length": 10}}
 ADMIN = {"Authorization": "Bearer admin"}
@@ -178,7 +179,7 @@ def test_the_api_does_what_its_document_says(stack: Stack, part: str) -> None:
         cwd=stack.home,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
