@@ -28,7 +28,7 @@ test: .venv/installed-test lint  ## everything that a change has to pass
 	$(MAKE) faults OUTAGE_S=10 && exit $$checked
 
 checks: .venv/installed-test
-	$(BIN)/pytest --ignore tests/faults --ignore tests/model -n 3 --dist loadgroup
+	$(BIN)/pytest --ignore tests/faults --ignore tests/model -n 3 --dist loadfile
 
 lint: .venv/installed-test  ## style, types and who may import whom
 	$(BIN)/ruff check .

@@ -2,11 +2,14 @@
 
 import signal
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from db import get_engine
 from tasks.models import BUILT_IN, Model, load_catalog
@@ -25,12 +28,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps in one process what shares a deployment: a file, and all tests of the one vLLM."""
-    for item in items:
-        needs_vllm = {"vllm_stack", "vllm_server"} & set(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group("vllm" if needs_vllm else item.path.stem))
+class ByDeployment(LoadFileScheduling):  # type: ignore[misc]
+    """Runs a file in one process, and all files that use the shared vLLM in the same one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "vllm" if _uses_vllm(file) else file
+
+
+@cache
+def _uses_vllm(file: str) -> bool:
+    return any(f"{kind}:" in Path(file).read_text() for kind in ("vllm_stack", "vllm_server"))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByDeployment:
+    return ByDeployment(config, log)
 
 
 @pytest.fixture

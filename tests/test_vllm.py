@@ -22,6 +22,7 @@ from tasks.models import Model
 from tasks.settings import Settings
 from tests.stack import Stack, await_that, send
 from tests.test_metrics import Metrics
+from tests.test_openapi import try_examples
 
 # The load of an engine counts for the first test that needs it.
 pytestmark = pytest.mark.timeout(300)
@@ -44,6 +45,10 @@ def _load(stack: Stack) -> int:
     """Requests in the engine's batch, as vLLM's own metric counts them."""
     beats = [stack.redis.hget(key, "running") for key in stack.redis.keys(keys.worker("*"))]
     return sum(int(beat) for beat in beats if beat)
+
+
+def test_the_examples_of_the_document_run(vllm_stack: Stack) -> None:
+    try_examples(vllm_stack)
 
 
 def test_the_sdk_streams_chat_and_completions(vllm_stack: Stack) -> None:
