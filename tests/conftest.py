@@ -29,16 +29,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class ByDeployment(LoadFileScheduling):  # type: ignore[misc]
-    """Runs a file in one process, and all files that use the shared vLLM in the same one."""
+    """Runs in one process what shares a deployment: a file, or all files with a loaded vLLM."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return "vllm" if _uses_vllm(file) else file
+        if _uses_vllm(file):
+            return "vllm"
+        # Faults are done to deployments that one test alone has.
+        return nodeid if file.startswith("tests/faults/") else file
 
 
 @cache
 def _uses_vllm(file: str) -> bool:
-    return any(f"{kind}:" in Path(file).read_text() for kind in ("vllm_stack", "vllm_server"))
+    text = Path(file).read_text()
+    return any(f"{loaded}:" in text for loaded in ("vllm_stack", "vllm_server", "own_stack"))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByDeployment:

@@ -15,13 +15,11 @@ import requests
 from db import migrate
 from db.webhooks import Due, attempts_of, due
 from tasks.deliveries import AT_ONE_RECEIVER
+from tasks.webhooks import TIMEOUT_S
 from tests.conftest import SIM
 from tests.stack import Stack, await_that, running
 from tests.test_deliveries import add, await_tries, counted, delivering, states
 from tests.test_webhooks import STACK_SETTINGS, Handler, Receiver, receiving
-
-# On a busy machine; one that hangs lasts for 15 s.
-SOON_S = 5.0
 
 
 @pytest.fixture
@@ -70,9 +68,10 @@ def test_a_thousand_calls_that_hang_do_not_delay_others(
             await_that(lambda known=number: len(receiver.requests) > known)
             delays_s.append(time.monotonic() - began_s)
     report(f"{kind} hanging, others called after {', '.join(f'{d:.2f}' for d in delays_s)} s")
-    # The first while a thousand others begin, which takes a processor more than a second.
-    assert delays_s[0] < 3 * SOON_S
-    assert max(delays_s[1:]) < SOON_S
+    # The first while a thousand others begin, which takes a processor more than a second. One after
+    # the other they would take hours, twenty at once a quarter of one.
+    assert delays_s[0] < 60
+    assert max(delays_s[1:]) < TIMEOUT_S
 
 
 def test_a_receiver_is_called_by_few_at_once(
@@ -159,4 +158,4 @@ def test_receivers_that_hang_do_not_delay_a_good_one(
             await_that(lambda known=number: len(good.requests) > known, 100)
             delays_s.append(time.monotonic() - ended_s)
         report(f"60 hang, a good one is called after {max(delays_s):.2f} s at most")
-        assert max(delays_s) < SOON_S
+        assert max(delays_s) < TIMEOUT_S

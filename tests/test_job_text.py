@@ -94,6 +94,7 @@ def test_an_expired_job_ends_its_watch_with_the_reason(idle_stack: Stack) -> Non
 
 def test_a_job_tells_how_its_webhook_goes(home: Path) -> None:
     terms = {"webhook_secrets": "whsec_c2VjcmV0", "webhook_allow_private": True}
+    terms["webhook_ports"] = "1-65535"
     with running(Stack(home, [SIM], keep_alive_s=1, **terms)) as stack:
         url = f"http://127.0.0.1:{free_port()}/gone"
         job = submit(stack, PROMPT, "--max-tokens", "2", "--webhook", url)

@@ -35,9 +35,9 @@ def log(tmp_path: Path) -> Path:
 
 def numbers(path: Path) -> list[int]:
     """Those of the lines, of which none is broken but the first and the last."""
-    first, *lines, last = path.read_bytes().split(b"\n")
-    assert {len(line) for line in lines} == {99}
-    return [int(line[:9]) for line in (first, *lines, last) if len(line) == 99]
+    lines = path.read_bytes().split(b"\n")
+    assert {len(line) for line in lines[1:-1]} <= {99}
+    return [int(line[:9]) for line in lines if len(line) == 99]
 
 
 def test_a_log_of_many_megabytes_is_bounded(log: Path, report: Callable[[str], None]) -> None:

@@ -107,8 +107,8 @@ def test_answers_as_vllm_does(name: str, vllm_stack: Stack, vllm_server: str) ->
     path, body = CASES[name]
     ours, theirs = _post(vllm_stack.url, path, body), _post(vllm_server, path, body)
     assert ours[:3] == theirs[:3]
-    # A short answer may be in its last chunk as a whole.
-    assert ours.shapes == theirs.shapes or not (ours.shapes and theirs.shapes)
+    # Of a short answer all may be in its first or last chunk, by either server.
+    assert ours.shapes <= theirs.shapes or theirs.shapes <= ours.shapes
 
 
 JSON = "application/json"
