@@ -28,7 +28,7 @@ test: .venv/installed-test lint  ## everything that a change has to pass
 	$(MAKE) faults OUTAGE_S=10 && exit $$checked
 
 checks: .venv/installed-test
-	$(BIN)/pytest --ignore tests/faults --ignore tests/model -n 4 --dist loadfile
+	$(BIN)/pytest --ignore tests/faults --ignore tests/model -n 4 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed-test  ## style, types and who may import whom
 	$(BIN)/ruff check .
@@ -43,7 +43,7 @@ REPEAT ?= 1
 OUTAGE_S ?= 60
 
 faults: .venv/installed-test  ## kills every part in every way
-	$(BIN)/pytest tests/faults -n 4 --dist loadfile --repeat $(REPEAT) --outage-s $(OUTAGE_S)
+	$(BIN)/pytest tests/faults -n 4 --dist loadfile --no-loadscope-reorder --repeat $(REPEAT) --outage-s $(OUTAGE_S)
 
 ## STEPS: model: how many; default: 100000
 STEPS ?= 100000
