@@ -105,18 +105,6 @@ REFUSED = {
         {"args": {"max-modle-len": 64}},
         "the arguments of own: unrecognized arguments: --max-modle-len",
     ),
-    "a value that there is not": (
-        {"args": {"dtype": "float33"}},
-        "the arguments of own: argument --dtype: invalid choice: 'float33'",
-    ),
-    "a key for a server that is not started": (
-        {"args": {"api-key": "secret"}},
-        "the arguments of own: --api-key would do nothing here",
-    ),
-    "another model": (
-        {"args": {"model": "other"}},
-        "the arguments of own: --model would do nothing here",
-    ),
     "a context that is too long": (
         {"args": {"max-model-len": 100_000}},
         "vLLM cannot load own: User-specified max_model_len (100000) is greater than the derived",

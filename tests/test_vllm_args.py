@@ -7,6 +7,7 @@ import pytest
 
 from gpu_worker.engine_process import KILLED, describe, root_cause
 from gpu_worker.vllm_args import command_line, kv_cache_bytes, parse, tool_parser
+from tasks.errors import ConfigurationError
 from tasks.models import Model
 
 pytestmark = pytest.mark.timeout(300)
@@ -36,6 +37,20 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch)
     assert shutil.which("g++") is None or "--enforce-eager" not in command_line(_model())
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "--enforce-eager" in command_line(_model())
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ({"dtype": "float33"}, "argument --dtype: invalid choice: 'float33'"),
+        ({"api-key": "secret"}, "--api-key would do nothing here"),
+        ({"model": "other"}, "--model would do nothing here"),
+    ],
+)
+def test_arguments_that_cannot_be_meant_are_refused(args: dict[str, str], sentence: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        parse(_model(**args))
+    assert str(refused.value).startswith(f"the arguments of own: {sentence}")
 
 
 @pytest.mark.parametrize(
