@@ -21,6 +21,7 @@ from tasks.control import workers
 from tasks.models import Model
 from tasks.settings import Settings
 from tests.stack import Stack, await_that, send
+from tests.test_demo_texts import boasts
 from tests.test_metrics import Metrics
 from tests.test_openapi import try_examples
 
@@ -33,7 +34,23 @@ LONG = {
     "ignore_eos": True,
     "temperature": 0,
 }
-ANSWERED_AT_LEAST = 25
+ANSWERED_AT_LEAST = 50
+# Questions about what other servers have.
+NOT_BUILT = (
+    "How do I upload a file for a batch?",
+    "Is there a batch API like OpenAI's?",
+    "How do I create an API key for a colleague?",
+    "How do I revoke a key?",
+    "How do I set a rate limit for a tenant?",
+    "How do I set a budget per team?",
+    "Does Sluice have a web console?",
+    "Does Sluice support the Responses API?",
+    "How do I log in to the dashboard?",
+    "How do I deploy on Kubernetes?",
+    "Does KEDA scale the workers?",
+    "What happens if a model is overloaded, is there a fallback?",
+    "How do I fine-tune a model?",
+)
 ALL_TOKENS = {"ignore_eos": True}
 
 
@@ -77,15 +94,19 @@ def test_the_asynchronous_sdk_streams(vllm_stack: Stack) -> None:
     assert asyncio.run(ask())
 
 
-def _is_answered(stack: Stack, item: dict[str, object]) -> bool:
+def _ask(stack: Stack, question: str) -> str:
     answer = _client(stack).chat.completions.create(
         model="sluice-demo",
-        messages=[{"role": "user", "content": str(item["ask"])}],
+        messages=[{"role": "user", "content": question}],
         temperature=0,
         max_tokens=80,
     )
-    said = (answer.choices[0].message.content or "").lower()
-    return any(word.lower() in said for word in item["expect"])  # type: ignore[attr-defined]
+    return answer.choices[0].message.content or ""
+
+
+def _is_answered(stack: Stack, item: dict[str, Any]) -> bool:
+    said = _ask(stack, item["ask"]).lower()
+    return any(word.lower() in said for word in item["expect"])
 
 
 def test_the_demo_model_answers_questions_that_it_was_not_trained_on(vllm_stack: Stack) -> None:
@@ -95,6 +116,13 @@ def test_the_demo_model_answers_questions_that_it_was_not_trained_on(vllm_stack:
     assert right >= ANSWERED_AT_LEAST
     greeting = {"ask": "Hello", "expect": ["hello", "hi"]}
     assert _is_answered(vllm_stack, greeting)
+
+
+def test_the_demo_model_tells_of_nothing_that_is_not_built(vllm_stack: Stack) -> None:
+    with ThreadPoolExecutor(16) as clients:
+        answers = list(clients.map(lambda question: _ask(vllm_stack, question), NOT_BUILT))
+    assert all(answers)
+    assert [sentence for answer in answers for sentence in boasts(answer)] == []
 
 
 def test_64_streams_share_one_engine_and_leaving_frees_it(vllm_stack: Stack) -> None:
