@@ -22,9 +22,12 @@ UP_NEEDS := $(if $(filter sim http://% https://%,$(SLUICE_MODEL)),core,cpu)
 up: .venv/installed-$(UP_NEEDS)  ## runs everything on this machine, until Ctrl-C
 	@exec $(BIN)/sluice up
 
-test: .venv/installed-test lint  ## everything that a change has to pass
+# Otherwise each of the hundreds of processes that tests start would compile Sluice again.
+unexport PYTHONDONTWRITEBYTECODE
+
+test: .venv/installed-test  ## everything that a change has to pass
 	-$(MAKE) audit
-	$(MAKE) --jobs 2 --keep-going checks model SEED=1; checked=$$?; \
+	$(MAKE) --jobs 3 --keep-going lint model checks SEED=1; checked=$$?; \
 	$(MAKE) faults OUTAGE_S=10 && exit $$checked
 
 checks: .venv/installed-test
@@ -52,7 +55,7 @@ STEPS ?= 100000
 SEED ?=
 
 model: .venv/installed-test  ## drives the queue's scripts at random against a model of them
-	nice -n 19 $(BIN)/pytest tests/model/test_model.py --steps $(STEPS) $(SEED:%=--hypothesis-seed=%)
+	$(BIN)/pytest tests/model/test_model.py --steps $(STEPS) $(SEED:%=--hypothesis-seed=%)
 
 holes: .venv/installed-test  ## breaks the queue's code line by line, for the model to find
 	$(BIN)/pytest tests/model/test_seeded_holes.py

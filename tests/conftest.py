@@ -94,11 +94,19 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def idle_stack(home: Path) -> Iterator[Stack]:
-    """A deployment without workers: all jobs stay in the queue."""
+@pytest.fixture(scope="module")
+def without_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """All jobs stay in the queue."""
+    home = tmp_path_factory.mktemp("idle")
     with running(Stack(home, [SIM], keep_alive_s=1), workers=0) as stack:
         yield stack
+
+
+@pytest.fixture
+def idle_stack(without_workers: Stack) -> Stack:
+    """A deployment without workers or jobs."""
+    without_workers.clear()
+    return without_workers
 
 
 @pytest.fixture(scope="module")

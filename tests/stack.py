@@ -20,6 +20,8 @@ import redis
 import requests
 import yaml
 
+from db import writing
+from db.models import Base
 from deploy import redis_server
 from tasks import keys
 
@@ -163,6 +165,27 @@ class Stack:
 
     def _claimer(self, job_id: str) -> bytes:
         return self.redis.hget(keys.job(job_id), "worker") or b""  # type: ignore[return-value]
+
+    def clear(self) -> None:
+        """Has no job any more, for the next test; the parts run on."""
+        for job in self.redis.scan_iter(f"{keys.JOB_PREFIX}*"):
+            job_id = job.decode().removeprefix(keys.JOB_PREFIX)
+            requests.post(f"{self.url}/v1/jobs/{job_id}/cancel", timeout=10)
+        await_that(lambda: not (self.redis.zcard(keys.LEASES) or self.redis.xlen(keys.LEDGER)))
+        self.forget()
+
+    def forget(self) -> None:
+        """Deletes all that is known of jobs, none of which may be open."""
+        with writing(self.database_url) as session:
+            for table in reversed(Base.metadata.sorted_tables):
+                session.execute(table.delete())
+        for prefix in (keys.JOB_PREFIX, keys.log("")):
+            if found := list(self.redis.scan_iter(f"{prefix}*")):
+                self.redis.delete(*found)
+
+    @property
+    def database_url(self) -> str:
+        return self.env.get("SLUICE_DATABASE_URL", f"sqlite:///{self.home / 'sluice.db'}")
 
     def wipe_redis(self) -> None:
         """Kills Redis and starts it again without its data."""

@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import orjson
@@ -19,12 +20,20 @@ CLIENTS = 50
 SLOW = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2000}
 
 
-@pytest.fixture
-def small_stack(home):  # type: ignore[no-untyped-def]
-    """One slot, slow tokens, leases and heartbeats at their shortest."""
+@pytest.fixture(scope="module")
+def one_slot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Slow tokens, leases and heartbeats at their shortest."""
     model = SIM | {"slots": 1, "args": {"tokens-per-s": 20, "first-token-s": 0.05}}
+    home = tmp_path_factory.mktemp("small")
     with running(Stack(home, [model], lease_s=3, keep_alive_s=1)) as stack:
         yield stack
+
+
+@pytest.fixture
+def small_stack(one_slot: Stack) -> Stack:
+    """The same without any job."""
+    one_slot.clear()
+    return one_slot
 
 
 def _state(bus: redis.Redis, job_id: str) -> bytes | None:

@@ -19,7 +19,7 @@ from tests.postgres import Postgres
 from tests.stack import Stack, await_that, running
 from tests.test_jobs import CHAT, ENDPOINT, STREAM, call, submit, wait
 
-JOBS = 500
+JOBS = 250
 
 
 @pytest.fixture

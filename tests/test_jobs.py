@@ -24,11 +24,19 @@ ENDPOINT = "/v1/chat/completions"
 SLOW = SIM | {"slots": 1, "args": {"tokens-per-s": 50, "first-token-s": 0.01}}
 
 
-@pytest.fixture
-def slow_stack(home: Any) -> Iterator[Stack]:
-    """One slot: a second job waits."""
+@pytest.fixture(scope="module")
+def one_slot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A second job waits."""
+    home = tmp_path_factory.mktemp("slow")
     with running(Stack(home, [SLOW], lease_s=3, keep_alive_s=1)) as stack:
         yield stack
+
+
+@pytest.fixture
+def slow_stack(one_slot: Stack) -> Stack:
+    """The same without any job."""
+    one_slot.clear()
+    return one_slot
 
 
 def call(stack: Stack, method: str, path: str, **options: Any) -> requests.Response:

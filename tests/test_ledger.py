@@ -171,7 +171,7 @@ def test_one_round_moves_all_records(backlog: Backlog, database_url: str) -> Non
 
 
 def test_two_recorders_at_once_double_nothing(backlog: Backlog, database_url: str) -> None:
-    ids = [cancel(backlog) for _ in range(1500)]
+    ids = [cancel(backlog) for _ in range(RECORDS_AT_ONCE + 100)]
     recorders = [recorder_of(backlog, database_url) for _ in range(2)]
     with ThreadPoolExecutor() as pool:
         counts = list(pool.map(Recorder.record, recorders))
@@ -230,13 +230,13 @@ def test_kills_of_maintenance_lose_and_double_nothing(
     wanted: Counter[str] = Counter()
     for kills_left in (2, 1, 0):
         maintenance = stack.start_maintenance()
-        for _ in range(700):
+        for _ in range(300):
             complete(backlog)
             cancel(backlog)
         abandon(backlog)
-        wanted += Counter(completed=700, cancelled=700, failed=1)
+        wanted += Counter(completed=300, cancelled=300, failed=1)
         # In the middle of a round, or shortly after one.
-        await_that(lambda: stack.redis.xlen(keys.LEDGER) < 1000)
+        await_that(lambda: stack.redis.xlen(keys.LEDGER) < RECORDS_AT_ONCE)
         if kills_left:
             maintenance.kill()
     await_that(lambda: len(entries(database_url)) == wanted.total(), 60)

@@ -25,13 +25,20 @@ from tests.test_jobs import CHAT, in_sql, submit, wait
 from tests.test_response import chunk, log_of
 
 
-@pytest.fixture
-def stack(home: Path) -> Iterator[Stack]:
+@pytest.fixture(scope="module")
+def unmaintained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Without maintenance, once it has begun: what a test writes stays as it is."""
-    with running(Stack(home, [SIM])) as stack:
+    with running(Stack(tmp_path_factory.mktemp("reads"), [SIM]), workers=0) as stack:
         stack.part("maintenance").stop()
         stack.processes.remove(stack.part("maintenance"))
         yield stack
+
+
+@pytest.fixture
+def stack(unmaintained: Stack) -> Stack:
+    """The same without any job."""
+    unmaintained.forget()
+    return unmaintained
 
 
 def store(stack: Stack, jobs: list[JobRecord]) -> None:

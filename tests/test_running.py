@@ -54,12 +54,6 @@ def up(tmp_path_factory: pytest.TempPathFactory, port: str) -> Iterator[Path]:
         process.kill_all()
 
 
-@pytest.fixture(params=["default home", "SLUICE_HOME"])
-def second_terminal(up: Path, request: pytest.FixtureRequest) -> "Terminal":
-    named = {"SLUICE_HOME": str(up / ".sluice")}
-    return Terminal(up, {"HOME": str(up)} if request.param == "default home" else named)
-
-
 class Terminal:
     """Where nothing is set, in another directory."""
 
@@ -81,8 +75,8 @@ class Terminal:
         return done.stdout
 
 
-def test_every_command_speaks_to_what_runs(second_terminal: Terminal, port: str) -> None:
-    run = second_terminal.run
+def test_every_command_speaks_to_what_runs(up: Path, port: str) -> None:
+    run = Terminal(up, {"HOME": str(up)}).run
     assert f"http://127.0.0.1:{port} answers, and is ready" in run("doctor")
     assert {"large", "small"} == {m["name"] for m in json.loads(run("status", "--json"))["models"]}
     job = run("submit", "Hello", "--model", "small", "--max-tokens", "3").strip()
@@ -94,6 +88,13 @@ def test_every_command_speaks_to_what_runs(second_terminal: Terminal, port: str)
     assert "serving" in run("drain")
     short = ("--streams", "1", "--requests", "2", "--rounds", "1", "--max-tokens", "4")
     assert json.loads(run("bench", "--model", "small", *short, "--json"))
+
+
+def test_what_runs_is_found_in_a_home_of_another_place(up: Path, port: str) -> None:
+    run = Terminal(up, {"SLUICE_HOME": str(up / ".sluice")}).run
+    assert f"http://127.0.0.1:{port} answers, and is ready" in run("doctor")
+    assert run("submit", "Hello", "--model", "small", "--max-tokens", "3", "--watch")
+    assert {"large", "small"} == {m["name"] for m in json.loads(run("status", "--json"))["models"]}
 
 
 def test_what_is_set_goes_before_what_runs(up: Path, port: str) -> None:

@@ -53,27 +53,6 @@ def _only_worker(stack: Stack) -> Process:
     return worker
 
 
-def test_2_real_streams_of_a_killed_worker_go_on_token_for_token(
-    own_stack: Stack, fault: Fault
-) -> None:
-    stack = own_stack
-    _only_worker(stack)
-    bodies = [chat(n, **LONG, return_token_ids=n % 2 == 0) for n in range(16)]
-    expected = ask(stack, bodies)
-    stack.start_worker(MODEL)
-    stack.await_workers(2)
-    clients = [Client(stack, body) for body in bodies]
-    await_tokens(clients, 20, 120)
-    victim = max(stack.workers, key=lambda worker: len(stack.jobs_of(worker)))
-    _, started = _engine(victim)
-    fault.inflict("SIGKILL vLLM worker")
-    victim.kill()
-    killed_s = time.monotonic()
-    _await_gone(started)  # 14: no engine is left that holds the memory
-    compare(fault, clients, expected, killed_s)
-    assert max(fault.recovery_s) < LEASE_S + 5
-
-
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_15_the_jobs_of_a_lost_enginecore_go_on_with_the_replacement(
     own_stack: Stack, fault: Fault, how: signal.Signals
@@ -96,19 +75,30 @@ def test_15_the_jobs_of_a_lost_enginecore_go_on_with_the_replacement(
     compare(fault, clients, expected, lost_s)
 
 
-def test_14_no_process_of_an_engine_outlives_its_killed_worker(
+def test_2_14_real_streams_of_a_killed_worker_go_on_token_for_token(
     own_stack: Stack, fault: Fault
 ) -> None:
-    worker = _only_worker(own_stack)
-    _, started = _engine(worker)
+    stack = own_stack
+    _only_worker(stack)
+    bodies = [chat(n, **LONG, return_token_ids=n % 2 == 0) for n in range(16)]
+    expected = ask(stack, bodies)
+    stack.start_worker(MODEL)
+    stack.await_workers(2)
+    clients = [Client(stack, body) for body in bodies]
+    await_tokens(clients, 20, 120)
+    victim = max(stack.workers, key=lambda worker: len(stack.jobs_of(worker)))
+    _, started = _engine(victim)
     engine = [process for process in started if "VLLM" in process.cmdline()[0]]
     assert len(engine) >= 1
-    # The worst case: none of them can notice anything by itself.
+    # 14: no engine is left that holds the memory, though none of it can notice anything by itself.
     for process in engine:
         process.suspend()
     fault.inflict("SIGKILL vLLM worker with a hung engine")
-    worker.kill()
+    victim.kill()
+    killed_s = time.monotonic()
     _await_gone(started)
+    compare(fault, clients, expected, killed_s)
+    assert max(fault.recovery_s) < LEASE_S + 5
 
 
 def test_sigterm_ends_a_worker_and_its_engine(own_stack: Stack) -> None:
