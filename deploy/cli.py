@@ -29,6 +29,10 @@ class Program(click.Group):
             if trouble is None:
                 raise
             error = trouble.error
+        from tasks import logs
+
+        # The log is written by a thread: the sentence comes after all of it.
+        logs.flush()
         click.echo(f"sluice: {error}", err=True)
         raise click.exceptions.Exit(2)
 

@@ -293,6 +293,43 @@ def test_clients_that_leave_while_redis_is_away_do_not_silence_the_api(slow_stac
     assert len(log.read_text()) < 100_000
 
 
+FAILING = """
+import logging
+import click
+from deploy.cli import Program
+from tasks import logs
+from tasks.errors import SluiceError
+from tasks.settings import get_settings
+
+@click.group(cls=Program)
+def main():
+    pass
+
+@main.command()
+def fail():
+    logs.configure(get_settings())
+    # More than a pipe holds.
+    for number in range(5_000):
+        logging.getLogger("tasks").info("line %d", number)
+    (get_settings().home / "failing").touch()
+    raise SluiceError("what is wrong")
+
+main()
+"""
+
+
+def test_why_a_part_ends_is_the_last_line_of_its_log(home: Path) -> None:
+    program = [sys.executable, "-c", FAILING, "fail"]
+    env = os.environ | {"SLUICE_HOME": str(home)}
+    with subprocess.Popen(program, env=env, stderr=subprocess.PIPE, text=True) as part:
+        await_that((home / "failing").exists)
+        _, log = part.communicate(timeout=30)
+    assert part.returncode == 2
+    lines = log.splitlines()
+    assert len(lines) == 5_001
+    assert lines[-1] == "sluice: what is wrong"
+
+
 def test_what_gunicorn_says_is_a_line_of_the_same_form(home: Path) -> None:
     with running(Stack(home, [SIM], log_format="json")) as stack:
         with socket.create_connection(("127.0.0.1", stack.api_ports[0]), timeout=10) as client:
