@@ -19,7 +19,7 @@ from tasks import deliveries
 from tasks.deliveries import AT_ONE_RECEIVER
 from tasks.webhooks import TIMEOUT_S, Sender
 from tests.conftest import SIM
-from tests.stack import Stack, await_that, running
+from tests.stack import Stack, await_that, running, slack
 from tests.test_deliveries import add, await_tries, counted, delivering, states
 from tests.test_webhooks import STACK_SETTINGS, Handler, Receiver, receiving
 
@@ -71,7 +71,7 @@ def test_a_thousand_calls_that_hang_do_not_delay_others(
             add(database, {f"job_{number}": receiver.url})
             began_s = time.monotonic()
             # The first while a thousand others begin, which takes a processor more than a second.
-            await_that(lambda known=number: len(receiver.requests) > known, 60)
+            await_that(lambda known=number: len(receiver.requests) > known, slack(60))
             delays_s.append(time.monotonic() - began_s)
         await_that(lambda: counted(bus).get("delivered") == 5)
     report(f"{kind} hanging, others called after {', '.join(f'{d:.2f}' for d in delays_s)} s")
@@ -81,21 +81,24 @@ def test_a_receiver_is_called_by_few_at_once(
     database: str, bus: redis.Redis, receiver: Receiver
 ) -> None:
     most, now, lock = [0], [0], threading.Lock()
+    # Eight are let go when eight are there.
+    eight = threading.Barrier(AT_ONE_RECEIVER)
 
     def respond(handler: Handler) -> None:
         with lock:
             now[0] += 1
             most.append(now[0])
+        eight.wait()
         time.sleep(0.05)
         with lock:
             now[0] -= 1
         handler.respond()
 
     receiver.respond = respond
-    add(database, {f"job_{number}": receiver.url for number in range(60)})
+    add(database, {f"job_{number}": receiver.url for number in range(64)})
     with delivering(database, bus):
-        await_that(lambda: counted(bus) == {"delivered": 60})
-    assert 1 < max(most) <= AT_ONE_RECEIVER
+        await_that(lambda: counted(bus) == {"delivered": 64})
+    assert max(most) == AT_ONE_RECEIVER
 
 
 @pytest.mark.parametrize("names", [20, 400])
@@ -123,7 +126,7 @@ def test_names_that_nobody_answers_for_do_not_delay_others(
             add(database, {"job_1": receiver.url})
             began_s = time.monotonic()
             await_that(lambda: receiver.requests)
-            assert time.monotonic() - began_s < 15
+            assert time.monotonic() - began_s < slack(15)
         _, (attempt,) = attempts_of(database, "job_silent_0")
         assert "no address of the host within 5 s" in str(attempt.error)
     finally:
@@ -162,4 +165,4 @@ def test_receivers_that_hang_do_not_delay_a_good_one(
             delays_s.append(time.monotonic() - ended_s)
         report(f"60 hang, a good one is called after {max(delays_s):.2f} s at most")
         # It has waited for none of those that hang.
-        assert max(delays_s) < TIMEOUT_S
+        assert max(delays_s) < slack(TIMEOUT_S)

@@ -20,7 +20,7 @@ from tasks import keys
 from tasks.events import LOG_FIELD, End, Entry
 from tasks.message import Job, State
 from tests.conftest import SIM
-from tests.stack import Stack, await_that, running
+from tests.stack import Stack, await_that, running, slack
 from tests.test_jobs import CHAT, in_sql, submit, wait
 from tests.test_response import chunk, log_of
 
@@ -106,7 +106,7 @@ def test_few_of_one_status_are_found_among_very_many_of_others(stack: Stack) -> 
     found = get(stack, "/v1/jobs?status=in_progress&limit=1")
     assert [job["id"] for job in found["data"]] == ["job_00000"]
     assert found["has_more"] is False
-    assert time.monotonic() - begun_s < 0.5
+    assert time.monotonic() - begun_s < slack(0.5)
 
 
 def test_what_has_changed_its_status_meanwhile_is_passed_over(stack: Stack) -> None:
@@ -139,7 +139,7 @@ def test_a_long_answer_that_sql_does_not_have_yet_holds_up_nobody(stack: Stack) 
         found = get(stack, "/v1/jobs/job_long")
     content = found["response"]["body"]["choices"][0]["message"]["content"]
     assert content == "word " * 100_000
-    assert max(took_s) < 0.3
+    assert max(took_s) < slack(0.3)
 
 
 def write_log(stack: Stack, job_id: str, entries: list[Entry]) -> None:
