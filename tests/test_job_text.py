@@ -4,6 +4,7 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +13,6 @@ import orjson
 import pytest
 import requests
 
-from deploy.redis_server import free_port
 from tests.conftest import SIM
 from tests.stack import Stack, await_that, running
 from tests.test_client import LONG, PROMPT, command, sluice, submit
@@ -95,15 +95,18 @@ def test_an_expired_job_ends_its_watch_with_the_reason(idle_stack: Stack) -> Non
 def test_a_job_tells_how_its_webhook_goes(home: Path) -> None:
     terms = {"webhook_secrets": "whsec_c2VjcmV0", "webhook_allow_private": True}
     terms["webhook_ports"] = "1-65535"
-    with running(Stack(home, [SIM], keep_alive_s=1, **terms)) as stack:
-        url = f"http://127.0.0.1:{free_port()}/gone"
+    with socket.socket() as nobody, running(Stack(home, [SIM], keep_alive_s=1, **terms)) as stack:
+        # Nobody listens there, and no other test gets the port.
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}/gone"
         job = submit(stack, PROMPT, "--max-tokens", "2", "--webhook", url)
 
-        def told() -> dict[str, str]:
-            return facts(sluice(stack, "job", job).stdout.splitlines())
+        def told(fact: str) -> str:
+            return facts(sluice(stack, "job", job).stdout.splitlines()).get(fact, "")
 
-        await_that(lambda: told().get("webhook") == "pending after 1 try")
-        assert told()["status"] == "completed"
+        # The second try is seen first where a look takes five seconds.
+        await_that(lambda: re.fullmatch(r"pending after (1 try|[2-9] tries)", told("webhook")))
+        assert told("status") == "completed"
 
 
 @pytest.mark.parametrize("priority", ["interactive", "batch", "100", "-100"])
