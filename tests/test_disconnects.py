@@ -101,11 +101,11 @@ def test_a_late_refusal_of_a_queued_stream_is_an_event(small_stack: Stack) -> No
     assert events[1] == b"data: [DONE]"
 
 
-def _leave_at_random(stack: Stack, number: int) -> None:
+def _leave_at_random(stack: Stack, number: int, second: float) -> None:
     chance = random.Random(number)
     body = SLOW | {"stream": chance.random() < 0.5, "max_tokens": chance.randint(1, 40)}
     with send(stack, body) as client:
-        client.settimeout(chance.choice([0.03, 0.1, 0.3, 1.0]))
+        client.settimeout(chance.choice([0.03, 0.1, 0.3, 1.0]) * second)
         try:
             while client.recv(4096):
                 if chance.random() < 0.2:
@@ -119,7 +119,9 @@ def test_a_thousand_requests_with_random_disconnects_leave_nothing_behind(home) 
     with running(Stack(home, [SIM], lease_s=3, keep_alive_s=1)) as stack:
         requests.post(f"{stack.url}/v1/chat/completions", json=SLOW | {"max_tokens": 1}, timeout=9)
         with ThreadPoolExecutor(CLIENTS) as clients:
-            for done in clients.map(lambda number: _leave_at_random(stack, number), range(1000)):
+            second = slack(1)
+            leave = lambda number: _leave_at_random(stack, number, second)
+            for done in clients.map(leave, range(1000)):
                 assert done is None
         lane = keys.backlog("sim", Lane.INTERACTIVE)
         await_that(lambda: stack.redis.zcard(keys.LEASES) == 0, timeout_s=20)
