@@ -4,7 +4,6 @@ The body goes to the engine unchanged and its response comes back unchanged, so 
 the engine knows works here.
 """
 
-import logging
 import socket
 from contextlib import ExitStack
 from typing import Any
@@ -12,15 +11,13 @@ from typing import Any
 import gevent
 from flask import Response
 from gevent.socket import wait_read
-from redis.exceptions import RedisError
 
 from api.answer import Answer
 from api.calls import Call
+from api.cancellation import cancel
 from api.job_stream import ClientGoneError, JobStream
 from api.services import Services
 from tasks.message import Job, Terms
-
-log = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499
 
@@ -85,10 +82,7 @@ class Generation:
 
     def cancel(self, *, unless_attached: bool = False) -> None:
         """Cancels the job, whoever waits for it; or only if no other client has asked for it."""
-        try:
-            self._services.jobs.cancel(self.job_id, self._model, unless_attached=unless_attached)
-        except RedisError as away:
-            log.error("job %s: not cancelled: %s", self.job_id, away)
+        cancel(self._services, self.job_id, self._model, unless_attached=unless_attached)
 
     def respond(self, wants_stream: bool) -> Response:
         """Waits for the head of the answer and gives it back; its body may still be coming.

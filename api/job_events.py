@@ -4,14 +4,13 @@ Only what the job's log holds has an id. Where it stands in the queue, and that 
 lives, is told in between and not again.
 """
 
-import logging
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import orjson
-from redis.exceptions import RedisError
 
+from api.cancellation import cancel
 from api.job_stream import ClientGoneError, JobStream, ServerStoppingError
 from api.job_view import describe, find_queued, places_of
 from api.schemas import EVENT_ID
@@ -19,8 +18,6 @@ from api.services import TENANT, Services
 from tasks.depth import Place
 from tasks.errors import InvalidRequestError, StreamBrokenError
 from tasks.events import End, Entry, Kind, Position, Start
-
-log = logging.getLogger(__name__)
 
 DONE = b"[DONE]"
 # A log begins with its head, after the takeovers of attempts that got no further.
@@ -146,10 +143,7 @@ class Follower:
     def cancel(self) -> None:
         """Cancels the job."""
         if self._job:
-            try:
-                self._services.jobs.cancel(self._job_id, self._job.model)
-            except RedisError as away:
-                log.error("job %s: not cancelled: %s", self._job_id, away)
+            cancel(self._services, self._job_id, self._job.model)
 
     def hang_up(self) -> None:
         """The client is gone: ends `events`."""
