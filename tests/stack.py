@@ -27,6 +27,7 @@ from tasks import keys
 
 STOP_S = 60.0
 SAMPLE_S = 0.1
+MOST_SLACK = 10.0
 
 
 class Process:
@@ -246,7 +247,7 @@ def slack(seconds: float) -> float:
         pass
     # Processes that wait for each other wait more than once for a processor.
     slowdown = (time.monotonic() - begun_s) / SAMPLE_S
-    return seconds * max(2 * slowdown - 1, 1)
+    return seconds * min(max(2 * slowdown - 1, 1), MOST_SLACK)
 
 
 def await_that(
