@@ -98,11 +98,12 @@ def page(
         return [(job, result) for job, result in session.execute(query)]
 
 
-def still_open(url: str, after: str, limit: int) -> list[str]:
-    """Ids of jobs that have not ended, in their order."""
-    query = select(JobRecord.id).where(JobRecord.completed_at.is_(None), JobRecord.id > after)
+def still_open(url: str, after: str, limit: int) -> dict[str, int]:
+    """How often jobs that have not ended were dispatched, by id, in the order of ids."""
+    query = select(JobRecord.id, JobRecord.dispatches).order_by(JobRecord.id).limit(limit)
+    query = query.where(JobRecord.completed_at.is_(None), JobRecord.id > after)
     with reading(url) as session:
-        return list(session.scalars(query.order_by(JobRecord.id).limit(limit)))
+        return dict(session.execute(query).tuples().all())
 
 
 def load(url: str, job_id: str) -> JobRecord | None:
@@ -111,13 +112,13 @@ def load(url: str, job_id: str) -> JobRecord | None:
         return session.get(JobRecord, job_id)
 
 
-def note_dispatch(url: str, job: JobRecord) -> bool:
-    """Counts one more dispatch; False: somebody else did so, or the job has ended."""
+def note_dispatch(url: str, job_id: str, dispatches: int) -> bool:
+    """Counts one more dispatch than these; False: somebody else did so, or the job has ended."""
     query = (
         update(JobRecord)
-        .where(JobRecord.id == job.id, JobRecord.dispatches == job.dispatches)
+        .where(JobRecord.id == job_id, JobRecord.dispatches == dispatches)
         .where(JobRecord.completed_at.is_(None))
-        .values(dispatches=job.dispatches + 1, status="queued")
+        .values(dispatches=dispatches + 1, status="queued")
     )
     with writing(url) as session:
         return session.connection().execute(query).rowcount == 1

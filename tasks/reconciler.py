@@ -72,14 +72,32 @@ class Reconciler:
 
     def _look(self, after: str) -> tuple[int, str]:
         """One slice: how many were queued again, and where the next one begins ('': anew)."""
-        ids = jobs.still_open(self._url, after, self._jobs_at_once)
+        lost, last = self.find_lost(after)
+        return self.queue_again(lost), last
+
+    def find_lost(self, after: str) -> tuple[dict[str, int], str]:
+        """Finds what Redis lacks of one slice.
+
+        Returns:
+            How often each lost job was dispatched, by id; where the next slice begins ('': anew).
+        """
+        dispatches = jobs.still_open(self._url, after, self._jobs_at_once)
+        ids = list(dispatches)
         old = [job_id for job_id in ids if job_id < _id_at(OLD_ENOUGH_S)]
         found = self._queue.backlog.sweep(old, is_open=True)
-        missing = [job_id for job_id, kind in zip(old, found, strict=True) if kind == "missing"]
-        again = sum(self._mend(job_id) for job_id in missing)
-        return again, ids[-1] if len(ids) == self._jobs_at_once else ""
+        lost = [job_id for job_id, kind in zip(old, found, strict=True) if kind == "missing"]
+        last = ids[-1] if len(ids) == self._jobs_at_once else ""
+        return {job_id: dispatches[job_id] for job_id in lost}, last
 
-    def _mend(self, job_id: str) -> bool:
+    def queue_again(self, lost: dict[str, int]) -> int:
+        """Queues lost jobs again, but those that another process has dispatched meanwhile.
+
+        Returns:
+            How many were queued.
+        """
+        return sum(self._mend(job_id, dispatches) for job_id, dispatches in lost.items())
+
+    def _mend(self, job_id: str, dispatches: int) -> bool:
         """Queues one job again; or ends it, when it was its client that held it, and has been told.
 
         Its trouble is its own: the others are looked at all the same.
@@ -90,10 +108,10 @@ class Reconciler:
         if job.request is None:
             jobs.end_lost(self._url, job_id, State.FAILED, JobLostError().body()["error"])
             return False
-        if not jobs.note_dispatch(self._url, job):
+        if not jobs.note_dispatch(self._url, job_id, dispatches):
             return False
         try:
-            self._queue.backlog.queue(queued(job), terms(job, job.dispatches))
+            self._queue.backlog.queue(queued(job), terms(job, dispatches))
         except SluiceError as failure:
             log.error("job %s cannot be queued again: %s", job_id, failure)
             return False

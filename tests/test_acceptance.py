@@ -105,6 +105,19 @@ def test_one_jobs_trouble_does_not_stop_the_reconciler(queue: Jobs, url: str) ->
     assert None not in queue.backlog.look([troubled.id, *(other.id for other in others)])
 
 
+def test_what_two_reconcilers_have_missed_is_queued_again_by_one(queue: Jobs, url: str) -> None:
+    """Both saw a job missing, and the second one counted a dispatch that was none."""
+    accepted = [job(n) for n in range(3)]
+    records.accept(url, accepted)
+    one, other = Reconciler(queue, url), Reconciler(queue, url)
+    lost, _ = one.find_lost("")
+    lost_as_well, _ = other.find_lost("")
+    assert one.queue_again(lost) == 3
+    assert other.queue_again(lost_as_well) == 0
+    stored = [records.load(url, record.id) for record in accepted]
+    assert [record.dispatches for record in stored if record] == [2, 2, 2]
+
+
 def test_the_reconciler_goes_round_in_slices_and_at_once_when_redis_has_lost_all(
     queue: Jobs, url: str, stack: Stack
 ) -> None:
