@@ -103,7 +103,7 @@ def still_open(url: str, after: str, limit: int) -> dict[str, int]:
     query = select(JobRecord.id, JobRecord.dispatches).order_by(JobRecord.id).limit(limit)
     query = query.where(JobRecord.completed_at.is_(None), JobRecord.id > after)
     with reading(url) as session:
-        return dict(session.execute(query).tuples().all())
+        return dict(session.execute(query).all())
 
 
 def load(url: str, job_id: str) -> JobRecord | None:
