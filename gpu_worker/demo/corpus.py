@@ -16,6 +16,10 @@ from gpu_worker.demo.texts import read
 
 TOPIC_FILES = ("concepts.yaml", "api.yaml", "operate.yaml")
 
+# Topics that everybody asks for first, in their first phrasing as it stands.
+FIRST = ("hello", "what")
+FIRST_SHARE = 0.05
+
 PATTERNS: dict[str, list[str]] = read("variants.yaml")["patterns"]
 
 Message = dict[str, Any]
@@ -72,6 +76,7 @@ class Corpus:
         self.rng = rng
         self.topics = load_topics(TOPIC_FILES)
         self.talk = load_topics(("talk.yaml",))
+        self.first = [topic for topic in self.talk + self.topics if topic.id in FIRST]
         self.other: dict[str, Any] = read("other.yaml")
 
     def documents(self) -> list[str]:
@@ -91,6 +96,9 @@ class Corpus:
             return Sample(text=self._plain())
         if draw < 0.11:
             return self._tool_chat()
+        if draw < 0.11 + FIRST_SHARE:
+            topic = self.rng.choice(self.first)
+            return Sample(tuple(exchange(topic.questions[0], self.rng.choice(topic.answers))))
         return Sample(messages=(*self._system(), *self._turns(self._turn_count())))
 
     def _turn_count(self) -> int:

@@ -219,7 +219,7 @@ def main() -> None:
     """Train and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory to write the model to")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1500)
     arguments = parser.parse_args()
     torch.manual_seed(SEED)
     corpus = Corpus(Random(SEED))
