@@ -27,8 +27,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 test: .venv/installed-test  ## everything that a change has to pass
 	-$(MAKE) audit
-	$(MAKE) --jobs 3 --keep-going lint model checks SEED=1; checked=$$?; \
-	$(MAKE) faults OUTAGE_S=10 && exit $$checked
+	$(MAKE) --jobs 2 --keep-going lint checks; checked=$$?; \
+	$(MAKE) --jobs 2 --keep-going faults model OUTAGE_S=10 SEED=1 && exit $$checked
 
 checks: .venv/installed-test
 	$(BIN)/pytest --ignore tests/faults --ignore tests/model -n 4 --dist loadfile --no-loadscope-reorder
@@ -55,7 +55,7 @@ STEPS ?= 100000
 SEED ?=
 
 model: .venv/installed-test  ## drives the queue's scripts at random against a model of them
-	$(BIN)/pytest tests/model/test_model.py --steps $(STEPS) $(SEED:%=--hypothesis-seed=%)
+	nice $(BIN)/pytest tests/model/test_model.py --steps $(STEPS) $(SEED:%=--hypothesis-seed=%)
 
 holes: .venv/installed-test  ## breaks the queue's code line by line, for the model to find
 	$(BIN)/pytest tests/model/test_seeded_holes.py
