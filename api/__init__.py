@@ -1,5 +1,5 @@
 """HTTP in, tokens out: the Flask app, run by gunicorn with gevent.
 
-May import `tasks` and `db`; never `gpu_worker`. Open `app.py` first, then `generation.py` (one
-request), `relay.py` (from Redis to its stream) and `errors.py`.
+May import `tasks` and `db`; never `gpu_worker`. Open `app.py` first, then `routes/`,
+`generation.py` (one request), `relay.py` (from Redis to its stream) and `errors.py`.
 """

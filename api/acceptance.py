@@ -16,9 +16,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from db import jobs
 from db.models import JobRecord
-from tasks.errors import DatabaseUnavailableError, IdempotencyError, KeyInUseError
-from tasks.jobs import Jobs
-from tasks.reconciler import dispatch, queued, terms
+from tasks.contract.errors import DatabaseUnavailableError, IdempotencyError, KeyInUseError
+from tasks.maintenance.reconciler import dispatch, queued, terms
+from tasks.queue.jobs import Jobs
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from flask import Response
 from api.errors import respond_again
 from api.job_stream import ClientGoneError, JobStream, ServerStoppingError
 from api.services import Services
-from tasks.errors import RequestTimeoutError, StreamBrokenError
-from tasks.events import End, Entry, Kind, Start
+from tasks.contract.errors import RequestTimeoutError, StreamBrokenError
+from tasks.contract.events import End, Entry, Kind, Start
 
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 KEEP_ALIVE = b": keep-alive\n\n"

@@ -8,21 +8,13 @@ import gevent
 from flask import Response, request
 from flask_openapi3 import Info, OpenAPI
 
-from api import (
-    admin,
-    document,
-    errors,
-    health,
-    instruments,
-    jobs,
-    metrics,
-    routes,
-    sites,
-    websocket,
-)
+from api import errors, instruments, sites, websocket
+from api import openapi as document
+from api.routes import admin, health, jobs, metrics
+from api.routes import openai as routes
 from api.services import Services
-from tasks import logs
-from tasks.settings import get_settings
+from tasks.contract import logs
+from tasks.contract.settings import get_settings
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import orjson
 from flask import request
 from gunicorn.http.errors import NoMoreData, ParseException
 
-from tasks.errors import BodyTimeoutError, BodyTooLargeError, InvalidRequestError
-from tasks.settings import get_settings
+from tasks.contract.errors import BodyTimeoutError, BodyTooLargeError, InvalidRequestError
+from tasks.contract.settings import get_settings
 
 PIECE_BYTES = 1 << 20
 # Tools' schemas are the deepest that anybody sends; parsers downstream give up at some hundred.

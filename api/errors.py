@@ -14,7 +14,7 @@ from werkzeug.exceptions import HTTPException
 
 from api.instruments import ERRORS
 from api.schemas import refusal
-from tasks.errors import (
+from tasks.contract.errors import (
     DatabaseUnavailableError,
     HttpError,
     QueueUnavailableError,

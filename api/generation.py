@@ -13,11 +13,11 @@ from flask import Response
 from gevent.socket import wait_read
 
 from api.answer import Answer
-from api.calls import Call
+from api.call import Call
 from api.cancellation import cancel
 from api.job_stream import ClientGoneError, JobStream
 from api.services import Services
-from tasks.message import Job, Terms
+from tasks.contract.job import Job, Terms
 
 CLIENT_CLOSED_REQUEST = 499
 

@@ -10,7 +10,7 @@ import orjson
 from gunicorn import util
 from gunicorn.workers.ggevent import GeventWorker
 
-from tasks.errors import HttpError, SluiceError, TooManyConnectionsError
+from tasks.contract.errors import HttpError, SluiceError, TooManyConnectionsError
 
 # Connections that are told to go away at once; more wait to be accepted.
 REFUSED_AT_ONCE = 64

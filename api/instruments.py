@@ -13,7 +13,7 @@ from pathlib import Path
 from flask import Flask, Response, g, request
 from prometheus_client import Counter, Gauge, Histogram, values
 
-from tasks.buckets import FIRST_OUTPUT_S
+from tasks.contract.buckets import FIRST_OUTPUT_S
 
 # prometheus-client's own name.
 DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"

@@ -15,9 +15,9 @@ from api.job_stream import ClientGoneError, JobStream, ServerStoppingError
 from api.job_view import describe, find_queued, places_of
 from api.schemas import EVENT_ID
 from api.services import TENANT, Services
-from tasks.depth import Place
-from tasks.errors import InvalidRequestError, StreamBrokenError
-from tasks.events import End, Entry, Kind, Position, Start
+from tasks.contract.errors import InvalidRequestError, StreamBrokenError
+from tasks.contract.events import End, Entry, Kind, Position, Start
+from tasks.queue.depth import Place
 
 DONE = b"[DONE]"
 # A log begins with its head, after the takeovers of attempts that got no further.

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from gevent.event import Event
 from redis.exceptions import RedisError
 
-from tasks.errors import DecodeError, OverloadedError, StreamBrokenError
-from tasks.events import Entry, Kind, Position
-from tasks.token_log import TokenLog
+from tasks.contract.errors import DecodeError, OverloadedError, StreamBrokenError
+from tasks.contract.events import Entry, Kind, Position
+from tasks.queue.token_log import TokenLog
 
 log = logging.getLogger(__name__)
 

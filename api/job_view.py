@@ -13,11 +13,11 @@ from api.job_stream import ENTRIES_AT_ONCE
 from api.services import Services
 from db import jobs
 from db.models import JobRecord, JobResult
-from tasks.depth import Place, places
-from tasks.errors import JobNotFoundError, SluiceError
-from tasks.events import Kind
-from tasks.message import Lane, Snapshot, State
-from tasks.response import Outcome, assemble
+from tasks.contract.errors import JobNotFoundError, SluiceError
+from tasks.contract.events import Kind
+from tasks.contract.job import Lane, Snapshot, State
+from tasks.contract.response import Outcome, assemble
+from tasks.queue.depth import Place, places
 
 
 def describe(services: Services, tenant: str, job_id: str) -> dict[str, Any]:

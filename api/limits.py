@@ -9,8 +9,8 @@ from typing import Any
 
 import orjson
 
-from tasks.errors import InvalidRequestError
-from tasks.models import Model
+from tasks.contract.errors import InvalidRequestError
+from tasks.contract.models import Model
 
 # They reach into how the engine runs. A model's entry may allow them (`allow`).
 OPERATORS_FIELDS = frozenset(

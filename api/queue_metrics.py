@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from tasks.control import WorkerState, WorkerView
-from tasks.counts import Counted, Happening
-from tasks.message import Cause, State
-from tasks.vitals import Vitals
+from tasks.contract.job import Cause, State
+from tasks.queue.control import WorkerState, WorkerView
+from tasks.queue.counts import Counted, Happening
+from tasks.queue.statistics import Vitals
 
 
 def redis_up(is_up: bool) -> Metric:

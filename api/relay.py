@@ -19,11 +19,11 @@ from redis.exceptions import RedisError
 
 from api.instruments import STREAMS
 from api.job_stream import ENTRIES_AT_ONCE, JobStream
-from tasks import keys
-from tasks.connections import connect_listener
-from tasks.errors import DecodeError
-from tasks.events import Entry, Position, decode_frame
-from tasks.token_log import TokenLog
+from tasks.contract import keys
+from tasks.contract.connections import connect_listener
+from tasks.contract.errors import DecodeError
+from tasks.contract.events import Entry, Position, decode_frame
+from tasks.queue.token_log import TokenLog
 
 log = logging.getLogger(__name__)
 

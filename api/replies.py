@@ -4,8 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tasks.control import WorkerState
-from tasks.message import State
+from tasks.contract.job import State
+from tasks.queue.control import WorkerState
 
 
 class ErrorObject(BaseModel):

@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from tasks.errors import InvalidRequestError
-from tasks.message import LOWEST_PRIORITY, Lane, State
+from tasks.contract.errors import InvalidRequestError
+from tasks.contract.job import LOWEST_PRIORITY, Lane, State
 
 # The form of an event's id; api/job_events.py refuses others.
 EVENT_ID = "^[0-9]{1,15}-[0-9]{1,15}$"

@@ -11,10 +11,10 @@ from typing import NoReturn
 from sqlalchemy.exc import SQLAlchemyError
 
 from db import migrate
-from tasks import open_files
-from tasks.models import get_catalog
-from tasks.settings import get_settings
-from tasks.trouble import database_trouble, refuse_lasting, refuse_unusable
+from tasks.contract import open_files
+from tasks.contract.models import get_catalog
+from tasks.contract.settings import get_settings
+from tasks.contract.trouble import database_trouble, refuse_lasting, refuse_unusable
 
 MOST_FILES = 16_384
 LOOPBACK_NAMES = "localhost,127.0.0.1,::1"

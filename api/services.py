@@ -7,12 +7,12 @@ from flask import current_app
 from redis import Redis
 
 from api.acceptance import Acceptance
-from api.places import Places
+from api.queue_positions import Places
 from api.relay import Relay
-from tasks.connections import connect
-from tasks.jobs import Jobs
-from tasks.models import Catalog, get_catalog
-from tasks.settings import Settings, get_settings
+from tasks.contract.connections import connect
+from tasks.contract.models import Catalog, get_catalog
+from tasks.contract.settings import Settings, get_settings
+from tasks.queue.jobs import Jobs
 
 # Until there are keys, everybody is this one.
 TENANT = "default"

@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 
 from flask import Flask, Response, request
 
-from tasks.errors import HostNotAllowedError, OriginNotAllowedError
-from tasks.settings import Settings
+from tasks.contract.errors import HostNotAllowedError, OriginNotAllowedError
+from tasks.contract.settings import Settings
 
 PREFLIGHT_S = "600"
 

@@ -19,13 +19,13 @@ from simple_websocket import ConnectionClosed
 from sqlalchemy.exc import SQLAlchemyError
 
 from api import schemas
-from api.calls import Call
+from api.call import Call
 from api.generation import AnsweredError, Generation
 from api.job_events import KEEP_ALIVE, Follower
 from api.job_stream import ClientGoneError, ServerStoppingError
 from api.job_view import stored_response
 from api.services import TENANT, Services, get_services
-from tasks.errors import QueueUnavailableError, SluiceError
+from tasks.contract.errors import QueueUnavailableError, SluiceError
 
 PING_INTERVAL_S = 25
 # A reader that takes nothing for so long is gone.

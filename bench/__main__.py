@@ -18,8 +18,8 @@ from bench import cost, jobs, memory, report
 from bench.processes import largest_rss_mb, niceness
 from bench.rounds import Round, compare
 from bench.stacks import Stack, StackError, sluice, vllm_server
-from tasks.errors import SluiceError
-from tasks.models import Model, get_catalog
+from tasks.contract.errors import SluiceError
+from tasks.contract.models import Model, get_catalog
 
 STARTERS = {"vllm": vllm_server, "sluice": sluice}
 

@@ -14,7 +14,7 @@ from pydantic import AwareDatetime, BaseModel, Field, ValidationError
 
 from bench.load import Load, Measurement
 from bench.spread import Spread
-from tasks.errors import SluiceError
+from tasks.contract.errors import SluiceError
 
 TIMES = {"TTFT": "ttft_ms", "TPOT": "tpot_ms", "gap": "gap_ms", "end to end": "end_to_end_ms"}
 PERCENTILES = ("p50", "p95", "p99")

@@ -18,7 +18,7 @@ from rich.table import Table
 from bench.load import Load
 from bench.rounds import REQUESTS, Round, run_round
 from bench.stacks import Stack, StackError, sluice
-from tasks.models import Model
+from tasks.contract.models import Model
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("api", "tasks", "gpu_worker", "db", "deploy")
@@ -28,17 +28,17 @@ WHOLE = "Sluice"
 # What each copy lacks: file, lines there, lines instead.
 COPIES = {
     "without logs and renewed leases": (
-        ("tasks/lua/append.lua", "return redis.pcall(unpack(command))", "return id"),
+        ("tasks/queue/lua/append.lua", "return redis.pcall(unpack(command))", "return id"),
         (
-            "gpu_worker/keeper.py",
+            "gpu_worker/heartbeat.py",
             "for lost in worker.backlog.renew(worker.claims.held()):",
             "for lost in ():",
         ),
-        ("gpu_worker/tape.py", "self._new.append(note)", "pass"),
+        ("gpu_worker/replay_log.py", "self._new.append(note)", "pass"),
     ),
     "without metrics": (
         (
-            "tasks/lua/state.lua",
+            "tasks/queue/lua/state.lua",
             "local function count(what, value, job)",
             "local function count(what, value, job) if true then return end",
         ),

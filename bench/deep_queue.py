@@ -13,12 +13,12 @@ from redis import Redis
 
 from bench.figures import Report
 from bench.load import percentile_ms
+from bench.stack import Stack, await_that
 from bench.stacks import StackError
-from tasks import keys
-from tasks.backlog import Backlog
-from tasks.depth import places
-from tasks.message import Job, Lane, State, new_id
-from tests.stack import Stack, await_that
+from tasks.contract import keys
+from tasks.contract.job import Job, Lane, State, new_id
+from tasks.queue.backlog import Backlog
+from tasks.queue.depth import places
 
 SHALLOW_JOBS = 1000
 # In front of the deep queue, of a worker that runs one already: claims pass them.

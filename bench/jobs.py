@@ -24,15 +24,15 @@ from rich.console import Console
 
 from bench import deep_queue, scrape
 from bench.figures import Report
+from bench.postgres import running_postgres
 from bench.processes import cpu_between_s, largest_rss_mb, snapshot
+from bench.stack import Process, Stack, await_that
 from bench.stacks import StackError
 from bench.submitter import Accepted, Order, job_request
-from tasks import keys
-from tasks.backlog import Backlog
-from tasks.message import Lane
-from tasks.settings import Settings
-from tests.postgres import running_postgres
-from tests.stack import Process, Stack, await_that
+from tasks.contract import keys
+from tasks.contract.job import Lane
+from tasks.contract.settings import Settings
+from tasks.queue.backlog import Backlog
 
 SIM = {"name": "sim", "engine": "sim", "args": {"tokens-per-s": 0, "first-token-s": 0}}
 NO_LIMIT = 100_000_000

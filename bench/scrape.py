@@ -8,11 +8,11 @@ from typing import Any
 import requests
 
 from bench.figures import Report
-from tasks import keys
-from tasks.backlog import Backlog
-from tasks.message import Job, Lane
-from tasks.settings import Settings
-from tests.stack import Stack, await_that
+from bench.stack import Stack, await_that
+from tasks.contract import keys
+from tasks.contract.job import Job, Lane
+from tasks.contract.settings import Settings
+from tasks.queue.backlog import Backlog
 
 MODELS = 50
 PROCESSES = 8

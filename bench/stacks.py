@@ -16,8 +16,8 @@ import psutil
 import yaml
 
 from bench.processes import Snapshot, snapshot
-from gpu_worker.vllm_args import command_line as engine_arguments
-from tasks.models import Model
+from gpu_worker.engines.vllm_args import command_line as engine_arguments
+from tasks.contract.models import Model
 
 LOAD_TIMEOUT_S = 600
 STOP_TIMEOUT_S = 20

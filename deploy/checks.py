@@ -11,12 +11,12 @@ from pathlib import Path
 import psutil
 
 from deploy.install import WITHOUT_VLLM
+from gpu_worker.engines.sources import refuse_missing
 from gpu_worker.orphans import refuse_orphans
-from gpu_worker.sources import refuse_missing
-from tasks.errors import SluiceError
-from tasks.models import Catalog
-from tasks.settings import PREFIX, Settings
-from tasks.trouble import REDIS_URLS, ask_redis, refuse_unwritable
+from tasks.contract.errors import SluiceError
+from tasks.contract.models import Catalog
+from tasks.contract.settings import PREFIX, Settings
+from tasks.contract.trouble import REDIS_URLS, ask_redis, refuse_unwritable
 
 ENGINE_MEMORY_GIB = 2.0
 

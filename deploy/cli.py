@@ -9,7 +9,7 @@ from typing import IO, Any
 import click
 
 from deploy import operate
-from tasks.errors import SluiceError
+from tasks.contract.errors import SluiceError
 
 
 class Program(click.Group):
@@ -29,7 +29,7 @@ class Program(click.Group):
             if trouble is None:
                 raise
             error = trouble.error
-        from tasks import logs
+        from tasks.contract import logs
 
         # The log is written by a thread: the sentence comes after all of it.
         logs.flush()
@@ -66,7 +66,7 @@ def up(**chosen: Any) -> None:
 def api(bind: str | None) -> None:
     """Run the HTTP API."""
     from api.server import serve
-    from tasks.settings import get_settings
+    from tasks.contract.settings import get_settings
 
     serve(bind or get_settings().bind)
 
@@ -75,8 +75,8 @@ def api(bind: str | None) -> None:
 @click.option("--model", metavar="NAME", help="A model of models.yaml; default: its first.")
 def worker(model: str | None) -> None:
     """Run one GPU worker, which serves one model."""
-    from gpu_worker.main import run
-    from tasks.models import get_catalog
+    from gpu_worker.worker import run
+    from tasks.contract.models import get_catalog
 
     sys.exit(run(get_catalog().resolve(model).name))
 
@@ -84,7 +84,7 @@ def worker(model: str | None) -> None:
 @main.command()
 def maintenance() -> None:
     """Run the maintenance worker: lost work is queued again, old state removed."""
-    from tasks.maintenance import run
+    from tasks.maintenance.main import run
 
     sys.exit(run())
 
@@ -101,7 +101,7 @@ def _read_pairs(_ctx: click.Context, _param: click.Parameter, pairs: list[str]) 
 def _read_priority(
     _ctx: click.Context, _param: click.Parameter, value: str | None
 ) -> str | int | None:
-    from tasks.message import LOWEST_PRIORITY, Lane
+    from tasks.contract.job import LOWEST_PRIORITY, Lane
 
     if value is None or value in [*Lane]:
         return value
@@ -252,8 +252,8 @@ def webhooks() -> None:
 @click.argument("url")
 def call_webhook(url: str) -> None:
     """Send a signed test event to URL; exit code 1 unless it answers 2xx."""
-    from tasks.settings import get_settings
-    from tasks.webhooks import send_test
+    from tasks.contract.settings import get_settings
+    from tasks.maintenance.webhooks import send_test
 
     outcome = send_test(url, get_settings())
     click.echo(f"{outcome.summary} after {outcome.duration_ms} ms")

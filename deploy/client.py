@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from deploy.job_text import describe, outlook, reason, show_table
-from tasks.errors import SluiceError
-from tasks.settings import get_settings
+from tasks.contract.errors import SluiceError
+from tasks.contract.settings import get_settings
 
 # The API sends keep-alives at least every 10 s: a stream that is silent for longer is broken.
 TIMEOUT_S = 30.0

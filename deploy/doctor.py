@@ -16,8 +16,8 @@ import orjson
 from deploy import doctor_parts as parts
 from deploy import doctor_servers as servers
 from deploy.findings import Level, Remark, UnusableError, find_trouble, warning, wrong
-from tasks.settings import Settings, get_settings
-from tasks.trouble import explain
+from tasks.contract.settings import Settings, get_settings
+from tasks.contract.trouble import explain
 
 LONGEST_CHECK_S = 8.0
 

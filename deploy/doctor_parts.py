@@ -13,20 +13,20 @@ import httpx
 from deploy.checks import listener
 from deploy.findings import Remark, UnusableError, ok, warning, wrong
 from deploy.install import WITHOUT_VLLM
-from gpu_worker.sources import refuse_missing
-from tasks import keys, running
-from tasks.backlog import Backlog
-from tasks.connections import connect_once
-from tasks.control import WorkerState, maintenance
-from tasks.errors import NoWorkerError, SluiceError
-from tasks.message import Lane
-from tasks.models import BUILT_IN, get_catalog
-from tasks.settings import PREFIX, Settings, without_password
-from tasks.trouble import MAKE_ROOM, explain, free_bytes
-from tasks.vitals import look
+from gpu_worker.engines.sources import refuse_missing
+from tasks.contract import keys, running
+from tasks.contract.connections import connect_once
+from tasks.contract.errors import NoWorkerError, SluiceError
+from tasks.contract.job import Lane
+from tasks.contract.models import BUILT_IN, get_catalog
+from tasks.contract.settings import PREFIX, Settings, without_password
+from tasks.contract.trouble import MAKE_ROOM, explain, free_bytes
+from tasks.queue.backlog import Backlog
+from tasks.queue.control import WorkerState, maintenance
+from tasks.queue.statistics import look
 
 API_TIMEOUT_S = 3.0
-# A record may wait for 30 s for the end of its job's log (tasks/ledger.py).
+# A record may wait for 30 s for the end of its job's log (tasks/maintenance/ledger.py).
 OLD_RECORD_S = 60.0
 LITTLE_DISK_BYTES = 2**30
 NO_DISK_BYTES = 100 * 2**20
@@ -50,7 +50,8 @@ def check_models(settings: Settings) -> Iterator[Remark]:
     except SluiceError as wrong_file:
         raise UnusableError(
             explain(wrong_file, settings),
-            "mend the file, or set SLUICE_MODELS to another; tasks/models.yaml shows all fields",
+            "mend the file, or set SLUICE_MODELS to another; "
+            "tasks/contract/models.yaml shows all fields",
         ) from None
     yield ok(f"{path}: {names}")
 

@@ -18,9 +18,9 @@ from db.schema import revisions
 from db.session import CONNECT_TIMEOUT_S as SQL_TIMEOUT_S
 from db.session import database_now, parse
 from deploy.findings import Remark, UnusableError, ok, warning, wrong
-from tasks.connections import connect_once
-from tasks.settings import Settings, without_password
-from tasks.trouble import MORE_MEMORY, SAME_HOME, ask_redis, judge_redis
+from tasks.contract.connections import connect_once
+from tasks.contract.settings import Settings, without_password
+from tasks.contract.trouble import MORE_MEMORY, SAME_HOME, ask_redis, judge_redis
 
 # The first with all commands that tasks/ uses.
 LEAST_REDIS = (7, 0)

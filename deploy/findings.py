@@ -3,8 +3,8 @@
 from enum import StrEnum
 from typing import NamedTuple
 
-from tasks.settings import get_settings
-from tasks.trouble import Trouble, database_trouble, disk_trouble, redis_trouble
+from tasks.contract.settings import get_settings
+from tasks.contract.trouble import Trouble, database_trouble, disk_trouble, redis_trouble
 
 
 class Level(StrEnum):

@@ -16,8 +16,8 @@ from bench.drive import run_client
 from bench.load import Load, Measurement
 from deploy.client import Api, RequestRefusedError
 from deploy.job_text import PIPE_COLUMNS
-from tasks.errors import ConfigurationError
-from tasks.settings import get_settings
+from tasks.contract.errors import ConfigurationError
+from tasks.contract.settings import get_settings
 
 WARM_UP_REQUESTS_PER_STREAM = 2
 STALL_S = 60  # and a second per token: no server that anybody measures is slower

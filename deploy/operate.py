@@ -4,16 +4,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tasks.settings import get_settings
+from tasks.contract.settings import get_settings
 
 if TYPE_CHECKING:
-    from tasks.jobs import Jobs
+    from tasks.queue.jobs import Jobs
 
 
 def queue() -> "Jobs":
     """The queue that the settings name."""
-    from tasks.connections import connect
-    from tasks.jobs import Jobs
+    from tasks.contract.connections import connect
+    from tasks.queue.jobs import Jobs
 
     settings = get_settings()
     return Jobs(connect(settings.redis_url), connect(settings.bus_url))
@@ -26,7 +26,7 @@ def drain(worker: str | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from tasks import control
+    from tasks.queue import control
 
     jobs = queue()
     if worker is not None:
@@ -43,7 +43,7 @@ def drain(worker: str | None) -> None:
 @click.argument("model")
 def pause(model: str) -> None:
     """Have no worker take jobs of MODEL; its backlog goes on growing."""
-    from tasks.models import get_catalog
+    from tasks.contract.models import get_catalog
 
     jobs = queue()
     name = get_catalog().resolve(model).name
@@ -55,7 +55,7 @@ def pause(model: str) -> None:
 @click.argument("model")
 def resume(model: str) -> None:
     """End the pause of MODEL."""
-    from tasks.models import get_catalog
+    from tasks.contract.models import get_catalog
 
     jobs = queue()
     name = get_catalog().resolve(model).name
@@ -78,7 +78,7 @@ def list_dead(limit: int, as_json: bool) -> None:
     from rich.table import Table
 
     from db import dead as letters
-    from tasks import dead
+    from tasks.maintenance import dead_letters as dead
 
     found = letters.letters(get_settings().database_url, limit)
     if as_json:
@@ -99,7 +99,7 @@ def show_dead(job: str) -> None:
     """Show a dead letter with the reason of each failure, as JSON."""
     import orjson
 
-    from tasks import dead
+    from tasks.maintenance import dead_letters as dead
 
     view = dead.show(get_settings().database_url, job)
     click.echo(orjson.dumps(view, option=orjson.OPT_INDENT_2))
@@ -109,7 +109,7 @@ def show_dead(job: str) -> None:
 @click.argument("job", nargs=-1, required=True)
 def retry_dead(job: tuple[str, ...]) -> None:
     """Queue each JOB again, as a new job."""
-    from tasks import dead
+    from tasks.maintenance import dead_letters as dead
 
     jobs = queue()
     for job_id in job:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from tasks import affinity
+from gpu_worker import affinity
 
 GRACE_S = 6.0
 REDIS_GRACE_S = 2.5

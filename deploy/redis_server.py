@@ -6,7 +6,7 @@ from pathlib import Path
 
 from redis.exceptions import RedisError
 
-from tasks.connections import connect
+from tasks.contract.connections import connect
 
 
 def find_server() -> Path:

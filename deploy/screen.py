@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from deploy.install import GPU_INSTALL
-from tasks.models import Catalog
-from tasks.settings import Settings
+from tasks.contract.models import Catalog
+from tasks.contract.settings import Settings
 
 _TEXT = """
   Sluice is ready:  {url}      API and docs: {url}/docs

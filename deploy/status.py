@@ -1,4 +1,4 @@
-"""`sluice status`: models, workers and totals on one screen, from Redis (tasks/vitals.py)."""
+"""`sluice status`: models, workers and totals on one screen (tasks/queue/statistics.py)."""
 
 import sys
 import time
@@ -17,14 +17,14 @@ from rich.text import Text
 
 from deploy.job_text import PIPE_COLUMNS
 from deploy.operate import queue
-from tasks.control import WorkerState, WorkerView
-from tasks.counts import Counted, Happening
-from tasks.depth import Depth
-from tasks.message import Lane, State
-from tasks.models import get_catalog
-from tasks.settings import get_settings
-from tasks.trouble import redis_trouble
-from tasks.vitals import Vitals, look
+from tasks.contract.job import Lane, State
+from tasks.contract.models import get_catalog
+from tasks.contract.settings import get_settings
+from tasks.contract.trouble import redis_trouble
+from tasks.queue.control import WorkerState, WorkerView
+from tasks.queue.counts import Counted, Happening
+from tasks.queue.depth import Depth
+from tasks.queue.statistics import Vitals, look
 
 REFRESH_S = 1.0
 KV_CACHE_FULL = 0.95

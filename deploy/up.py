@@ -23,11 +23,11 @@ from api.server import is_loopback
 from deploy import checks, log_files, redis_server
 from deploy.process import Part, stop_all
 from deploy.screen import welcome
-from tasks import keys, running
-from tasks.connections import connect
-from tasks.errors import SluiceError
-from tasks.models import Catalog, get_catalog
-from tasks.settings import PREFIX, SECRET_FIELDS, Settings, get_settings
+from tasks.contract import keys, running
+from tasks.contract.connections import connect
+from tasks.contract.errors import SluiceError
+from tasks.contract.models import Catalog, get_catalog
+from tasks.contract.settings import PREFIX, SECRET_FIELDS, Settings, get_settings
 
 LOG_LINES_SHOWN = 15
 LOG_WIDTH = 110

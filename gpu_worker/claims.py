@@ -3,8 +3,8 @@
 import threading
 from collections.abc import Callable
 
-from tasks.events import Attempt
-from tasks.message import Claim
+from tasks.contract.events import Attempt
+from tasks.contract.job import Claim
 
 
 class Claims:

@@ -15,8 +15,8 @@ from wsgiref.simple_server import WSGIRequestHandler, make_server
 from prometheus_client import Counter, Histogram, disable_created_metrics, make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
 
-from tasks.buckets import FIRST_OUTPUT_S
-from tasks.message import Claim, Lane
+from tasks.contract.buckets import FIRST_OUTPUT_S
+from tasks.contract.job import Claim, Lane
 
 # A second series for each of ours and vLLM's that nobody reads.
 disable_created_metrics()  # type: ignore[no-untyped-call]

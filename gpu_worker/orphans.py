@@ -7,8 +7,8 @@ from pathlib import Path
 
 import psutil
 
-from tasks.errors import ConfigurationError
-from tasks.settings import get_settings
+from tasks.contract.errors import ConfigurationError
+from tasks.contract.settings import get_settings
 
 
 def _directory() -> Path:

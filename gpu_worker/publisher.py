@@ -16,11 +16,11 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from tasks.backlog import load_script
-from tasks.events import Attempt, Entry, Kind, Position
-from tasks.message import Claim
-from tasks.settings import get_settings
-from tasks.token_log import Wire, encode, wire_arguments
+from tasks.contract.events import Attempt, Entry, Kind, Position
+from tasks.contract.job import Claim
+from tasks.contract.settings import get_settings
+from tasks.queue.backlog import load_script
+from tasks.queue.token_log import Wire, encode, wire_arguments
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import orjson
 
-from tasks.errors import EndpointNotSupportedError, HttpError, SluiceError
-from tasks.events import Start
-from tasks.message import Job
+from tasks.contract.errors import EndpointNotSupportedError, HttpError, SluiceError
+from tasks.contract.events import Start
+from tasks.contract.job import Job
 
 _FIELDS = {"message", "type", "param", "code"}
 _MOST_CHARS = 1000

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gpu_worker.engine import Engine, Message
+from gpu_worker.engines.engine import Engine, Message
 from gpu_worker.metrics import Meter
 from gpu_worker.publisher import Feed, Publisher, Refusal
 from gpu_worker.refusal import in_our_shape
-from gpu_worker.tape import Tape, current_tape
-from tasks.errors import JobFailedError, StreamBrokenError
-from tasks.events import Attempt, End, Entry, Kind, Start
-from tasks.message import Claim, State
+from gpu_worker.replay_log import Tape, current_tape
+from tasks.contract.errors import JobFailedError, StreamBrokenError
+from tasks.contract.events import Attempt, End, Entry, Kind, Start
+from tasks.contract.job import Claim, State
 
 log = logging.getLogger(__name__)
 

@@ -1,5 +1,5 @@
-"""The contract between the API and the workers, and the queue between them.
+"""What lies between the API and the workers: their contract, the queue, and its maintenance.
 
-May import `db`; never Flask, never vLLM. Open `message.py` first (what a job is), then `backlog.py`
-(its life in Redis), `events.py` (what a worker sends back) and `app.py` (Celery).
+Open `contract/` first (what a job is, what a worker sends back), then `queue/` (a job's life in
+Redis), then `maintenance/` (who looks after it, with SQL). Each imports only those before it.
 """

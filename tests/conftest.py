@@ -11,11 +11,11 @@ import redis
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
+from bench.postgres import Postgres, running_postgres
+from bench.stack import Stack, running
 from db import get_engine
-from tasks.models import BUILT_IN, Model, load_catalog
+from tasks.contract.models import BUILT_IN, Model, load_catalog
 from tests import vllm_server as vllm
-from tests.postgres import Postgres, running_postgres
-from tests.stack import Stack, running
 
 # A shell that runs the tests in the background has SIGINT ignored, and their children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

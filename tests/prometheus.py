@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Self
 
 import requests
 
+from bench.stack import Process, Stack, await_that
 from deploy.redis_server import free_port
-from tests.stack import Process, Stack, await_that
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 

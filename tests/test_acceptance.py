@@ -11,22 +11,22 @@ from typing import Any
 import pytest
 import requests
 
+from bench.stack import Stack
 from db import jobs as records
 from db import migrate
 from db.dead import replace
 from db.models import JobRecord
 from db.webhooks import attempts_of
-from tasks import keys
-from tasks.connections import connect
-from tasks.events import End, Entry, Kind, Position, Start
-from tasks.jobs import Jobs
-from tasks.ledger import LONGEST_END_S, Recorder
-from tasks.message import State, new_id
-from tasks.reconciler import Reconciler, queued, terms
-from tasks.settings import Settings
-from tasks.token_log import Addressed, append_arguments
+from tasks.contract import keys
+from tasks.contract.connections import connect
+from tasks.contract.events import End, Entry, Kind, Position, Start
+from tasks.contract.job import State, new_id
+from tasks.contract.settings import Settings
+from tasks.maintenance.ledger import LONGEST_END_S, Recorder
+from tasks.maintenance.reconciler import Reconciler, queued, terms
+from tasks.queue.jobs import Jobs
+from tasks.queue.token_log import Addressed, append_arguments
 from tests.conftest import SIM
-from tests.stack import Stack
 from tests.test_jobs import CHAT, ENDPOINT
 
 SETTINGS: dict[str, Any] = {"lease_s": 3, "max_attempts": 3}

@@ -13,6 +13,7 @@ import pytest
 import requests
 import yaml
 
+from bench.stack import Stack, await_that, running
 from tests.conftest import SIM
 from tests.prometheus import (
     DEPLOY,
@@ -22,7 +23,6 @@ from tests.prometheus import (
     program,
     prometheus_config,
 )
-from tests.stack import Stack, await_that, running
 from tests.test_jobs import CHAT, STREAM, submit
 from tests.test_webhooks import Receiver, receiving
 

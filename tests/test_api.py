@@ -8,7 +8,7 @@ import openai
 import pytest
 import requests
 
-from tests.stack import Stack, await_that
+from bench.stack import Stack, await_that
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
 

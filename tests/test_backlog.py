@@ -1,4 +1,4 @@
-"""The scripts in tasks/lua against a real Redis: every step of a job's life, and every fence."""
+"""The scripts in tasks/queue/lua on a real Redis: every step of a job's life, and every fence."""
 
 import logging
 from dataclasses import replace
@@ -9,15 +9,15 @@ from celery import Celery
 from kombu import Queue
 from kombu.message import Message
 
-from tasks import keys
-from tasks.app import TICKET, TicketAMQP
-from tasks.backlog import MOST_TICKETS, Backlog, Finished
-from tasks.counts import Counted, Happening, read
-from tasks.depth import depth, places
-from tasks.errors import BacklogBytesError, IdempotencyError, OverloadedError
-from tasks.message import Cause, Job, Lane, State, Terms
-from tasks.settings import Settings
-from tests.stack import Stack, await_that
+from bench.stack import Stack, await_that
+from tasks.contract import keys
+from tasks.contract.errors import BacklogBytesError, IdempotencyError, OverloadedError
+from tasks.contract.job import Cause, Job, Lane, State, Terms
+from tasks.contract.settings import Settings
+from tasks.queue.backlog import MOST_TICKETS, Backlog, Finished
+from tasks.queue.celery_app import TICKET, TicketAMQP
+from tasks.queue.counts import Counted, Happening, read
+from tasks.queue.depth import depth, places
 
 SETTINGS = Settings(lease_s=3, max_backlog=5, max_attempts=2)
 

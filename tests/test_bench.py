@@ -14,10 +14,10 @@ import orjson
 import psutil
 import pytest
 
+from bench.stack import Stack, await_that, running, serving
 from deploy.redis_server import free_port
-from tasks import keys
+from tasks.contract import keys
 from tests.conftest import SIM
-from tests.stack import Stack, await_that, running, serving
 from tests.test_client import command, sluice
 
 LOAD = {"streams": 4, "requests": 20, "max-tokens": 8}

@@ -14,11 +14,11 @@ import requests
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from bench.postgres import Postgres
+from bench.stack import Process, Stack, await_that, running, slack
 from deploy.redis_server import free_port
-from tasks import keys
+from tasks.contract import keys
 from tests.conftest import SIM
-from tests.postgres import Postgres
-from tests.stack import Process, Stack, await_that, running, slack
 from tests.test_jobs import CHAT, STREAM, call, get, submit
 
 BODY_TIMEOUT_S = 1

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tasks import keys
+from bench.stack import Stack, await_that, running
+from tasks.contract import keys
 from tests.conftest import SIM
-from tests.stack import Stack, await_that, running
 from tests.test_jobs import CHAT, submit
 from tests.test_webhooks import Receiver, receiving
 

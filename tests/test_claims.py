@@ -4,9 +4,9 @@ import threading
 
 import pytest
 
+from bench.stack import await_that
 from gpu_worker.claims import Claims
-from tasks.message import Claim, Job
-from tests.stack import await_that
+from tasks.contract.job import Claim, Job
 
 
 def _claim(name: str, sequences: int = 1, attempt: int = 1) -> Claim:

@@ -13,9 +13,9 @@ import orjson
 import pytest
 import requests
 
+from bench.stack import Stack, await_that, running
 from deploy.redis_server import free_port
 from tests.conftest import SIM
-from tests.stack import Stack, await_that, running
 
 PROMPT = "Tell me of the river"
 COLUMNS = ["id", "status", "age", "model", "place", "attempts", "tokens"]

@@ -14,10 +14,10 @@ import pytest
 import requests
 import yaml
 
+from bench.stack import Stack, await_that, running
 from deploy.dashboards.__main__ import DIRECTORY, generate
 from tests.conftest import SIM
 from tests.prometheus import Prometheus, prometheus_config
-from tests.stack import Stack, await_that, running
 from tests.test_webhooks import STACK_SETTINGS, receiving
 
 DOCS = Path(__file__).parents[1] / "docs" / "metrics.md"

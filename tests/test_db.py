@@ -15,11 +15,11 @@ from alembic.migration import MigrationContext
 from sqlalchemy import func, select, text
 from sqlalchemy.exc import OperationalError, StatementError
 
+from bench.postgres import Postgres
 from db import get_engine, migrate, reading, writing
 from db.models import Base, LedgerEntry
 from db.schema import MIGRATIONS
 from db.session import insert_new
-from tests.postgres import Postgres
 
 NOON = datetime(2026, 11, 1, 12, 0, 0, 123456, tzinfo=UTC)
 

@@ -16,17 +16,18 @@ import redis
 from sqlalchemy import update
 from standardwebhooks import Webhook, WebhookVerificationError
 
+from bench.postgres import Postgres
+from bench.stack import await_that, slack
 from db import migrate, writing
 from db.models import JobRecord, WebhookAttempt, WebhookDelivery
 from db.webhooks import Due, Noted, attempts_of, claim, due, note_attempts
 from deploy.redis_server import free_port
-from tasks import counts, keys
-from tasks.connections import connect
-from tasks.counts import Counted
-from tasks.deliveries import AT_ONE_RECEIVER, STOP_S, Deliverer, choose
-from tasks.settings import Settings
-from tests.postgres import Postgres
-from tests.stack import await_that, slack
+from tasks.contract import keys
+from tasks.contract.connections import connect
+from tasks.contract.settings import Settings
+from tasks.maintenance.deliveries import AT_ONE_RECEIVER, STOP_S, Deliverer, choose
+from tasks.queue import counts
+from tasks.queue.counts import Counted
 from tests.test_webhooks import (
     LONG_AGO,
     NEW,
@@ -260,7 +261,7 @@ def test_calls_wait_while_the_database_is_away(
     postgres: Postgres, bus: redis.Redis, receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A call that was under way is neither made nor counted twice."""
-    caplog.set_level(logging.INFO, "tasks.deliveries")
+    caplog.set_level(logging.INFO, "tasks.maintenance.deliveries")
     is_over = threading.Event()
 
     def respond(handler: Handler) -> None:
@@ -284,7 +285,7 @@ def test_calls_wait_while_the_database_is_away(
         add(url, {"job_2": receiver.url})
         await_that(lambda: counted(bus) == {"delivered": 2})
     assert receiver.ids() == {"evt_1": 1, "evt_2": 1}
-    messages = [r.getMessage() for r in caplog.records if r.name == "tasks.deliveries"]
+    messages = [r.getMessage() for r in caplog.records if r.name == "tasks.maintenance.deliveries"]
     assert [re.sub(r"\d+ ms", "0 ms", message)[:48] for message in messages] == [
         "webhooks: the database is away, calls wait: (psy",
         "webhook evt_1: status 204 in attempt 1 after 0 m",

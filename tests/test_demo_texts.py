@@ -9,11 +9,11 @@ import click
 import pytest
 import requests
 
+from bench.stack import Stack
 from deploy.cli import main
 from gpu_worker.demo.corpus import TOPIC_FILES
 from gpu_worker.demo.texts import read
-from tasks.settings import PREFIX, Settings
-from tests.stack import Stack
+from tasks.contract.settings import PREFIX, Settings
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("api", "bench", "db", "deploy", "docs", "gpu_worker", "tasks", "tests")

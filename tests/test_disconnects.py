@@ -11,10 +11,10 @@ import pytest
 import redis
 import requests
 
-from tasks import keys
-from tasks.message import Lane
+from bench.stack import Stack, await_that, running, send, slack
+from tasks.contract import keys
+from tasks.contract.job import Lane
 from tests.conftest import SIM
-from tests.stack import Stack, await_that, running, send, slack
 
 CLIENTS = 50
 SLOW = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2000}

@@ -21,14 +21,14 @@ import requests
 import yaml
 from click.testing import CliRunner, Result
 
+from bench.stack import Process, Stack, await_that, running, serving
 from deploy.cli import main
 from deploy.doctor_servers import _judge_memory
 from deploy.redis_server import answers, find_server, free_port, server_command
-from tasks import keys
-from tasks.models import get_catalog
-from tasks.settings import get_settings
+from tasks.contract import keys
+from tasks.contract.models import get_catalog
+from tasks.contract.settings import get_settings
 from tests.conftest import SIM
-from tests.stack import Process, Stack, await_that, running, serving
 
 PARTS = {
     *("settings", "models", "redis", "bus", "database", "workers", "maintenance", "ledger"),

@@ -10,12 +10,12 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import text
 
+from bench.postgres import Postgres
+from bench.stack import Stack, await_that
 from db import get_engine, migrate, writing
 from db.models import JobRecord
 from db.schema import MIGRATIONS
-from tasks import keys
-from tests.postgres import Postgres
-from tests.stack import Stack, await_that
+from tasks.contract import keys
 from tests.test_doctor import diagnose
 
 

@@ -11,13 +11,14 @@ import pytest
 import requests
 from sqlalchemy import select
 
+from bench.postgres import Postgres
+from bench.stack import Stack, await_that, running
 from db import get_engine, reading
 from db.models import JobRecord, JobResult, LedgerEntry
-from tasks import counts, keys
-from tasks.counts import Counted, Happening
+from tasks.contract import keys
+from tasks.queue import counts
+from tasks.queue.counts import Counted, Happening
 from tests.conftest import SIM
-from tests.postgres import Postgres
-from tests.stack import Stack, await_that, running
 from tests.test_jobs import CHAT, ENDPOINT, STREAM, call, submit, wait
 
 JOBS = 250

@@ -13,13 +13,13 @@ import pytest
 import redis
 import requests
 
+from bench.stack import Stack, await_that, running, slack
 from db import migrate
 from db.webhooks import Due, attempts_of, due
-from tasks import deliveries
-from tasks.deliveries import AT_ONE_RECEIVER
-from tasks.webhooks import TIMEOUT_S, Sender
+from tasks.maintenance import deliveries
+from tasks.maintenance.deliveries import AT_ONE_RECEIVER
+from tasks.maintenance.webhooks import TIMEOUT_S, Sender
 from tests.conftest import SIM
-from tests.stack import Stack, await_that, running, slack
 from tests.test_deliveries import add, await_tries, counted, delivering, states
 from tests.test_webhooks import STACK_SETTINGS, Handler, Receiver, receiving
 

@@ -13,9 +13,9 @@ import requests
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from bench.stack import Process, await_that
 from deploy.install import system_certificates
 from deploy.redis_server import free_port
-from tests.stack import Process, await_that
 
 ROOT = Path(__file__).parent.parent
 UV = Path(sys.executable).with_name("uv")

@@ -13,8 +13,8 @@ import orjson
 import pytest
 import requests
 
+from bench.stack import Stack, await_that, running
 from tests.conftest import SIM
-from tests.stack import Stack, await_that, running
 from tests.test_client import LONG, PROMPT, command, sluice, submit
 
 LONG_NAME = "meta-llama/Meta-Llama-3-8B-Instruct"

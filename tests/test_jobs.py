@@ -9,13 +9,13 @@ import pytest
 import requests
 from sqlalchemy import select
 
+from bench.stack import Stack, await_that, running, send
 from db import writing
 from db.jobs import accept, load
 from db.models import JobEvent, JobRecord
-from tasks import keys
-from tasks.message import new_id
+from tasks.contract import keys
+from tasks.contract.job import new_id
 from tests.conftest import SIM
-from tests.stack import Stack, await_that, running, send
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
 STREAM = CHAT | {"stream": True}

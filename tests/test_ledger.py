@@ -9,21 +9,22 @@ from typing import Any
 
 import pytest
 
+from bench.postgres import Postgres
+from bench.stack import Stack, await_that
 from db import reading
 from db.models import JobResult
-from tasks import dead, keys
-from tasks.backlog import Backlog
-from tasks.connections import connect
-from tasks.errors import JobCancelledError
-from tasks.events import End
-from tasks.jobs import Jobs
-from tasks.ledger import RECORDS_AT_ONCE, Recorder
-from tasks.message import Claim, Job, State
-from tasks.settings import Settings
-from tasks.token_log import TokenLog
+from tasks.contract import keys
+from tasks.contract.connections import connect
+from tasks.contract.errors import JobCancelledError
+from tasks.contract.events import End
+from tasks.contract.job import Claim, Job, State
+from tasks.contract.settings import Settings
+from tasks.maintenance import dead_letters as dead
+from tasks.maintenance.ledger import RECORDS_AT_ONCE, Recorder
+from tasks.queue.backlog import Backlog
+from tasks.queue.jobs import Jobs
+from tasks.queue.token_log import TokenLog
 from tests.conftest import SIM
-from tests.postgres import Postgres
-from tests.stack import Stack, await_that
 from tests.test_db import entries
 
 SETTINGS: dict[str, Any] = {"lease_s": 3, "max_attempts": 1}
@@ -181,7 +182,7 @@ def test_two_recorders_at_once_double_nothing(backlog: Backlog, database_url: st
 def test_records_wait_in_redis_while_the_database_is_away(
     backlog: Backlog, postgres: Postgres, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "tasks.ledger")
+    caplog.set_level(logging.INFO, "tasks.maintenance.ledger")
     url = postgres.create_database()
     recorder = recorder_of(backlog, url)
     ids = {cancel(backlog)}
@@ -195,7 +196,7 @@ def test_records_wait_in_redis_while_the_database_is_away(
         postgres.start()
     assert recorder.record() == 2
     assert {e.job_id for e in entries(url)} == ids
-    messages = [r.getMessage() for r in caplog.records if r.name == "tasks.ledger"]
+    messages = [r.getMessage() for r in caplog.records if r.name == "tasks.maintenance.ledger"]
     assert [message[:28] for message in messages] == [
         "ledger: the database is away",
         "ledger: the database is back",

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from bench.stack import Stack, running
 from tests.conftest import SIM
-from tests.stack import Stack, running
 from tests.test_jobs import CHAT, call
 
 MOST_BYTES = 2000

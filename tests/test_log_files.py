@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from bench.stack import await_that
 from deploy import log_files
 from deploy.log_files import KEPT, MOST_BYTES
 from deploy.process import Part
-from tests.stack import await_that
 
 LINES = 2_000_000
 # 200 MB, some 30 a second, from two processes.

@@ -14,9 +14,9 @@ import orjson
 import pytest
 import requests
 
-from tasks import keys
+from bench.stack import Process, Stack, await_that, running, send, slack
+from tasks.contract import keys
 from tests.conftest import SIM
-from tests.stack import Process, Stack, await_that, running, send, slack
 
 SECRET = "sk-a-secret"
 
@@ -46,8 +46,8 @@ def throw(body="{secret}"):
 """
 LOG = """
 import logging, os, sys, time
-from tasks import logs
-from tasks.settings import Settings
+from tasks.contract import logs
+from tasks.contract.settings import Settings
 logs.configure(Settings(log_format="{form}"))
 log = logging.getLogger("api.test")
 """
@@ -300,9 +300,9 @@ FAILING = """
 import logging
 import click
 from deploy.cli import Program
-from tasks import logs
-from tasks.errors import SluiceError
-from tasks.settings import get_settings
+from tasks.contract import logs
+from tasks.contract.errors import SluiceError
+from tasks.contract.settings import get_settings
 
 @click.group(cls=Program)
 def main():

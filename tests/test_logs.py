@@ -8,9 +8,9 @@ import orjson
 import pytest
 import requests
 
-from tasks import keys
+from bench.stack import Stack, await_that, running
+from tasks.contract import keys
 from tests.conftest import SIM
-from tests.stack import Stack, await_that, running
 
 SLOW = SIM | {"args": {"tokens-per-s": 40, "first-token-s": 0.05}}
 PROMPT = "an unmistakable question"

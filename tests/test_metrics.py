@@ -12,12 +12,12 @@ import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-from tasks import keys
-from tasks.backlog import Backlog
-from tasks.message import Cause, Claim, Job, Lane, State, Terms
-from tasks.settings import Settings
+from bench.stack import Stack, await_that, running
+from tasks.contract import keys
+from tasks.contract.job import Cause, Claim, Job, Lane, State, Terms
+from tasks.contract.settings import Settings
+from tasks.queue.backlog import Backlog
 from tests.conftest import SIM
-from tests.stack import Stack, await_that, running
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 20}
 ADMIN = {"Authorization": "Bearer admin"}

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tasks.errors import ConfigurationError
-from tasks.models import BUILT_IN, load_catalog
-from tasks.settings import Settings
+from tasks.contract.errors import ConfigurationError
+from tasks.contract.models import BUILT_IN, load_catalog
+from tasks.contract.settings import Settings
 
 
 def test_a_directory_is_served_under_its_own_name(tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ import requests
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
+from bench.stack import Stack, running
 from db import writing
 from db.models import JobEvent, JobRecord
-from tasks.message import Lane, State
+from tasks.contract.job import Lane, State
 from tests.conftest import SIM
-from tests.stack import Stack, running
 from tests.test_jobs import CHAT, ENDPOINT, call, submit, wait
 
 pytestmark = pytest.mark.timeout(300)

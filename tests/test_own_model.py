@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import requests
 
+from bench.stack import Process, Stack, await_that, serving
 from deploy.redis_server import free_port
-from gpu_worker.sources import BUNDLED_MODEL
-from tests.stack import Process, Stack, await_that, serving
+from gpu_worker.engines.sources import BUNDLED_MODEL
 
 # The load of an engine, and with all parts of vLLM another time for one that fails.
 pytestmark = pytest.mark.timeout(300)
@@ -201,7 +201,10 @@ def test_a_model_that_was_downloaded_needs_no_hub(home: Path, directory: Path) -
     (downloaded / "refs" / "main").write_text("abc")
     (downloaded / "snapshots").mkdir()
     directory.replace(downloaded / "snapshots" / "abc")
-    look = "from gpu_worker.sources import *; refuse_missing(Model(name='m', source='nobody/own'))"
+    look = (
+        "from gpu_worker.engines.sources import *; "
+        "refuse_missing(Model(name='m', source='nobody/own'))"
+    )
     subprocess.run(
         [sys.executable, "-c", look],
         env=os.environ | _hub(home, f"http://127.0.0.1:{free_port()}"),

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import pytest
 import requests
 
+from bench.stack import Stack
 from tests.parity_cases import CASES, CHAT, TEXT
-from tests.stack import Stack
 
 # The load of two engines counts for the first test.
 pytestmark = pytest.mark.timeout(600)

@@ -6,14 +6,14 @@ from collections.abc import AsyncIterator
 import pytest
 import redis
 
+from bench.stack import Stack
 from gpu_worker import publisher as publishing
 from gpu_worker.publisher import Feed, Publisher, Refusal
-from tasks import keys
-from tasks.connections import connect_async
-from tasks.events import Attempt, Kind
-from tasks.message import Claim, Job
-from tasks.token_log import TokenLog
-from tests.stack import Stack
+from tasks.contract import keys
+from tasks.contract.connections import connect_async
+from tasks.contract.events import Attempt, Kind
+from tasks.contract.job import Claim, Job
+from tasks.queue.token_log import TokenLog
 
 pytestmark = pytest.mark.anyio
 

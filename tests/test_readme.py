@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.settings import PREFIX, Settings
-from tests.stack import Stack
+from bench.stack import Stack
+from tasks.contract.settings import PREFIX, Settings
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 EXAMPLES = re.findall(r"```(python|sh)\n(.*?)```", README, re.DOTALL)

@@ -13,14 +13,14 @@ import psutil
 import pytest
 import requests
 
+from bench.stack import Stack, await_that, running, slack
 from db import writing
 from db.models import JobRecord
 from db.session import insert_new
-from tasks import keys
-from tasks.events import LOG_FIELD, End, Entry
-from tasks.message import Job, State
+from tasks.contract import keys
+from tasks.contract.events import LOG_FIELD, End, Entry
+from tasks.contract.job import Job, State
 from tests.conftest import SIM
-from tests.stack import Stack, await_that, running, slack
 from tests.test_jobs import CHAT, in_sql, submit, wait
 from tests.test_response import chunk, log_of
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from gpu_worker.refusal import in_our_shape
-from tasks.events import Start
-from tasks.message import Job
+from tasks.contract.events import Start
+from tasks.contract.job import Job
 
 JOB = Job.create(model="m", endpoint="/v1/embeddings", body=b"{}")
 JSON = [("content-type", "application/json"), ("content-length", "7"), ("retry-after", "3")]

@@ -12,13 +12,13 @@ from typing import Any, BinaryIO
 import orjson
 import pytest
 
-from tasks import keys
-from tasks.events import End, Entry, Kind, Position, Start
-from tasks.message import State
-from tasks.settings import Settings
-from tasks.token_log import Addressed, TokenLog, append_arguments
+from bench.stack import Stack, await_that, running, send, slack
+from tasks.contract import keys
+from tasks.contract.events import End, Entry, Kind, Position, Start
+from tasks.contract.job import State
+from tasks.contract.settings import Settings
+from tasks.queue.token_log import Addressed, TokenLog, append_arguments
 from tests.conftest import SIM
-from tests.stack import Stack, await_that, running, send, slack
 from tests.test_jobs import STREAM, call, submit
 
 HEAD = Start(200, [("content-type", "text/event-stream; charset=utf-8")], 0, 1).encode()

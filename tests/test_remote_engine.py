@@ -10,11 +10,11 @@ from typing import Any
 import httpx
 import pytest
 
-from gpu_worker.engine import Load, Message
-from gpu_worker.remote_engine import RemoteEngine, open_engine
-from gpu_worker.tape import Tape, current_tape
-from tasks.errors import ConfigurationError, StreamBrokenError
-from tasks.models import Model
+from gpu_worker.engines.engine import Load, Message
+from gpu_worker.engines.remote import RemoteEngine, open_engine
+from gpu_worker.replay_log import Tape, current_tape
+from tasks.contract.errors import ConfigurationError, StreamBrokenError
+from tasks.contract.models import Model
 
 pytestmark = pytest.mark.anyio
 

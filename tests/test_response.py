@@ -6,9 +6,9 @@ from typing import Any
 import orjson
 import pytest
 
-from tasks.events import End, Entry, Kind, Position, Start
-from tasks.message import State
-from tasks.response import assemble, fold
+from tasks.contract.events import End, Entry, Kind, Position, Start
+from tasks.contract.job import State
+from tasks.contract.response import assemble, fold
 
 HEADERS = [("content-type", "text/event-stream; charset=utf-8")]
 

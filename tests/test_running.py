@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from bench.postgres import Postgres
+from bench.stack import Process, await_that
 from deploy.redis_server import free_port
-from tasks import running
-from tasks.settings import Settings
-from tests.postgres import Postgres
-from tests.stack import Process, await_that
+from tasks.contract import running
+from tasks.contract.settings import Settings
 
 SLUICE = [sys.executable, "-m", "deploy.cli"]
 OF_ITS_OWN = {name: value for name, value in os.environ.items() if not name.startswith("SLUICE_")}

@@ -16,14 +16,14 @@ import redis
 import requests
 from click.testing import CliRunner
 
+from bench.postgres import Postgres
+from bench.stack import Process, Stack, await_that, serving
 from db import migrate
 from deploy.cli import main
 from deploy.redis_server import answers, find_server, free_port, server_command
-from tasks import keys
-from tasks.models import get_catalog
-from tasks.settings import get_settings
-from tests.postgres import Postgres
-from tests.stack import Process, Stack, await_that, serving
+from tasks.contract import keys
+from tasks.contract.models import get_catalog
+from tasks.contract.settings import get_settings
 
 SECRET = "7f-secret"
 WORKER = "a-worker"

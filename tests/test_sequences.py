@@ -5,8 +5,8 @@ from typing import Any
 import orjson
 import pytest
 
-from tasks import keys
-from tests.stack import Stack
+from bench.stack import Stack
+from tasks.contract import keys
 from tests.test_jobs import CHAT, call, submit
 
 COUNTED: list[tuple[str, dict[str, Any], int]] = [

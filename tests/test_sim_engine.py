@@ -9,10 +9,10 @@ import httpx
 import openai
 import pytest
 
-from gpu_worker.engine import Engine, Load, Message
-from gpu_worker.sim_engine import open_engine
-from tasks.errors import ConfigurationError
-from tasks.models import Model
+from gpu_worker.engines.engine import Engine, Load, Message
+from gpu_worker.engines.sim import open_engine
+from tasks.contract.errors import ConfigurationError
+from tasks.contract.models import Model
 
 pytestmark = pytest.mark.anyio
 CHAT = "/v1/chat/completions"

@@ -7,8 +7,8 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
+from bench.stack import Stack, running
 from tests.conftest import SIM
-from tests.stack import Stack, running
 from tests.test_jobs import CHAT, call
 
 OURS = "https://chat.example.com"

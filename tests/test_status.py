@@ -16,9 +16,9 @@ import pytest
 import requests
 import yaml
 
-from tasks import keys
+from bench.stack import Stack, await_that, running
+from tasks.contract import keys
 from tests.conftest import SIM
-from tests.stack import Stack, await_that, running
 
 SLOTS = 2
 SLOW = SIM | {"slots": SLOTS, "args": {"tokens-per-s": 40, "first-token-s": 0.05}}

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import requests
 
-from tasks import keys
-from tasks.control import workers
-from tasks.models import Model
-from tests.stack import Stack, await_that, running, send, slack
+from bench.stack import Stack, await_that, running, send, slack
+from tasks.contract import keys
+from tasks.contract.models import Model
+from tasks.queue.control import workers
 from tests.test_metrics import Metrics
 
 pytestmark = pytest.mark.timeout(300)

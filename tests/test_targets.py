@@ -6,10 +6,10 @@ from datetime import UTC, datetime
 
 import pytest
 
-from tasks.errors import ConfigurationError, InvalidRequestError
-from tasks.settings import Settings, get_settings
-from tasks.targets import check_url
-from tasks.webhooks import Sender, check_webhook
+from tasks.contract.errors import ConfigurationError, InvalidRequestError
+from tasks.contract.settings import Settings, get_settings
+from tasks.maintenance.targets import check_url
+from tasks.maintenance.webhooks import Sender, check_webhook
 
 SECRET = f"whsec_{'A' * 32}"
 

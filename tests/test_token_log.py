@@ -7,13 +7,13 @@ from collections.abc import Callable
 import pytest
 import redis
 
-from tasks import keys
-from tasks.backlog import load_script
-from tasks.events import End, Entry, Kind, Position, Start, decode_frame
-from tasks.message import State
-from tasks.settings import Settings
-from tasks.token_log import Addressed, TokenLog, append_arguments
-from tests.stack import await_that
+from bench.stack import await_that
+from tasks.contract import keys
+from tasks.contract.events import End, Entry, Kind, Position, Start, decode_frame
+from tasks.contract.job import State
+from tasks.contract.settings import Settings
+from tasks.queue.backlog import load_script
+from tasks.queue.token_log import Addressed, TokenLog, append_arguments
 
 SETTINGS = Settings()
 JOB = "job_1"

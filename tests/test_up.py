@@ -14,10 +14,10 @@ import pytest
 import redis
 import requests
 
+from bench.stack import Process, await_that, is_alive, slack
 from deploy.redis_server import free_port
-from tasks import running
-from tasks.settings import Settings
-from tests.stack import Process, await_that, is_alive, slack
+from tasks.contract import running
+from tasks.contract.settings import Settings
 
 SLUICE = [sys.executable, "-m", "deploy.cli"]
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import requests
 
+from bench.stack import Stack, await_that, running
 from db import reading
 from db.models import JobResult
-from tasks.control import workers
+from tasks.queue.control import workers
 from tests.conftest import SIM
-from tests.stack import Stack, await_that, running
 from tests.test_metrics import Metrics
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"

@@ -14,13 +14,13 @@ import psutil
 import pytest
 import requests
 
-from gpu_worker import sockets
+from bench.stack import Stack, await_that, send
 from gpu_worker.demo.texts import read
-from tasks import keys
-from tasks.control import workers
-from tasks.models import Model
-from tasks.settings import Settings
-from tests.stack import Stack, await_that, send
+from gpu_worker.engines import vllm_sockets as sockets
+from tasks.contract import keys
+from tasks.contract.models import Model
+from tasks.contract.settings import Settings
+from tasks.queue.control import workers
 from tests.test_demo_texts import boasts
 from tests.test_metrics import Metrics
 from tests.test_openapi import try_examples

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from gpu_worker.engine_process import KILLED, describe, root_cause
-from gpu_worker.vllm_args import command_line, kv_cache_bytes, parse, tool_parser
-from tasks.errors import ConfigurationError
-from tasks.models import Model
+from gpu_worker.engines.vllm_args import command_line, kv_cache_bytes, parse, tool_parser
+from gpu_worker.engines.vllm_process import KILLED, describe, root_cause
+from tasks.contract.errors import ConfigurationError
+from tasks.contract.models import Model
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -13,8 +13,8 @@ import pytest
 import requests
 from websockets.sync.client import connect
 
+from bench.stack import Stack, await_that, running
 from tests.conftest import SIM
-from tests.stack import Stack, await_that, running
 from tests.test_client import PROMPT, command, read_until, sluice
 from tests.test_client import submit as queue
 

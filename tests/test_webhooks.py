@@ -19,10 +19,11 @@ import pytest
 import requests
 from standardwebhooks import Webhook
 
+from bench.stack import Stack, await_that, running, serving
 from deploy.redis_server import free_port
-from tasks.errors import ConfigurationError, InvalidRequestError
-from tasks.settings import Settings, get_settings
-from tasks.webhooks import (
+from tasks.contract.errors import ConfigurationError, InvalidRequestError
+from tasks.contract.settings import Settings, get_settings
+from tasks.maintenance.webhooks import (
     RETRY_AFTER_S,
     Outcome,
     Sender,
@@ -31,7 +32,6 @@ from tasks.webhooks import (
     make_event,
 )
 from tests.conftest import SIM
-from tests.stack import Stack, await_that, running, serving
 
 OLD, NEW, OTHER = (f"whsec_{letter * 32}" for letter in "ABC")
 # Receivers of tests listen on any free port.

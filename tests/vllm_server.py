@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import requests
 
+from bench.stack import Process, await_that
 from deploy import redis_server
-from gpu_worker.vllm_args import command_line
-from tasks.models import Model
-from tests.stack import Process, await_that
+from gpu_worker.engines.vllm_args import command_line
+from tasks.contract.models import Model
 
 LOAD_TIMEOUT_S = 240
 

@@ -6,9 +6,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from gpu_worker import engine, main, sim_engine
-from gpu_worker.engine import Load, Message, Receive, Send
-from tasks.models import Model
+from gpu_worker import worker as main
+from gpu_worker.engines import engine
+from gpu_worker.engines import sim as sim_engine
+from gpu_worker.engines.engine import Load, Message, Receive, Send
+from tasks.contract.models import Model
 
 
 class BrokenEngine:

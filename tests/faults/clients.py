@@ -8,9 +8,9 @@ from typing import Any
 import orjson
 import requests
 
-from tasks.response import fold
+from bench.stack import Stack, await_that
+from tasks.contract.response import fold
 from tests.faults.conftest import Fault
-from tests.stack import Stack, await_that
 
 ENDPOINT = "/v1/chat/completions"
 LONGEST_S = 120.0

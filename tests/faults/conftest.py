@@ -7,8 +7,8 @@ from statistics import median
 
 import pytest
 
+from bench.stack import Stack, running
 from tests.conftest import SIM
-from tests.stack import Stack, running
 
 LEASE_S = 3.0
 # Between the reaper's rounds, and the moment that a claim takes.

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tasks import keys
+from bench.stack import Stack, await_that, running
+from tasks.contract import keys
 from tests.faults.clients import Client, ask, await_tokens, chat, compare
 from tests.faults.conftest import LEASE_S, SLOW_SIM, Fault
-from tests.stack import Stack, await_that, running
 from tests.test_jobs import get, submit, wait
 
 pytestmark = pytest.mark.timeout(180)

@@ -6,12 +6,12 @@ import orjson
 import pytest
 import requests
 
-from tasks import keys
-from tasks.app import make_ticket
-from tasks.events import Entry, Kind
-from tasks.message import Lane
-from tasks.response import Outcome, assemble
-from tests.stack import Stack, await_that
+from bench.stack import Stack, await_that
+from tasks.contract import keys
+from tasks.contract.events import Entry, Kind
+from tasks.contract.job import Lane
+from tasks.contract.response import Outcome, assemble
+from tasks.queue.celery_app import make_ticket
 
 pytestmark = pytest.mark.timeout(300)
 

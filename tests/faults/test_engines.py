@@ -8,11 +8,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tasks import keys
-from tasks.models import Model
+from bench.stack import Process, Stack, await_that, running
+from tasks.contract import keys
+from tasks.contract.models import Model
 from tests.faults.clients import Client, ask, await_tokens, chat, compare
 from tests.faults.conftest import LEASE_S, Fault
-from tests.stack import Process, Stack, await_that, running
 
 # An engine's load takes half a minute.
 pytestmark = pytest.mark.timeout(300)

@@ -16,13 +16,13 @@ import pytest
 import requests
 from sqlalchemy import select
 
+from bench.postgres import Postgres
+from bench.stack import Stack, await_that, running, send
 from db import get_engine, reading
 from db.models import LedgerEntry
-from tasks import keys
+from tasks.contract import keys
 from tests.faults.clients import ENDPOINT, Client, ask, await_tokens, chat, compare
 from tests.faults.conftest import LEASE_S, SLOW_SIM, Fault
-from tests.postgres import Postgres
-from tests.stack import Stack, await_that, running, send
 from tests.test_jobs import call, events, get, ids, submit, wait
 
 pytestmark = pytest.mark.timeout(300)

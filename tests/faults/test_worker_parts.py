@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from tasks import keys
+from bench.stack import Process, Stack, await_that, running, serving
+from tasks.contract import keys
 from tests.faults.clients import Client, ask, await_tokens, chat, compare
 from tests.faults.conftest import LEASE_S, SLOW_SIM, Fault
-from tests.stack import Process, Stack, await_that, running, serving
 from tests.test_jobs import call, get, submit
 from tests.test_metrics import Metrics
 
@@ -114,7 +114,7 @@ def test_a_claim_whose_reply_is_lost_again_and_again_is_of_one_job(home: Any, fa
     stack = Stack(home, [SLOW_SIM], lease_s=LEASE_S, keep_alive_s=1)
     with running(stack, workers=0), serving(BadRedis(stack.redis_port)) as queue:
         own = stack.env | {"SLUICE_REDIS_URL": f"redis://127.0.0.1:{queue.server_address[1]}/0"}
-        command = [sys.executable, "-m", "gpu_worker.main", "sim"]
+        command = [sys.executable, "-m", "gpu_worker.worker", "sim"]
         stack.processes.append(Process(command, own, stack.home / "worker-cut-off.log"))
         stack.await_workers(1)
         fault.inflict("three lost replies to claims")

@@ -12,13 +12,13 @@ import pytest
 import requests
 from sqlalchemy import select
 
+from bench.stack import Process, Stack, await_that, running
 from db import reading
 from db.models import JobRecord, LedgerEntry
-from tasks import keys
-from tasks.app import make_ticket
+from tasks.contract import keys
+from tasks.queue.celery_app import make_ticket
 from tests.faults.clients import Client, ask, await_tokens, chat, compare
 from tests.faults.conftest import LEASE_S, REAP_S, SLOW_SIM, Fault
-from tests.stack import Process, Stack, await_that, running
 from tests.test_client import sluice
 from tests.test_jobs import get, submit, wait
 

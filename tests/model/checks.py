@@ -4,7 +4,7 @@ from typing import Any
 
 from redis import Redis
 
-from tasks import keys
+from tasks.contract import keys
 from tests.model.expected import DELAYED, LEASES, Expected, Log, QueuedJob
 
 _FIELDS = (

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tasks import backlog, jobs, ledger, reconciler
-from tasks.settings import get_settings
+from tasks.contract.settings import get_settings
+from tasks.maintenance import ledger, reconciler
+from tasks.queue import backlog, jobs
 from tests.model.database import Database
 from tests.model.redis_server import Server, write_scripts
 from tests.model.world import World

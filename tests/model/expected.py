@@ -8,8 +8,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-from tasks import keys
-from tasks.events import Kind
+from tasks.contract import keys
+from tasks.contract.events import Kind
 
 DELAYED, LEASES = keys.DELAYED, keys.LEASES
 MOST_PASSED = 2

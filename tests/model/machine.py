@@ -21,11 +21,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from db import jobs as records
 from db.models import JobRecord
-from tasks import dead, keys
-from tasks.errors import JobCancelledError, SluiceError
-from tasks.events import End
-from tasks.message import Cause, Job, Lane, State, Terms
-from tasks.reconciler import dispatch, queued, terms
+from tasks.contract import keys
+from tasks.contract.errors import JobCancelledError, SluiceError
+from tasks.contract.events import End
+from tasks.contract.job import Cause, Job, Lane, State, Terms
+from tasks.maintenance import dead_letters as dead
+from tasks.maintenance.reconciler import dispatch, queued, terms
 from tests.model.drain import drain
 from tests.model.redis_server import Fault
 from tests.model.worker import Hold, Worker

@@ -18,9 +18,9 @@ from redis.backoff import NoBackoff
 from redis.client import Pipeline
 from redis.retry import Retry
 
+from bench.stack import await_that
 from deploy import redis_server
-from tasks import backlog as queue
-from tests.stack import await_that
+from tasks.queue import backlog as queue
 
 CLOCK = "model:now_us"
 RUN = "model:run"

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from tasks import backlog, keys
+from tasks.contract import keys
+from tasks.queue import backlog
 from tests.model.expected import DELAYED, LEASES, MOST_PASSED, Expected, Log, QueuedJob
 
 Arguments = list[str]

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import Phase
 
 from db import jobs as records
-from tasks.ledger import Recorder
-from tasks.reconciler import Reconciler
+from tasks.maintenance.ledger import Recorder
+from tasks.maintenance.reconciler import Reconciler
 from tests.model.conftest import Make
 from tests.model.machine import QueueMachine, run
 

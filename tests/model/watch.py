@@ -4,7 +4,8 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
-from tasks import backlog, keys
+from tasks.contract import keys
+from tasks.queue import backlog
 from tests.model.expected import Expected
 from tests.model.scripts import Scripts
 

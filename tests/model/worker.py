@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 import orjson
 
-from tasks.backlog import load_script
-from tasks.events import End, Entry, Kind, Position, Start
-from tasks.jobs import Jobs
-from tasks.message import Cause, Claim, State
-from tasks.settings import get_settings
-from tasks.token_log import Addressed, append_arguments
+from tasks.contract.events import End, Entry, Kind, Position, Start
+from tasks.contract.job import Cause, Claim, State
+from tasks.contract.settings import get_settings
+from tasks.queue.backlog import load_script
+from tasks.queue.jobs import Jobs
+from tasks.queue.token_log import Addressed, append_arguments
 
 HEAD = Start(200, [("content-type", "text/event-stream")], 0, 1)
 # What it can still send again.

@@ -6,14 +6,14 @@ import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tasks import keys
-from tasks.backlog import Backlog
-from tasks.events import End, Entry, Kind, Position
-from tasks.jobs import Jobs
-from tasks.ledger import Recorder
-from tasks.reconciler import Reconciler
-from tasks.settings import get_settings
-from tasks.sweeper import Sweeper
+from tasks.contract import keys
+from tasks.contract.events import End, Entry, Kind, Position
+from tasks.contract.settings import get_settings
+from tasks.maintenance.ledger import Recorder
+from tasks.maintenance.reconciler import Reconciler
+from tasks.maintenance.sweeper import Sweeper
+from tasks.queue.backlog import Backlog
+from tasks.queue.jobs import Jobs
 from tests.model.checks import Checks
 from tests.model.database import Database, Row, pieces_of
 from tests.model.expected import Expected, piece_of

@@ -1,0 +1,248 @@
+"""The OpenAPI document: what flask-openapi3 knows of the routes, and what each says of its answers.
+
+A route's `openapi_extensions=operation(...)` says what it takes, gives and refuses: of errors the
+classes of tasks/contract/errors.py. At the start `complete` makes valid OpenAPI 3.1 of all that.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from http import HTTPStatus
+from typing import Any, NamedTuple, get_args
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from api.call import LONGEST_KEY
+from api.job_stream import ServerStoppingError
+from api.replies import DOCUMENTED, Error, Job
+from api.schemas import EVENT_ID, JobRequest, engine_schemas
+from tasks.contract.errors import (
+    BacklogBytesError,
+    BodyTimeoutError,
+    BodyTooLargeError,
+    DatabaseUnavailableError,
+    EndpointNotSupportedError,
+    HostNotAllowedError,
+    IdempotencyError,
+    InvalidRequestError,
+    JobCancelledError,
+    JobExpiredError,
+    JobFailedError,
+    JobLostError,
+    JobNotFoundError,
+    KeyInUseError,
+    ModelNotFoundError,
+    OriginNotAllowedError,
+    OverloadedError,
+    QueueUnavailableError,
+    RecordsFullError,
+    RequestTimeoutError,
+    SluiceError,
+    StreamBrokenError,
+    TooManyConnectionsError,
+)
+
+JSON, EVENTS = "application/json", "text/event-stream"
+# Samples of streams.
+CHUNKS = 'data: {"id": …, "choices": [{"index": 0, …}]}\n\ndata: [DONE]\n\n'
+CHUNKS_WITH_IDS = f"id: 1-2\n{CHUNKS}"
+DESCRIPTION = """OpenAI's API, and jobs: every request has an id, in the header `x-sluice-job`, with
+which it can be polled, waited for, streamed, resumed and cancelled.
+
+Every error has OpenAI's shape. What an engine refuses keeps its status: that of a `remote` engine
+may be another one than those listed here. Requests may bring an `x-request-id`, and get it back."""
+SECURITY: list[dict[str, list[Any]]] = [{"bearer": []}]
+_SCHEMES = {
+    "bearer": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "The operator's SLUICE_ADMIN_KEY. Only `/v1/admin` asks for a key.",
+    }
+}
+
+Kind = type[SluiceError]
+# Headers of requests.
+PREFER, KEY, LEAVE, RESUME = "Prefer", "Idempotency-Key", "x-sluice-on-disconnect", "Last-Event-ID"
+_PARAMETERS: dict[str, tuple[str, dict[str, Any]]] = {
+    PREFER: (
+        "`wait=N`: waits up to N seconds, and 60, for the job's end. `respond-async`: 202 at once",
+        {},
+    ),
+    KEY: (
+        "the same request with the same key gets the same job",
+        {"maxLength": LONGEST_KEY, "pattern": "^[ -~¡-¬®-ÿ]*$"},
+    ),
+    LEAVE: ("what becomes of the job when its client leaves", {"enum": ["abort", "continue"]}),
+    RESUME: ("goes on after that event", {"pattern": EVENT_ID}),
+}
+# Headers of answers.
+APPLIED = "Preference-Applied"
+OF_JOB = ("x-sluice-job",)
+OF_ANSWER = (
+    *("x-sluice-job", "x-sluice-model", "x-sluice-queue-ms", "x-sluice-attempts"),
+    "openai-processing-ms",
+)
+_HEADERS = {
+    "Location": ("string", "where the job is"),
+    APPLIED: ("string", "`respond-async`, if it was asked for"),
+    "Retry-After": ("integer", "seconds"),
+    "WWW-Authenticate": ("string", "`Bearer`"),
+    "openai-processing-ms": ("integer", "from the request to its answer"),
+    "retry-after-ms": ("integer", "the same in milliseconds"),
+    "x-should-retry": ("boolean", "tells OpenAI's SDK whether to try again"),
+    "x-sluice-attempts": ("integer", "workers that the job has had"),
+    "x-sluice-job": ("string", "the job's id"),
+    "x-sluice-model": ("string", "the model that served"),
+    "x-sluice-queue-ms": ("integer", "how long the job waited"),
+}
+_ALWAYS = {"Location", "x-sluice-job"}
+
+
+class Given(NamedTuple):
+    """An answer that is no error."""
+
+    says: str
+    content: Mapping[str, Any]
+    """What it holds by content type: a model of replies.py, a list of one, `str`, or a sample."""
+    headers: tuple[str, ...] = ()
+
+
+def given(says: str, kind: Any, *headers: str) -> Given:
+    """One in JSON."""
+    return Given(says, {JSON: kind}, headers)
+
+
+LATER = given("The job, which has not ended", Job, "Location", *OF_JOB, APPLIED)
+ENDED = given("The job, which has ended", Job, *OF_JOB)
+
+# What any request may get, and any with a body.
+_EVERYWHERE: tuple[Kind, ...] = (
+    *(SluiceError, HostNotAllowedError, OriginNotAllowedError, TooManyConnectionsError),
+)
+BODY_ERRORS: tuple[Kind, ...] = (InvalidRequestError, BodyTooLargeError, BodyTimeoutError)
+STORE_ERRORS: tuple[Kind, ...] = (QueueUnavailableError, DatabaseUnavailableError)
+JOB_ERRORS: tuple[Kind, ...] = (InvalidRequestError, JobNotFoundError, *STORE_ERRORS)
+ACCEPTANCE_ERRORS: tuple[Kind, ...] = (
+    *(ModelNotFoundError, KeyInUseError, IdempotencyError, *STORE_ERRORS),
+    *(OverloadedError, BacklogBytesError, RecordsFullError),
+)
+# How a job may end instead of with an answer, and its client's wait for it.
+GENERATION_ERRORS: tuple[Kind, ...] = (
+    *(EndpointNotSupportedError, JobNotFoundError, JobCancelledError, JobFailedError),
+    *(StreamBrokenError, JobLostError, ServerStoppingError, RequestTimeoutError, JobExpiredError),
+)
+
+
+def operation(
+    gives: Mapping[int, Given],
+    refuses: Iterable[Kind] = (),
+    *,
+    body: Mapping[str, Any] | None = None,
+    takes: Iterable[str] = (),
+    engine: Iterable[int] = (),
+) -> dict[str, Any]:
+    """What a route says of itself; `engine` are the statuses of the engine's own refusals."""
+    told: dict[str, Any] = {
+        "parameters": [{"$ref": f"#/components/parameters/{name}"} for name in takes],
+        "responses": {str(status): _answer(each) for status, each in gives.items()},
+    }
+    by_status: dict[int, list[Kind]] = defaultdict(list)
+    for kind in dict.fromkeys([*_EVERYWHERE, *refuses]):
+        by_status[kind.status].append(kind)
+    for status in sorted(by_status.keys() | set(engine)):
+        told["responses"][str(status)] = _refusal(by_status[status], status in engine)
+    if body:
+        told["requestBody"] = {"required": True, "content": {JSON: body}}
+    return {"x-sluice": told}
+
+
+def complete(document: dict[str, Any]) -> None:
+    """Makes the document whole: every operation as its route has told, and what they refer to."""
+    for path in document["paths"].values():
+        for known in path.values():
+            told = known.pop("x-sluice")
+            parameters = [_without_null(each) for each in known.get("parameters", ())]
+            known.update(told, parameters=parameters + told["parameters"])
+    document["components"] = {
+        "schemas": _schemas(),
+        "parameters": {name: _parameter(name) for name in _PARAMETERS},
+        "securitySchemes": _SCHEMES,
+    }
+
+
+def _schemas() -> dict[str, Any]:
+    wanted = [(JobRequest, "validation"), *((kind, "serialization") for kind in DOCUMENTED)]
+    _, made = models_json_schema(wanted, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
+    ours: dict[str, Any] = made["$defs"]
+    for schema in ours.values():
+        _drop_null_defaults(schema.get("properties", {}).values())
+    return engine_schemas() | ours
+
+
+def _answer(told: Given) -> dict[str, Any]:
+    content = {
+        mime: {"example": kind} if isinstance(kind, str) else {"schema": _schema(kind)}
+        for mime, kind in told.content.items()
+    }
+    answer: dict[str, Any] = {"description": told.says, "content": content}
+    if told.headers:
+        answer["headers"] = {name: _header(name, name in _ALWAYS) for name in told.headers}
+    return answer
+
+
+def _schema(kind: Any) -> dict[str, Any]:
+    if kind is str:
+        return {"type": "string"}
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return {"$ref": f"#/components/schemas/{kind.__name__}"}
+    (each,) = get_args(kind)
+    return {"type": "array", "items": _schema(each)}
+
+
+def _refusal(kinds: Iterable[Kind], has_engines: bool) -> dict[str, Any]:
+    says = [f"- `{kind.code}`: {kind.__doc__}" for kind in kinds]
+    if has_engines:
+        says.append("- or what the engine refuses, in its own words")
+    refusal = _answer(given("\n".join(says), Error))
+    headers = [set(_headers_of(kind)) for kind in kinds] or [set()]
+    for name in sorted(set.union(*headers)):
+        is_in_all = name in set.intersection(*headers) and not has_engines
+        refusal.setdefault("headers", {})[name] = _header(name, is_in_all)
+    return refusal
+
+
+def _headers_of(kind: Kind) -> Iterator[str]:
+    if kind.retry_after_s is not None:
+        yield from ("Retry-After", "retry-after-ms")
+    if kind.should_retry is not None:
+        yield "x-should-retry"
+    if kind.status == HTTPStatus.UNAUTHORIZED:
+        yield "WWW-Authenticate"
+
+
+def _header(name: str, is_required: bool) -> dict[str, Any]:
+    form, says = _HEADERS[name]
+    return {"description": says, "required": is_required, "schema": {"type": form}}
+
+
+def _parameter(name: str) -> dict[str, Any]:
+    says, bounds = _PARAMETERS[name]
+    schema = {"type": "string"} | bounds
+    return {"name": name, "in": "header", "description": says, "schema": schema}
+
+
+def _without_null(parameter: dict[str, Any]) -> dict[str, Any]:
+    """What a URL may leave out cannot be null in it."""
+    schema = dict(parameter["schema"])
+    for kind in schema.pop("anyOf", ()):
+        if kind != {"type": "null"}:
+            schema |= kind
+    _drop_null_defaults([schema])
+    return parameter | {"schema": schema}
+
+
+def _drop_null_defaults(schemas: Iterable[dict[str, Any]]) -> None:
+    """They say no more than that a field may be left out."""
+    for schema in schemas:
+        if schema.get("default", ...) is None:
+            del schema["default"]

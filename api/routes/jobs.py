@@ -1,0 +1,333 @@
+"""The jobs API: every request by its id, whoever submitted it, wherever it is."""
+
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+import gevent
+import orjson
+from flask import Response, request
+from flask_openapi3 import APIBlueprint, Tag
+from werkzeug.datastructures import Headers
+
+from api import replies, schemas
+from api.answer import event_stream
+from api.body import read_body, read_object
+from api.call import Call, Preference, count_sequences, fingerprint, read_key
+from api.job_events import Follower, encode
+from api.job_stream import ServerStoppingError
+from api.job_view import describe, describe_all, find_queued, of_record
+from api.openapi import (
+    ACCEPTANCE_ERRORS,
+    BODY_ERRORS,
+    CHUNKS_WITH_IDS,
+    ENDED,
+    EVENTS,
+    JOB_ERRORS,
+    KEY,
+    LATER,
+    OF_JOB,
+    PREFER,
+    RESUME,
+    Given,
+    given,
+    operation,
+)
+from api.services import TENANT, Services, get_services
+from db import jobs as records
+from db.models import JobRecord
+from db.webhooks import attempts_of
+from tasks.contract.errors import (
+    ConflictError,
+    JobCancelledError,
+    JobNotFoundError,
+    StreamBrokenError,
+)
+from tasks.contract.events import Kind
+from tasks.contract.job import Lane, Snapshot, State, new_id
+from tasks.maintenance.webhooks import check_webhook
+
+blueprint = APIBlueprint("jobs", __name__)
+JOBS = [Tag(name="Jobs", description="Any request, by the id in x-sluice-job")]
+# Between looks at a job that is waited for, when nothing has come.
+LOOK_S = 5.0
+# From a job's last entry to its final state.
+MOMENT_S = 0.005
+# SQL is told within a second or so what the queue does. When it has not been for long, the rest of
+# what it takes for open is shown as it is.
+MOST_LOOKS = 5
+ROWS_AT_A_LOOK = 500
+
+
+@blueprint.post(
+    "/v1/jobs",
+    tags=JOBS,
+    summary="Submit a job",
+    openapi_extensions=operation(
+        {200: ENDED, 202: LATER},
+        (*BODY_ERRORS, *ACCEPTANCE_ERRORS),
+        body=schemas.body("JobRequest"),
+        takes=(PREFER, KEY),
+    ),
+)
+def submit() -> Response:
+    """Queues a request; its answer can be polled, waited for, streamed, or sent to a webhook."""
+    services = get_services()
+    body = read_body()
+    wanted = schemas.check(schemas.JobRequest, read_object(body))
+    call = Call.read(services, wanted.endpoint, orjson.dumps(wanted.body), Headers())
+    lane, priority = wanted.place
+    job = JobRecord(
+        **_of_call(call),
+        lane=lane,
+        priority=priority,
+        deadline_s=wanted.deadline_s,
+        webhook=wanted.webhook,
+        meta=wanted.metadata,
+        idempotency_key=read_key(request.headers) or None,
+        fingerprint=fingerprint("/v1/jobs", body),
+    )
+    if wanted.webhook:
+        check_webhook(wanted.webhook, services.settings)
+    return _accept(services, job)
+
+
+def accept_call(services: Services, call: Call) -> Response:
+    """Takes a request of OpenAI's API in the background: `Prefer: respond-async`."""
+    job = JobRecord(
+        **_of_call(call),
+        lane=Lane.INTERACTIVE,
+        idempotency_key=call.idempotency_key or None,
+        fingerprint=call.fingerprint,
+    )
+    response = _accept(services, job)
+    response.headers["Preference-Applied"] = "respond-async"
+    return response
+
+
+def _of_call(call: Call) -> dict[str, Any]:
+    return {
+        "id": new_id(),
+        "tenant": TENANT,
+        "model": call.model.name,
+        "endpoint": call.endpoint,
+        "request": call.body,
+        "sequences": call.sequences,
+        "created_at": datetime.now(UTC),
+    }
+
+
+def _accept(services: Services, job: JobRecord) -> Response:
+    job_id = services.acceptance.accept(job)
+    prefer = Preference.read(request.headers)
+    if job_id != job.id or prefer.wait_s:
+        return _answer(services, job_id, prefer.wait_s)
+    return _respond(of_record(job, None), 202)
+
+
+@blueprint.get(
+    "/v1/jobs",
+    tags=JOBS,
+    summary="List jobs",
+    openapi_extensions=operation({200: given("A page of jobs", replies.JobList)}, JOB_ERRORS),
+)
+def list_jobs(query: schemas.JobQuery) -> Response:
+    """The newest first; `after` is the id of the last one of the page before.
+
+    One that has just begun or ended may be missing for a second among those of its new status.
+    """
+    services = get_services()
+    if query.after and records.get(services.settings.database_url, TENANT, query.after) is None:
+        raise JobNotFoundError(f"There is no job {query.after!r} to go on after.", param="after")
+    found = _page(services, query)
+    page = found[: query.limit]
+    return _respond(
+        {
+            "object": "list",
+            "data": page,
+            "first_id": page[0]["id"] if page else None,
+            "last_id": page[-1]["id"] if page else None,
+            "has_more": len(found) > query.limit,
+        }
+    )
+
+
+def _page(services: Services, query: schemas.JobQuery) -> list[dict[str, Any]]:
+    """One job more than asked for, if there are so many."""
+    found: list[dict[str, Any]] = []
+    after, wanted = query.after, query.limit + 1
+    url, terms = services.settings.database_url, {"model": query.model, "status": query.status}
+    for look in range(MOST_LOOKS):
+        limit = max(wanted, ROWS_AT_A_LOOK if look else 0)
+        rows = records.page(url, TENANT, **terms, after=after, limit=limit)
+        status = query.status if look < MOST_LOOKS - 1 else None
+        found += describe_all(services, rows, status, wanted - len(found))
+        if len(found) == wanted or len(rows) < limit:
+            break
+        after = rows[-1][0].id
+    return found
+
+
+@blueprint.get(
+    "/v1/jobs/<string:job_id>",
+    tags=JOBS,
+    summary="Get a job",
+    openapi_extensions=operation(
+        {200: given("The job", replies.Job, *OF_JOB), 202: LATER}, JOB_ERRORS, takes=[PREFER]
+    ),
+)
+def get_job(path: schemas.JobPath) -> Response:
+    """The job; with `Prefer: wait=N` its end is waited for: 200 when it has ended, else 202."""
+    return _answer(get_services(), path.job_id, Preference.read(request.headers).wait_s)
+
+
+@blueprint.get(
+    "/v1/jobs/<string:job_id>/events",
+    tags=JOBS,
+    summary="Stream a job's events",
+    openapi_extensions=operation(
+        {200: Given("Its events", {EVENTS: CHUNKS_WITH_IDS}, OF_JOB)}, JOB_ERRORS, takes=[RESUME]
+    ),
+)
+def get_events(path: schemas.JobPath, query: schemas.EventQuery) -> Response:
+    """Server-sent events from the start, or after `Last-Event-ID` or `starting_after`."""
+    services = get_services()
+    wanted = query.starting_after or request.headers.get("Last-Event-ID")
+    follower = Follower(services, path.job_id, wanted)
+    response = event_stream(encode(follower.events()))
+    response.headers["x-sluice-job"] = path.job_id
+    return response
+
+
+@blueprint.get(
+    "/v1/jobs/<string:job_id>/webhook",
+    tags=JOBS,
+    summary="Get a webhook's log",
+    openapi_extensions=operation({200: given("Its calls", replies.WebhookLog)}, JOB_ERRORS),
+)
+def get_webhook(path: schemas.JobPath) -> Response:
+    """How the calls of the job's webhook went."""
+    services = get_services()
+    describe(services, TENANT, path.job_id)
+    delivery, attempts = attempts_of(services.settings.database_url, path.job_id)
+    if delivery is None:
+        raise JobNotFoundError("The job has no webhook, or has not ended yet.")
+    return _respond(
+        {
+            "object": "webhook_delivery",
+            "type": delivery.type,
+            "state": delivery.state,
+            "next_at": delivery.next_at and int(delivery.next_at.timestamp()),
+            "attempts": [
+                {
+                    "at": int(attempt.at.timestamp()),
+                    "status_code": attempt.status_code,
+                    "error": attempt.error,
+                    "duration_ms": attempt.duration_ms,
+                }
+                for attempt in attempts
+            ],
+        }
+    )
+
+
+@blueprint.post(
+    "/v1/jobs/<string:job_id>/cancel",
+    tags=JOBS,
+    summary="Cancel a job",
+    openapi_extensions=operation({200: ENDED}, (*JOB_ERRORS, ConflictError)),
+)
+def cancel(path: schemas.JobPath) -> Response:
+    """Takes it out of the queue or off the engine; one that has ended gets 409."""
+    services = get_services()
+    job = find_queued(services, TENANT, path.job_id)
+    has_cancelled = job is not None and services.jobs.cancel(job.id, job.model)
+    if job is None:
+        describe(services, TENANT, path.job_id)  # none of another tenant is touched
+        error = JobCancelledError().body()["error"]
+        url = services.settings.database_url
+        has_cancelled = records.end_lost(url, path.job_id, State.CANCELLED, error)
+    view = describe(services, TENANT, path.job_id)
+    if not has_cancelled and view["status"] != State.CANCELLED:
+        raise ConflictError(f"The job is {view['status']} already.")
+    return _respond(view)
+
+
+@blueprint.post(
+    "/v1/jobs/<string:job_id>/retry",
+    tags=JOBS,
+    summary="Submit a job again",
+    openapi_extensions=operation(
+        {200: ENDED, 202: LATER},
+        (*JOB_ERRORS, ConflictError, *ACCEPTANCE_ERRORS),
+        takes=[PREFER],
+    ),
+)
+def retry(path: schemas.JobPath) -> Response:
+    """A new job with the same request, for one that failed, expired or was cancelled."""
+    services = get_services()
+    known = find_queued(services, TENANT, path.job_id)
+    url = services.settings.database_url
+    stored = records.get(url, TENANT, path.job_id)
+    if known is None and stored is None:
+        raise JobNotFoundError
+    status = known.state if known else State(stored[0].status if stored else "")
+    if not status.is_final or status is State.COMPLETED:
+        raise ConflictError(f"The job is {status}; only what did not succeed can be retried.")
+    body = records.request(url, path.job_id)
+    if body is None:
+        raise ConflictError("The job's request is no longer kept; send it again.")
+    return _accept(services, _again(known, stored[0] if stored else None, body))
+
+
+def _again(known: Snapshot | None, stored: JobRecord | None, body: bytes) -> JobRecord:
+    old: Any = stored or known
+    return JobRecord(
+        id=new_id(),
+        tenant=TENANT,
+        model=old.model,
+        endpoint=old.endpoint,
+        lane=old.lane,
+        created_at=datetime.now(UTC),
+        request=body,
+        sequences=count_sequences(old.endpoint, read_object(body)),
+        priority=stored.priority if stored else 0,
+        deadline_s=stored.deadline_s if stored else None,
+        webhook=stored.webhook if stored else None,
+        meta=stored.meta if stored else orjson.loads(old.metadata),
+    )
+
+
+def _answer(services: Services, job_id: str, wait_s: int) -> Response:
+    """The job, after at most that wait for its end."""
+    if wait_s:
+        _await_end(services, job_id, wait_s)
+    view = describe(services, TENANT, job_id)
+    has_ended = State(view["status"]).is_final
+    return _respond(view, 200 if has_ended or (request.method == "GET" and not wait_s) else 202)
+
+
+def _await_end(services: Services, job_id: str, wait_s: int) -> None:
+    """Waits until the log and the queue both say that the job has ended, in whatever order."""
+    deadline_s = time.monotonic() + wait_s
+    has_log_ended = False
+    with suppress(ServerStoppingError, StreamBrokenError), services.relay.follow(job_id) as stream:
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            job = find_queued(services, TENANT, job_id)
+            if job is None or (has_log_ended and job.state.is_final):
+                return
+            if has_log_ended:
+                gevent.sleep(MOMENT_S)
+                continue
+            entries = stream.take(min(left_s, LOOK_S))
+            has_log_ended = bool(entries) and entries[-1].kind is Kind.END
+
+
+def _respond(document: dict[str, Any], status: int = 200) -> Response:
+    response = Response(orjson.dumps(document), status, content_type="application/json")
+    if document["object"] == "job":
+        response.headers["x-sluice-job"] = document["id"]
+    if status == 202:
+        response.headers["Location"] = f"/v1/jobs/{document['id']}"
+    return response

@@ -1,0 +1,4 @@
+"""The engines: each module of a kind has an `open_engine`, which gives an ASGI app.
+
+Open `engine.py` first (what a worker needs of one), then `vllm.py`, `sim.py` or `remote.py`.
+"""

@@ -1,0 +1,108 @@
+"""What a worker needs of an engine. An engine is an ASGI app: job in, response out, byte for byte.
+
+Another kind of engine is a module with an `open_engine`, named in ENGINES.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from contextlib import AbstractAsyncContextManager
+from importlib import import_module
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from tasks.contract.errors import ConfigurationError
+from tasks.contract.models import Model
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+AsgiApp = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+ENGINES = {
+    "vllm": "gpu_worker.engines.vllm",
+    "sim": "gpu_worker.engines.sim",
+    "remote": "gpu_worker.engines.remote",
+}
+
+
+class Load(NamedTuple):
+    """Requests inside the engine, in the running batch and waiting for it; and its KV cache."""
+
+    running: int
+    waiting: int
+    kv_cache_usage: float = 0.0
+    """0 to 1."""
+    max_model_len: int | None = None
+    """Most tokens of a request and its answer together, as far as the engine knows."""
+
+
+class Engine(Protocol):
+    """A loaded engine, on the event loop that opened it."""
+
+    app: AsgiApp
+
+    def load(self) -> Load:
+        """What the engine is doing now."""
+
+    def is_dead(self) -> bool:
+        """Whether the engine cannot answer any more, for good."""
+
+    def progress(self) -> int | None:
+        """Steps that it has made; None while it has nothing to do, or cannot hang by itself."""
+
+
+def open_engine(model: Model) -> AbstractAsyncContextManager[Engine]:
+    """Loads the model's engine on entry, which may take minutes; ends its processes on exit.
+
+    Raises:
+        ConfigurationError: on entry, when the model's source or arguments are wrong.
+    """
+    opened: AbstractAsyncContextManager[Engine]
+    opened = import_module(ENGINES[model.engine]).open_engine(model)
+    return opened
+
+
+Args = TypeVar("Args", bound=BaseModel)
+
+
+def read_args(model: Model, args: type[Args]) -> Args:
+    """The `args` of the model's entry, written with dashes or underscores.
+
+    Raises:
+        ConfigurationError: an argument is unknown or its value is refused.
+    """
+    try:
+        return args(**{str(name).replace("-", "_"): value for name, value in model.args.items()})
+    except ValidationError as refused:
+        wrong = "; ".join(f"{error['loc'][0]}: {error['msg']}" for error in refused.errors())
+        raise ConfigurationError(f"models.yaml, args of {model.name}: {wrong}") from None
+
+
+async def read_body(receive: Receive) -> bytes:
+    """The whole body of a request."""
+    body = b""
+    while True:
+        message = await receive()
+        body += bytes(message.get("body", b""))
+        if not message.get("more_body"):
+            return body
+
+
+async def answer_unless_left(receive: Receive, answering: Coroutine[Any, Any, None]) -> None:
+    """An app's answer to a request that has been read; a client that leaves ends it at once."""
+    answer = asyncio.ensure_future(answering)
+    leaving = asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait({answer, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            answer.result()
+    finally:
+        answer.cancel()
+        leaving.cancel()
+        await asyncio.gather(answer, leaving, return_exceptions=True)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

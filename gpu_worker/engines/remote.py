@@ -1,0 +1,180 @@
+"""A running OpenAI-compatible server as an engine: SGLang, TGI, Ollama, another vLLM.
+
+What the worker is given goes to the server, and what the server says comes back as it arrives.
+"""
+
+import asyncio
+import json
+import logging
+import math
+import os
+from collections.abc import AsyncIterator, Iterable
+from contextlib import aclosing, asynccontextmanager
+
+import httpx
+from pydantic import BaseModel, ConfigDict, Field
+
+from gpu_worker.engines.engine import (
+    Load,
+    Message,
+    Receive,
+    Send,
+    answer_unless_left,
+    read_args,
+    read_body,
+)
+from gpu_worker.engines.remote_usage import usage_option, watched
+from tasks.contract.errors import ConfigurationError, OverloadedError, StreamBrokenError
+from tasks.contract.models import Model
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 5.0
+# Of one connection, not of the answer. A content-encoding stays: the bytes are relayed undecoded.
+OMITTED = frozenset(
+    b"connection content-length date keep-alive proxy-authenticate proxy-connection server te "
+    b"trailer transfer-encoding upgrade".split()
+)
+FORWARDED = {b"accept", b"content-type", b"x-request-id"}
+
+
+class Args(BaseModel):
+    """The `args` of a remote model in models.yaml, with dashes or underscores."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    read_timeout_s: float = Field(600, gt=0, description="between two pieces of an answer")
+    model: str | None = Field(None, min_length=1, description="the server's name for the model")
+    api_key_env: str | None = Field(None, min_length=1, description="variable that holds its key")
+
+
+class RemoteUnavailableError(OverloadedError):
+    """The server behind this model cannot be reached; try again shortly."""
+
+    code = "engine_unavailable"
+
+
+class RemoteEngine:
+    """The server's endpoints as an ASGI app."""
+
+    def __init__(self, client: httpx.AsyncClient, server_model: str | None) -> None:
+        self._client = client
+        self._server_model = server_model
+        self._running = 0
+
+    def load(self) -> Load:
+        return Load(self._running, 0)
+
+    def is_dead(self) -> bool:
+        return False
+
+    def progress(self) -> None:
+        return None  # `read_timeout_s` bounds the server's silence
+
+    async def app(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Relays one request; if the client leaves, the connection closes, which frees a slot."""
+        body, wants_no_usage = self._asked(scope["path"], await read_body(receive))
+        await answer_unless_left(receive, self._relay(scope, body, send, wants_no_usage))
+
+    async def _relay(self, scope: Message, body: bytes, send: Send, wants_no_usage: bool) -> None:
+        headers = [pair for pair in scope["headers"] if pair[0] in FORWARDED]
+        request = self._client.build_request(
+            scope["method"], scope["path"], content=body, headers=headers
+        )
+        has_started = False
+        self._running += 1
+        try:
+            response = await self._client.send(request, stream=True)
+            async with aclosing(response):
+                has_started = True
+                await _send_start(send, response.status_code, response.headers.raw)
+                async for piece in watched(response, scope["path"], wants_no_usage):
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except httpx.TransportError as failure:
+            reason = f"{request.url.host}:{request.url.port}: {failure or type(failure).__name__}"
+            if has_started:
+                raise StreamBrokenError(f"the answer broke off ({reason})") from failure
+            log.warning("no answer from %s", reason)
+            await _send_unavailable(send)
+        finally:
+            self._running -= 1
+
+    def _asked(self, path: str, body: bytes) -> tuple[bytes, bool]:
+        """What the server is asked: by its name for the model, and for a stream's usage.
+
+        Returns:
+            The body, and whether its client has not asked for the usage.
+        """
+        try:
+            document = json.loads(body)
+        except (ValueError, RecursionError):
+            return body, False  # the server says what is wrong with it
+        if not isinstance(document, dict):
+            return body, False
+        changes = {} if self._server_model is None else {"model": self._server_model}
+        changes |= (unasked := usage_option(path, document))
+        return (json.dumps(document | changes).encode() if changes else body), bool(unasked)
+
+
+@asynccontextmanager
+async def open_engine(model: Model) -> AsyncIterator[RemoteEngine]:
+    """Connects to the server at the model's source, a base URL with or without `/v1`.
+
+    Raises:
+        ConfigurationError: an argument is wrong, the key is not set, or the server does not answer.
+    """
+    args = read_args(model, Args)
+    headers = {"accept-encoding": "identity"}
+    if args.api_key_env:
+        key = os.environ.get(args.api_key_env)
+        if not key:
+            raise ConfigurationError(
+                f"{model.name} needs its server's key; set the variable {args.api_key_env}"
+            )
+        headers["authorization"] = f"Bearer {key}"
+    async with httpx.AsyncClient(
+        headers=headers,
+        trust_env=False,  # a proxy meant for the Internet must not see the models' traffic
+        timeout=httpx.Timeout(args.read_timeout_s, connect=CONNECT_TIMEOUT_S),
+        limits=httpx.Limits(max_connections=model.slots, max_keepalive_connections=model.slots),
+    ) as client:
+        await _check(client, model)
+        yield RemoteEngine(client, args.model)
+
+
+async def _check(client: httpx.AsyncClient, model: Model) -> None:
+    """Sets the client's base URL once the server has answered there."""
+    remedy = f"start it, or correct the source of {model.name}"
+    try:
+        client.base_url = httpx.URL(model.source.rstrip("/").removesuffix("/v1"))
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            answer = await client.get("/v1/models")
+    except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as failure:
+        reason = str(failure) or type(failure).__name__
+        raise ConfigurationError(
+            f"no OpenAI-compatible server answers at {model.source} ({reason}); {remedy}"
+        ) from None
+    if answer.status_code != httpx.codes.OK:
+        raise ConfigurationError(
+            f"{answer.url} answers {answer.status_code}; {remedy} or its api-key-env"
+        )
+
+
+async def _send_start(send: Send, status: int, headers: Headers) -> None:
+    kept = [(name.lower(), value) for name, value in headers if name.lower() not in OMITTED]
+    await send({"type": "http.response.start", "status": status, "headers": kept})
+
+
+async def _send_unavailable(send: Send) -> None:
+    error = RemoteUnavailableError()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"retry-after", str(math.ceil(error.retry_after_s or 0)).encode()),
+        (b"retry-after-ms", str(round((error.retry_after_s or 0) * 1000)).encode()),
+    ]
+    await _send_start(send, error.status, headers)
+    body = json.dumps(error.body()).encode()
+    await send({"type": "http.response.body", "body": body, "more_body": False})

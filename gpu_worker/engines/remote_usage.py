@@ -1,0 +1,76 @@
+"""What an answer of a remote server used: asked for in every stream, taken out where nobody asked.
+
+Only a stream whose client has not asked for its usage is changed by it.
+"""
+
+import json
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+
+from gpu_worker.replay_log import get_tape
+
+PATHS = {"/v1/chat/completions", "/v1/completions"}
+_AFTER_EVENT = re.compile(rb"(?<=\n\n)|(?<=\n\r\n)")
+
+
+def usage_option(path: str, document: dict[str, Any]) -> dict[str, Any]:
+    """The field that asks for the usage of a stream; {} where it is asked for, or is no stream."""
+    options = document.get("stream_options") or {}
+    if path not in PATHS or document.get("stream") is not True or not isinstance(options, dict):
+        return {}
+    if options.get("include_usage"):
+        return {}
+    # Without it this option means nothing; with it each event would tell a usage.
+    others = {name: value for name, value in options.items() if name != "continuous_usage_stats"}
+    return {"stream_options": others | {"include_usage": True}}
+
+
+async def watched(
+    response: httpx.Response, path: str, wants_no_usage: bool
+) -> AsyncIterator[bytes]:
+    """The pieces of the answer; the usage that they tell goes on the tape.
+
+    With `wants_no_usage` the event that only tells the usage is left out.
+    """
+    pieces = response.aiter_raw()
+    if path not in PATHS or response.headers.get("content-encoding", "identity") != "identity":
+        async for piece in pieces:
+            yield piece
+    elif response.headers.get("content-type", "").startswith("text/event-stream"):
+        async for events in _whole_events(pieces):
+            kept = [event for event in events if not (_only_tells_usage(event) and wants_no_usage)]
+            if kept:
+                yield b"".join(kept)
+    else:
+        body = b"".join([piece async for piece in pieces])
+        _note_usage(body)
+        yield body
+
+
+async def _whole_events(pieces: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:
+    rest = b""
+    async for piece in pieces:
+        *events, rest = _AFTER_EVENT.split(rest + piece)
+        yield events
+    yield [rest] if rest else []
+
+
+def _only_tells_usage(event: bytes) -> bool:
+    if b'"usage"' not in event:
+        return False
+    return _note_usage(event.strip().removeprefix(b"data:")).get("choices") == []
+
+
+def _note_usage(text: bytes) -> dict[str, Any]:
+    """Puts the usage of a JSON object on the tape; returns the object, {} if it tells none."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(document, dict) or not isinstance(document.get("usage"), dict):
+        return {}
+    get_tape().usage = document["usage"]
+    return document

@@ -1,0 +1,156 @@
+"""vLLM in this process: the same three calls that `vllm serve` makes, without its HTTP server.
+
+All knowledge of vLLM's module paths is in the vllm_*.py files and engine_process.py.
+"""
+
+import logging
+import os
+from argparse import Namespace
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from gpu_worker import affinity
+from gpu_worker.engines import vllm_args
+from gpu_worker.engines import vllm_process as engine_process
+from gpu_worker.engines import vllm_sockets as sockets
+from gpu_worker.engines.engine import AsgiApp, Load, Message, Receive, Send
+from gpu_worker.engines.sources import refuse_missing
+from gpu_worker.replay_log import get_tape
+from tasks.contract.errors import ConfigurationError, EngineLoadError
+from tasks.contract.models import Model
+
+log = logging.getLogger(__name__)
+
+
+class VllmEngine:
+    """A running AsyncLLM and vLLM's own OpenAI app around it."""
+
+    def __init__(self, app: AsgiApp, client: Any) -> None:
+        self._app = app
+        self._client = client
+        self._steps = 0
+        _on_each_step(client, self._count_step)
+
+    async def app(self, scope: Message, receive: Receive, send: Send) -> None:
+        """One request; its usage goes on the tape, streamed or not."""
+        await self._app(scope, receive, send)
+        # Where vLLM's handlers leave it for middleware.
+        told = scope["state"].get("request_metadata")
+        if told and told.final_usage_info:
+            get_tape().usage = told.final_usage_info.model_dump(exclude_none=True)
+
+    def load(self) -> Load:
+        from prometheus_client import REGISTRY
+
+        counts = ["vllm:num_requests_running", "vllm:num_requests_waiting"]
+        usage = "vllm:kv_cache_usage_perc"  # 0 to 1, despite its name
+        samples = {
+            sample.name: sample.value
+            for metric in REGISTRY.restricted_registry([*counts, usage]).collect()
+            for sample in metric.samples
+        }
+        running, waiting = (int(samples.get(name, 0)) for name in counts)
+        most = self._client.model_config.max_model_len
+        return Load(running, waiting, samples.get(usage, 0.0), most)
+
+    def is_dead(self) -> bool:
+        return bool(self._client.errored)
+
+    def progress(self) -> int | None:
+        return self._steps if self._client.get_num_unfinished_requests() else None
+
+    def _count_step(self) -> None:
+        self._steps += 1
+
+
+def _on_each_step(client: Any, note: Callable[[], None]) -> None:
+    """Has vLLM call `note` for every step of the engine, with output or without."""
+    update = client.output_processor.update_scheduler_stats
+
+    def update_and_note(stats: Any) -> None:
+        note()
+        update(stats)
+
+    client.output_processor.update_scheduler_stats = update_and_note
+
+
+@asynccontextmanager
+async def open_engine(model: Model) -> AsyncIterator[VllmEngine]:
+    """Starts vLLM's engine and builds its app.
+
+    Raises:
+        ConfigurationError: vLLM is not installed, the model is not there, or vLLM refuses an
+            argument.
+        EngineLoadError: vLLM cannot load it.
+    """
+    if find_spec("vllm") is None:
+        raise ConfigurationError(
+            "vLLM is not installed here; install the extra `cpu` or `gpu`, "
+            "or set SLUICE_MODEL to `sim` or to the URL of an OpenAI-compatible server"
+        )
+    refuse_missing(model)
+    for name, value in model.env.items():
+        os.environ.setdefault(name, value)
+    # A domain that is allowed can send on to one that is not.
+    os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")
+    with sockets.private_directory() as directory:
+        os.environ["VLLM_RPC_BASE_PATH"] = directory
+        args = vllm_args.parse(model)
+        async with AsyncExitStack() as stack:
+            with engine_process.noted_failures(Path(directory)) as failures:
+                try:
+                    engine = await stack.enter_async_context(_open(args))
+                except Exception as failure:  # whatever it is: vLLM's boundary
+                    raise _explained(model, failure, failures) from failure
+            yield engine
+
+
+def _explained(model: Model, failure: Exception, failures: Path) -> EngineLoadError:
+    cause = engine_process.root_cause(failures, failure)
+    if cause == engine_process.describe(failure):  # no other process has logged it
+        log.error("vLLM failed", exc_info=failure)
+    return EngineLoadError(f"vLLM cannot load {model.name}: {cause}")
+
+
+@asynccontextmanager
+async def _open(args: Namespace) -> AsyncIterator[VllmEngine]:
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+    from vllm.entrypoints.launchers.app import build_app
+
+    from gpu_worker.engines.vllm_replay import make_continuable
+
+    async with build_async_engine_client(args) as client:
+        make_continuable(client)
+        model_type = client.model_config.hf_config.model_type
+        vllm_args.choose_tool_parser(args, model_type, client.get_tokenizer())
+        tasks = await client.get_supported_tasks()
+        app = build_app(args, tasks, client.model_config)
+        await init_app_state(client, app.state, args, tasks)
+        # vLLM's lifespan logs statistics, and freezes the heap: without that the collector stalls
+        # the loop (8 ms between tokens against 3 ms).
+        async with app.router.lifespan_context(app):
+            _make_way()
+            yield VllmEngine(app, client)
+
+
+def _make_way() -> None:
+    """Keeps this process off the processors that vLLM has bound its CPU engine to.
+
+    Those of the engine's processes that are not bound share what is left, and step back there.
+    """
+    if not affinity.IS_SUPPORTED:
+        return
+    everywhere = affinity.processors(0)
+    engine = {p.pid: affinity.processors(p.pid) for p in psutil.Process().children(recursive=True)}
+    bound = [cpus for cpus in engine.values() if cpus < everywhere]
+    free = everywhere.difference(*bound)
+    if bound and free:
+        affinity.confine(os.getpid(), free)
+        for pid in (pid for pid, cpus in engine.items() if cpus == everywhere):
+            affinity.step_back(pid)

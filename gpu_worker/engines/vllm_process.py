@@ -1,0 +1,85 @@
+"""What each of vLLM's engine processes does for itself when it starts (a vLLM general plugin).
+
+vLLM loads its plugins in each of its processes; this one acts only in those that a worker of
+Sluice has started: EngineCore, and EngineCore's own workers.
+"""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from tasks.contract.tracebacks import cut
+
+WORKER_PID_VARIABLE = "_SLUICE_WORKER_PID"
+FAILURES_VARIABLE = "_SLUICE_LOAD_FAILURES"
+_PR_SET_PDEATHSIG = 1
+LONGEST_MESSAGE = 600
+# vLLM's processes that only pass on that another one has failed say so in these words.
+ELSEWHERE = "root cause"
+KILLED = (
+    "its process ended without a word; perhaps the system killed it for want of memory "
+    "(`dmesg` tells): take a smaller model, or a smaller --kv-cache-memory-bytes"
+)
+
+
+@contextmanager
+def noted_failures(directory: Path) -> Iterator[Path]:
+    """While inside, processes that this one starts are its engine's, and note why they fail."""
+    failures = directory / "failures"
+    failures.touch(mode=0o600)
+    os.environ |= {WORKER_PID_VARIABLE: str(os.getpid()), FAILURES_VARIABLE: str(failures)}
+    try:
+        yield failures
+    finally:
+        failures.unlink()
+
+
+def settle() -> None:
+    """Ties the engine process's life to that of its parent, and by that to the worker's.
+
+    A killed worker would otherwise leave the engine holding the GPU's memory: EngineCore's workers
+    look for its death themselves, but not while they hang.
+    """
+    worker_pid = os.environ.get(WORKER_PID_VARIABLE)
+    if worker_pid is None or int(worker_pid) == os.getpid():
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    logging.getLogger("vllm").addHandler(_Failures())
+
+
+class _Failures(logging.Handler):
+    """Notes the exceptions that vLLM logs while it loads: the worker is not told them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info and record.exc_info[1]
+        # The file is there during the load only: later errors may tell what was asked.
+        with suppress(FileNotFoundError):
+            if error and (
+                file := os.open(os.environ[FAILURES_VARIABLE], os.O_WRONLY | os.O_APPEND)
+            ):
+                os.write(file, f"{describe(error)}\n".encode())
+                os.close(file)
+
+
+def root_cause(failures: Path, error: BaseException) -> str:
+    """Why the engine could not be loaded: the first failure, in whichever process it was."""
+    noted = [*failures.read_text().splitlines(), describe(error)]
+    return next((line for line in noted if ELSEWHERE not in line), KILLED)
+
+
+def describe(error: BaseException) -> str:
+    """The exception in one line; of one that lists what pydantic refuses, the reasons alone."""
+    if isinstance(error, ValidationError):
+        reasons = (reason["msg"].removeprefix("Value error, ") for reason in error.errors())
+        text = "; ".join(reasons)
+    else:
+        text = f"{type(error).__name__}: {error}"
+    return cut(" ".join(text.split()), LONGEST_MESSAGE)

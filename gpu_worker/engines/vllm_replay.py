@@ -1,0 +1,182 @@
+"""Lets vLLM go on with an answer that another worker's vLLM has begun.
+
+vLLM's handlers take their tokens from one call of the engine's client, `generate`. Here it notes
+every output that it yields. In a later attempt it first yields what earlier ones have noted, so
+that the handler rebuilds its state (chat parsing, tools, reasoning, usage) and says the same again;
+then it asks the engine for the rest, with the prompt and all known tokens as the prompt.
+Detokenizer and log probabilities are brought to where they stood, half characters and text that may
+become a stop string included. A greedy answer comes out as if undisturbed, token for token.
+"""
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from contextvars import ContextVar
+from copy import copy
+from typing import Any, NamedTuple
+
+from vllm.logprobs import Logprob
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+
+from gpu_worker.replay_log import Tape, get_tape
+
+Outputs = AsyncGenerator[RequestOutput, None]
+
+_PLAIN_PROMPT = {"type", "prompt_token_ids", "prompt", "prompt_token_offsets", "cache_salt"}
+_PLAIN_PROMPT |= {"arrival_time"}
+# What depends on tokens sampled before in a way that a longer prompt does not stand for.
+_WITHOUT = (
+    *("presence_penalty", "frequency_penalty", "bad_words", "structured_outputs", "extra_args"),
+    *("thinking_token_budget", "repetition_detection", "flat_logprobs"),
+    "trace_decode_token_ids",
+)
+
+_restore: ContextVar[Callable[[Any, Any], None] | None] = ContextVar("_restore", default=None)
+
+
+class Note(NamedTuple):
+    """One output of the engine, as the tape keeps it."""
+
+    token_ids: Sequence[int]
+    text: str
+    logprobs: Sequence[Sequence[tuple[int, float, int | None, str | None]]] | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+    cached_tokens: int | None
+    cache_creation_tokens: int | None
+
+    @classmethod
+    def of(cls, output: Any) -> "Note":
+        """What has to be kept of an output of a single stream of tokens."""
+        (told,) = output.outputs
+        logprobs = told.logprobs and [
+            [(token, p.logprob, p.rank, p.decoded_token) for token, p in position.items()]
+            for position in told.logprobs
+        ]
+        return cls(
+            list(told.token_ids),
+            told.text,
+            logprobs,
+            *(told.finish_reason, told.stop_reason),
+            *(output.num_cached_tokens, output.num_cache_creation_tokens),
+        )
+
+    def sample_logprobs(self) -> list[dict[int, Any]] | None:
+        return self.logprobs and [  # type: ignore[return-value]
+            {token: Logprob(*rest) for token, *rest in position} for position in self.logprobs
+        ]
+
+    def output(self, prompt: Any, request_id: str) -> RequestOutput:
+        """The output once more."""
+        told = CompletionOutput(
+            index=0,
+            text=self.text,
+            token_ids=self.token_ids,
+            cumulative_logprob=None,
+            logprobs=self.sample_logprobs(),
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+        return RequestOutput(
+            request_id=request_id,
+            prompt=prompt.get("prompt"),
+            prompt_token_ids=prompt["prompt_token_ids"],
+            prompt_logprobs=None,
+            outputs=[told],
+            finished=self.finish_reason is not None,
+            num_cached_tokens=self.cached_tokens,
+            num_cache_creation_tokens=self.cache_creation_tokens,
+        )
+
+
+def make_continuable(client: Any) -> None:
+    """Has the client's `generate` note what it yields, and begin with what was noted before.
+
+    Set on the instances: vLLM's app uses much of their classes, and all of that stays.
+    """
+    generate, add_request = client.generate, client.output_processor.add_request
+
+    def generate_on_tape(prompt: Any, params: Any, request_id: str, **options: Any) -> Outputs:
+        tape = get_tape()
+        tape.streams += 1
+        return _generate(generate, tape, (prompt, params, request_id), options)
+
+    def add_and_restore(request: Any, *others: Any, **options: Any) -> None:
+        add_request(request, *others, **options)
+        if restore := _restore.get():
+            _restore.set(None)
+            restore(client.output_processor, request)
+
+    client.generate = generate_on_tape
+    client.output_processor.add_request = add_and_restore
+
+
+async def _generate(
+    generate: Callable[..., Outputs], tape: Tape, call: tuple[Any, Any, str], options: Any
+) -> Outputs:
+    prompt, params, request_id = call
+    is_continuable = tape.streams == 1 and _is_continuable(prompt, params)
+    known = [Note(*note) for note in tape.earlier] if is_continuable else []  # type: ignore[misc]
+    for note in known:
+        tape.count(len(prompt["prompt_token_ids"]), len(note.token_ids))
+        yield note.output(prompt, request_id)
+        if note.finish_reason is not None:
+            return
+    if known:
+        call = *_rest_of(prompt, params, known), request_id
+    async with aclosing(generate(*call, **options)) as outputs:
+        async for output in outputs:
+            if is_continuable:
+                tape.note(tuple(Note.of(output)))
+            new_tokens = sum(len(choice.token_ids) for choice in output.outputs)
+            tape.count(len(output.prompt_token_ids or ()), new_tokens)
+            yield output
+
+
+def _is_continuable(prompt: Any, params: Any) -> bool:
+    """Whether a longer prompt and fewer tokens ask for the rest of the same answer."""
+    return (
+        isinstance(prompt, dict)
+        and prompt.get("type") == "token"
+        and prompt.keys() <= _PLAIN_PROMPT
+        and isinstance(params, SamplingParams)
+        and params.n == 1
+        and params.output_kind is RequestOutputKind.DELTA
+        and all(getattr(params, name) in (None, False, 0, []) for name in _WITHOUT)
+        and params.prompt_logprobs is None
+        and params.prompt_logprob_token_ids is None
+    )
+
+
+def _rest_of(prompt: Any, params: Any, known: Sequence[Note]) -> tuple[Any, Any]:
+    """Prompt and parameters that ask for what comes after the known outputs."""
+    tokens = [token for note in known for token in note.token_ids]
+    rest = params.clone()
+    rest.max_tokens = params.max_tokens and params.max_tokens - len(tokens)
+    rest.min_tokens = max(0, params.min_tokens - len(tokens))
+    if params.seed is not None:
+        # The generator's state is lost; the seed itself would draw the first numbers again.
+        rest.seed = params.seed + len(tokens)
+
+    def restore(processor: Any, request: Any) -> None:
+        """Brings what makes text of tokens to where the earlier attempt had it."""
+        state = processor.request_states[request.request_id]
+        state.prompt_token_ids = prompt["prompt_token_ids"]
+        state.prompt_len = len(state.prompt_token_ids)
+        state.sent_tokens_offset = len(tokens)
+        first = copy(request)
+        first.prompt_token_ids = state.prompt_token_ids
+        first.sampling_params = params
+        tokenizer = processor.tokenizer if params.detokenize else None
+        state.detokenizer = IncrementalDetokenizer.from_new_request(tokenizer, first)
+        state.detokenizer.update(tokens, False)
+        state.detokenizer.get_next_output_text(False, True)
+        if state.logprobs_processor.logprobs is not None:
+            for note in known:
+                state.logprobs_processor.logprobs.extend(note.sample_logprobs() or [])
+
+    _restore.set(restore)
+    longer = prompt | {"prompt_token_ids": [*prompt["prompt_token_ids"], *tokens]}
+    longer.pop("prompt_token_offsets", None)
+    return longer, rest

@@ -1,0 +1,120 @@
+"""What a worker does beside generating: renews leases, shows that it lives, hears commands."""
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from redis import Redis
+from redis.exceptions import RedisError
+
+from gpu_worker.claims import Claims
+from gpu_worker.engines.engine import Engine
+from gpu_worker.metrics import recent_ttft
+from tasks.contract import keys
+from tasks.contract.connections import connect_listener
+from tasks.contract.errors import DecodeError
+from tasks.contract.events import Attempt
+from tasks.contract.models import Model
+from tasks.contract.settings import get_settings
+from tasks.queue.backlog import Backlog
+from tasks.queue.control import DRAIN, WorkerState
+
+log = logging.getLogger(__name__)
+
+RECONNECT_S = 0.5
+
+
+class Kept(Protocol):
+    """What the keeper needs of a worker."""
+
+    id: str
+    model: Model
+    backlog: Backlog
+    claims: Claims
+    metrics_address: str
+
+    @property
+    def state(self) -> WorkerState: ...
+
+    def stop_job(self, attempt: Attempt) -> None: ...
+
+    def drain(self) -> None: ...
+
+
+def keep(worker: Kept, engine: Engine, closing: threading.Event) -> None:
+    """Until `closing`: renews all leases in one command, three times a lease, and beats.
+
+    Jobs that turn out to be no longer held are stopped.
+    """
+    interval_s = get_settings().lease_s / 3
+    while True:
+        try:
+            if beat(worker.backlog.redis, worker, engine):
+                worker.drain()
+            for lost in worker.backlog.renew(worker.claims.held()):
+                worker.stop_job(Attempt.of(lost))
+        except RedisError as failure:
+            log.warning("leases not renewed, trying again: %s", failure)
+            closing.wait(RECONNECT_S)
+            continue
+        if closing.wait(interval_s):
+            return
+
+
+def beat(redis: Redis, worker: Kept, engine: Engine) -> bool:
+    """Writes the worker's heartbeat, which lasts as long as a lease; whether it is to drain."""
+    key = keys.worker(worker.id)
+    told = engine.load()._asdict() | recent_ttft()._asdict()
+    fields = {
+        "model": worker.model.name,
+        "slots": worker.model.slots,
+        "state": worker.state,
+        "metrics_address": worker.metrics_address,
+        **{name: "" if value is None else value for name, value in told.items()},
+    }
+    pipeline = redis.pipeline(transaction=False)
+    pipeline.hset(key, mapping=fields)  # type: ignore[arg-type]
+    pipeline.expire(key, int(get_settings().lease_s) + 1)
+    pipeline.sadd(keys.WORKERS, worker.id)
+    pipeline.hget(key, DRAIN)
+    return pipeline.execute()[-1] is not None
+
+
+def leave(redis: Redis, worker_id: str) -> None:
+    """Takes the worker off the list; without Redis its heartbeat runs out by itself."""
+    try:
+        redis.delete(keys.worker(worker_id))
+        redis.srem(keys.WORKERS, worker_id)
+    except RedisError as failure:
+        log.warning("the worker is still listed for the length of a lease: %s", failure)
+
+
+def hear(worker_id: str, stop_job: Callable[[Attempt], None], drain: Callable[[], None]) -> None:
+    """For ever: stops the attempts that the control channel names, and drains when told.
+
+    What a broken connection loses, the next heartbeat and renewal of the leases find.
+    """
+    bus = connect_listener(get_settings().bus_url)
+    closing = threading.Event()
+    while True:
+        try:
+            pubsub = bus.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
+            with pubsub as subscription:
+                subscription.subscribe(keys.control(worker_id))
+                for message in subscription.listen():
+                    told = message["data"]
+                    if told == DRAIN.encode():
+                        drain()
+                    else:
+                        _stop_told(told, stop_job)
+        except RedisError as failure:
+            log.warning("the control channel is not heard, subscribing again: %s", failure)
+            closing.wait(RECONNECT_S)
+
+
+def _stop_told(told: bytes, stop_job: Callable[[Attempt], None]) -> None:
+    try:
+        stop_job(Attempt.parse(told))
+    except DecodeError as unknown:
+        log.warning("the control channel told something else: %s", unknown)

@@ -1,0 +1,94 @@
+"""How a worker ends: drained when it is told to, or because its engine or a part of it fails."""
+
+import logging
+import os
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import psutil
+
+from gpu_worker.engines.engine import Engine
+from tasks.contract import logs
+from tasks.contract.events import Attempt
+from tasks.contract.job import Cause
+from tasks.queue.control import WorkerState
+
+if TYPE_CHECKING:
+    from gpu_worker.worker import Worker
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 0.2
+PROGRESS_LINE_S = 5.0
+# What is left of a worker without an engine is worth no waiting.
+LAST_MOMENT_S = 8.0
+
+
+def drain(worker: "Worker") -> None:
+    """Lets running jobs finish up to the limit, hands on the rest, then ends the worker."""
+    worker.stop_consuming()
+    worker.claims.close()
+    deadline_s = time.monotonic() + worker.settings.drain_s
+    while not worker.claims.is_idle() and (left_s := deadline_s - time.monotonic()) > 0:
+        held = len(worker.claims.held())
+        log.info("draining: %d jobs run, %.0f s left for them", held, left_s)
+        worker.claims.await_idle(min(left_s, PROGRESS_LINE_S))
+    for claim in worker.claims.give_up():
+        worker.hand_back(claim, Cause.HANDED_BACK, "its worker was stopped")
+        worker.stop_job(Attempt.of(claim))
+    worker.shut_down(0)
+
+
+def watch(worker: "Worker", engine: Engine) -> None:
+    """Until the worker closes; a dead or hung engine ends it, and its jobs run elsewhere.
+
+    A hung engine answers its health check: only that it makes no step, with work to do, tells.
+    """
+    stall_s = worker.settings.engine_stall_s
+    seen, moved_s = None, time.monotonic()
+    while not worker.closing.wait(LOOK_S):
+        steps, now_s = engine.progress(), time.monotonic()
+        if steps is None or steps != seen:
+            seen, moved_s = steps, now_s
+        if engine.is_dead():
+            _abandon(worker, "the engine died", Cause.ENGINE_DIED)
+        elif now_s - moved_s > stall_s:
+            reason = f"the engine made no step for {stall_s:g} s"
+            _abandon(worker, reason, Cause.ENGINE_DIED)
+
+
+def give_up(worker: "Worker", part: str, failure: Exception) -> None:
+    """Ends the worker, one of whose own parts has failed: one of its jobs may be the reason."""
+    log.error("%s failed", part, exc_info=failure)
+    _abandon(worker, f"{part} failed", Cause.WORKER_FAILED)
+
+
+def _abandon(worker: "Worker", reason: str, cause: Cause) -> None:
+    """Ends the worker with an error, after handing on its jobs."""
+    log.error("%s; the worker ends and its jobs run elsewhere", reason)
+    worker.state = WorkerState.DRAINING
+    worker.stop_consuming()
+    threading.Thread(target=_end_at_last, daemon=True).start()
+    for claim in worker.claims.give_up():
+        worker.hand_back(claim, cause, reason)
+    worker.loop.call_soon_threadsafe(worker.runner.stop_all)
+    _kill_children()
+    worker.shut_down(1)
+
+
+def _kill_children() -> None:
+    """Ends the engine's processes: a stopped or hung one takes no notice of anything else."""
+    for process in psutil.Process().children(recursive=True):
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _end_at_last() -> None:
+    """Ends this process when it cannot end by itself."""
+    time.sleep(LAST_MOMENT_S)
+    log.error("the worker does not end by itself")
+    logs.flush()
+    os._exit(1)

@@ -1,0 +1,308 @@
+"""A worker: one engine on an event loop of its own, and a Celery worker whose threads wait for it.
+
+Celery thread            engine's loop                      other threads
+ticket -> claim job -->  run the job on the engine          renew leases, beat (keeper)
+(waits)                  pieces -> publisher -> Redis       hear cancellations (keeper)
+finish, claim next  <--  state                              watch the engine, drain (guard)
+"""
+
+import asyncio
+import functools
+import logging
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import uvloop
+from redis.exceptions import RedisError
+
+from gpu_worker import heartbeat as keeper
+from gpu_worker import metrics, orphans
+from gpu_worker import shutdown as guard
+from gpu_worker.claims import Claims
+from gpu_worker.engines.engine import Engine, open_engine
+from gpu_worker.publisher import Publisher
+from gpu_worker.runner import EngineDiedError, EngineFailedError, History, LogLostError, Runner
+from tasks.contract import logs
+from tasks.contract.connections import connect, connect_async
+from tasks.contract.errors import ConfigurationError, SluiceError
+from tasks.contract.events import Attempt
+from tasks.contract.job import Cause, Claim, State, about_job
+from tasks.contract.models import Model, get_catalog
+from tasks.contract.response import assemble
+from tasks.contract.settings import get_settings
+from tasks.contract.trouble import refuse_unusable
+from tasks.queue.backlog import Backlog, Finished
+from tasks.queue.celery_app import TicketConsumer
+from tasks.queue.control import WorkerState
+from tasks.queue.token_log import TokenLog
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 0.5
+# Between tries of a job that the engine could not answer: 0.5 s, 1 s, 2 s…, with up to half more.
+ENGINE_RETRY_S = 0.5
+# How long Celery's threads may keep the engine's loop from running; Python's own 5 ms is a token.
+SWITCH_INTERVAL_S = 0.0005
+
+Result = TypeVar("Result")
+
+
+def run(model_name: str) -> int:
+    """Serves the model until a signal or the engine's death; returns the exit code.
+
+    Raises:
+        SluiceError: the model or a setting is wrong, or the engine cannot be loaded.
+    """
+    logs.configure(get_settings())
+    refuse_unusable(get_settings())
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    orphans.refuse_orphans()
+    return Worker(get_catalog().resolve(model_name)).run()
+
+
+class Worker:
+    """The parts of a worker, and the way of a ticket through them."""
+
+    def __init__(self, model: Model) -> None:
+        self.id = f"{socket.gethostname()}-{os.getpid()}"
+        self.model = model
+        self.settings = get_settings()
+        self.backlog = Backlog(connect(self.settings.redis_url))
+        self.log = TokenLog(connect(self.settings.bus_url))
+        self.runner: Runner
+        self.loop = uvloop.new_event_loop()
+        self.metrics_address = self._serve_metrics()
+        self.state = WorkerState.SERVING
+        self.closing = threading.Event()
+        self.claims = Claims(model.slots)
+        self._loaded = threading.Event()
+        self._consumer: TicketConsumer | None = None
+        self._exit_code = 0
+        self._load_failure: BaseException | None = None
+        self._stop_engine = asyncio.Event()
+
+    def _serve_metrics(self) -> str:
+        try:
+            redis_host = urlsplit(self.settings.redis_url).hostname or "127.0.0.1"
+            return metrics.serve(self.settings.metrics_bind, redis_host, self.model.name)
+        except OSError as taken:
+            bind = self.settings.metrics_bind
+            raise ConfigurationError(
+                f"the worker's metrics cannot be served on {bind} ({taken}); "
+                "set SLUICE_METRICS_BIND to another address, with port 0 for any free one"
+            ) from None
+
+    def run(self) -> int:
+        """Loads the engine, works on tickets until told to stop, then closes everything."""
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+        engine_thread = self._start(self._run_engine, "engine", daemon=False)
+        self._loaded.wait()
+        if self._load_failure:
+            raise self._load_failure
+        if not self.closing.is_set():
+            self._consume_tickets()
+        self.closing.set()
+        self.loop.call_soon_threadsafe(self._stop_engine.set)
+        engine_thread.join()
+        keeper.leave(self.backlog.redis, self.id)
+        return self._exit_code
+
+    def serve_ticket(self, _model_name: str) -> None:
+        """The Celery task: claims the best job of the backlog, sees it through, and so on.
+
+        Until nothing is there that fits: a ticket only wakes a thread that has nothing to do.
+        """
+        if not self.claims.has_room():
+            # Somebody else's; and this thread takes no other one while there is no room.
+            self.persist(lambda: self.backlog.send_tickets(self.model.name))
+            self.claims.await_room()
+        may_wait = True
+        while may_wait and (claim := self.claims.take(self._claim)):
+            about = {"attempt": claim.attempt, "queue_ms": claim.queue_ms}
+            log.info("job claimed", extra=about_job(claim.job) | about)
+            try:
+                if self.claims.is_given_up:
+                    self.hand_back(claim, Cause.HANDED_BACK, "its worker was stopped")
+                else:
+                    may_wait = self._see_through(claim)
+            finally:
+                self.claims.release(claim)
+
+    def _claim(self, free_slots: int) -> Claim | None:
+        """The next job. A claim whose reply is lost has happened: its token finds the same job."""
+        token = uuid4().hex
+        return self.persist(lambda: self.backlog.claim(self.model.name, self.id, token, free_slots))
+
+    def _see_through(self, claim: Claim) -> bool:
+        """Runs the job; returns whether another one may wait without a ticket."""
+        begun_s = time.monotonic()
+        try:
+            history = self._take_over(claim) if claim.attempt > 1 else History()
+            state = None if history is None else self._on_loop(self.runner.run(claim, history))
+        except EngineDiedError:
+            self.state = WorkerState.DRAINING
+            self.claims.close()
+            self.hand_back(claim, Cause.ENGINE_DIED, "the engine died")
+            return False
+        except LogLostError as lost:
+            self.hand_back(claim, Cause.HANDED_BACK, str(lost))
+            return True
+        except EngineFailedError as failed:
+            pause_s = ENGINE_RETRY_S * 2**claim.failures * random.uniform(1, 1.5)  # noqa: S311
+            self.hand_back(claim, Cause.ENGINE_ERROR, str(failed), pause_s)
+            return True
+        if state is None:
+            return True
+        is_dead = state is State.FAILED and claim.failures > 0 and claim.is_last
+        reason = "the engine failed on its last attempt too" if is_dead else ""
+        finished = self.persist(lambda: self.backlog.finish(claim, state, reason))
+        self._log_end(claim, state, time.monotonic() - begun_s)
+        return finished is not Finished.NONE_WAITS
+
+    def _log_end(self, claim: Claim, state: State, ran_s: float) -> None:
+        about: dict[str, object] = {
+            "attempt": claim.attempt,
+            "queue_ms": claim.queue_ms,
+            "run_ms": round(ran_s * 1000),
+        }
+        if self.settings.log_content:
+            outcome = self.persist(lambda: assemble(self.log.read_after(claim.job.id)))
+            about["answer"] = outcome and outcome.body and outcome.body.decode(errors="replace")
+        log.info("job %s", state, extra=about_job(claim.job) | about)
+
+    def _take_over(self, claim: Claim) -> History | None:
+        """What earlier attempts wrote; from now on they can write no more."""
+        job = claim.job
+        take_over = lambda: self.log.take_over(job.id, claim.attempt, job.listener)
+        entries = self.persist(take_over)
+        return None if entries is None else History.read(entries)
+
+    def hand_back(self, claim: Claim, cause: Cause, reason: str, delay_s: float = 0) -> None:
+        """Gives the job to other workers, at once or later; it may be its end as a dead letter."""
+        state = self.persist(lambda: self.backlog.requeue(claim, cause, reason, delay_s))
+        about = {"attempt": claim.attempt, "cause": cause, "state": state}
+        log.warning("job handed back: %s", reason, extra=about_job(claim.job) | about)
+        if state is State.FAILED:
+            self.persist(lambda: self.log.end_given_up(claim))
+
+    def persist(self, write: Callable[[], Result]) -> Result | None:
+        """Writes to Redis as soon as it answers, for as long as this worker lives."""
+        while True:
+            try:
+                return write()
+            except RedisError as failure:
+                log.warning("Redis does not answer, trying again: %s", failure)
+            if self.closing.wait(RETRY_S):
+                return None
+
+    def stop_job(self, attempt: Attempt) -> None:
+        """Stops a job that is no longer this worker's."""
+        self.loop.call_soon_threadsafe(self.runner.stop, attempt)
+
+    def _clear(self, claim: Claim) -> None:
+        """The job has got further than ever: it is not what kills its workers."""
+        self.persist(lambda: self.backlog.clear(claim))
+
+    def drain(self) -> None:
+        """Takes no more jobs, lets running ones finish up to the limit, and ends the worker."""
+        if self.state is WorkerState.SERVING:
+            self.state = WorkerState.DRAINING
+            self._start_part("the drain", lambda: guard.drain(self))
+
+    def stop_consuming(self) -> None:
+        """Takes no more tickets."""
+        if self._consumer:
+            self._consumer.stop()
+
+    def shut_down(self, exit_code: int) -> None:
+        """Ends the consumer's loop, and with it the worker."""
+        self._exit_code = exit_code
+        self.closing.set()
+        TicketConsumer.exit(exit_code)
+
+    def _on_loop(self, coroutine: Coroutine[Any, Any, State | None]) -> State | None:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+
+    def _consume_tickets(self) -> None:
+        """Works on tickets, in the main thread, until a shutdown is asked for."""
+        self._consumer = TicketConsumer(self.model.name, self.model.slots, self.serve_ticket)
+        log.info("worker %s serves %s with %d slots", self.id, self.model.name, self.model.slots)
+        self._consumer.run()
+
+    def _run_engine(self) -> None:
+        """The engine's thread: its event loop, from the load to the end."""
+        asyncio.set_event_loop(self.loop)
+        try:
+            self.loop.run_until_complete(self._engine_main())
+        except (Exception, SystemExit) as failure:  # process boundary: told by run()
+            if isinstance(failure, SluiceError):
+                self._load_failure = failure
+            else:
+                log.exception("the engine failed")
+                self._load_failure = SluiceError(f"the engine failed: {failure}")
+            self.shut_down(1)
+        finally:
+            self._loaded.set()
+
+    async def _engine_main(self) -> None:
+        async with open_engine(self.model) as engine:
+            with orphans.recorded():
+                publisher = Publisher(connect_async(self.settings.bus_url), self.stop_job)
+                self.runner = Runner(engine, publisher, self._clear)
+                publishing = asyncio.ensure_future(self._publish(publisher))
+                # The engine's libraries have set up loggers of their own.
+                logs.adopt()
+                self._start_keepers(engine)
+                self._loaded.set()
+                await self._stop_engine.wait()
+                publishing.cancel()
+
+    async def _publish(self, publisher: Publisher) -> None:
+        try:
+            await publisher.run()
+        except Exception as failure:  # noqa: BLE001 (a part's boundary, as in _start_part)
+            part = functools.partial(guard.give_up, self, "the publisher", failure)
+            self._start(part, "publisher failed")
+
+    def _start_keepers(self, engine: Engine) -> None:
+        self._start_part("the keeper", lambda: keeper.keep(self, engine, self.closing))
+        self._start_part("the listener", lambda: keeper.hear(self.id, self.stop_job, self.drain))
+        self._start_part("the guard", lambda: guard.watch(self, engine))
+
+    def _start_part(self, name: str, run: Callable[[], None]) -> None:
+        """Runs in a thread what the worker cannot do without: if it fails, the worker ends."""
+
+        def run_guarded() -> None:
+            try:
+                run()
+            except Exception as failure:  # noqa: BLE001 (a thread's boundary)
+                guard.give_up(self, name, failure)
+
+        self._start(run_guarded, name)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        if not self._loaded.is_set():
+            os._exit(0)  # nothing has been claimed; a load of minutes is not waited for
+        log.info("%s: draining", signal.Signals(number).name)
+        self.drain()
+
+    def _start(
+        self, target: Callable[[], None], name: str, daemon: bool = True
+    ) -> threading.Thread:
+        thread = threading.Thread(target=target, daemon=daemon, name=name)
+        thread.start()
+        return thread
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1]))

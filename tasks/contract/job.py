@@ -1,0 +1,204 @@
+"""A job as the API submits it and as a worker claims it."""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Self
+
+from uuid_utils import uuid7
+
+from tasks.contract.errors import DecodeError
+
+
+class Lane(StrEnum):
+    """The two lanes of a backlog, in the order of service."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+
+
+class State(StrEnum):
+    QUEUED = "queued"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+    @property
+    def is_final(self) -> bool:
+        return self not in (State.QUEUED, State.IN_PROGRESS)
+
+
+class Cause(StrEnum):
+    """Why a job was taken from its worker; each but the last is a failure of the job."""
+
+    LEASE_EXPIRED = "lease_expired"
+    ENGINE_DIED = "engine_died"
+    WORKER_FAILED = "worker_failed"
+    ENGINE_ERROR = "engine_error"
+    HANDED_BACK = "handed_back"
+
+
+def new_id() -> str:
+    """A job's id; later ones are greater."""
+    return f"job_{uuid7().hex}"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One generation: an HTTP request to the engine, byte for byte, and who waits for it."""
+
+    id: str
+    model: str
+    endpoint: str
+    body: bytes
+    lane: Lane = Lane.INTERACTIVE
+    tenant: str = "default"
+    listener: str = ""
+    """The API process whose relay channel gets the output."""
+    metadata: str = "{}"
+    """JSON object of the user's own."""
+    sequences: int = 1
+    """How many the engine generates at once for it: so many slots it takes."""
+
+    @classmethod
+    def create(
+        cls, *, model: str, endpoint: str, body: bytes, listener: str = "", sequences: int = 1
+    ) -> Self:
+        return cls(new_id(), model, endpoint, body, listener=listener, sequences=sequences)
+
+    def encode(self) -> list[str | bytes]:
+        """Field, value, field, value… of the job's hash."""
+        return [
+            *("endpoint", self.endpoint),
+            *("body", self.body),
+            *("model", self.model),
+            *("lane", self.lane),
+            *("tenant", self.tenant),
+            *("listener", self.listener),
+            *("metadata", self.metadata),
+            *("sequences", str(self.sequences)),
+        ]
+
+
+def about_job(job: Job) -> dict[str, object]:
+    """What each log line about the job has in `extra`."""
+    return {"job": job.id, "tenant": job.tenant, "model": job.model}
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How a job is queued, beside its place at the end of its lane."""
+
+    priority: int = 0
+    """Order within the lane, from -LOWEST_PRIORITY (first) to LOWEST_PRIORITY."""
+    deadline_s: float | None = None
+    """From now; a job that has never started by then expires."""
+    idempotency_key: str = ""
+    """Another job of the tenant with this key is taken instead of queueing this one."""
+    fingerprint: str = ""
+    """What the request with the key said."""
+    first_attempt: int = 0
+    """Attempts before: what they left in Redis is older than what now comes."""
+
+    def with_deadline(self, deadline_s: float) -> "Terms":
+        """The same with that deadline."""
+        return replace(self, deadline_s=deadline_s)
+
+
+LOWEST_PRIORITY = 100
+# Between two priorities in the order of service (depth.py).
+ONE_PRIORITY = 1e13
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A job as it stands in Redis; times in us since the epoch, None: not yet."""
+
+    id: str
+    model: str
+    endpoint: str
+    lane: Lane
+    tenant: str
+    metadata: str
+    priority: int
+    state: State
+    attempt: int
+    queued_us: int
+    started_us: int | None
+    ended_us: int | None
+
+    FIELDS = (
+        *("model", "endpoint", "lane", "tenant", "metadata", "order"),
+        *("state", "attempt", "queued_us", "started_us", "ended_us"),
+    )
+
+    @classmethod
+    def decode(cls, job_id: str, values: list[bytes | None]) -> Self | None:
+        """Reads FIELDS of a job's hash; None: there is no such job."""
+        if values[6] is None:
+            return None
+        text = [None if value is None else value.decode() for value in values]
+        model, endpoint, lane, tenant, metadata, order = (value or "" for value in text[:6])
+        state, attempt, *times = text[6:]
+        queued, started, ended = (int(value) if value else None for value in times)
+        return cls(
+            *(job_id, model, endpoint, Lane(lane), tenant, metadata or "{}"),
+            int(float(order or 0) // ONE_PRIORITY),
+            *(State(str(state)), int(attempt or 0), queued or 0, started, ended),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A job in the hands of a worker: the job, which attempt this is, and how long it waited."""
+
+    job: Job
+    attempt: int
+    queue_ms: int
+    failures: int
+    """How often it has failed before: its worker died, or the engine could not answer."""
+    max_failures: int
+    worker: str = ""
+
+    # The order in which claim.lua returns the fields of the hash.
+    FIELDS = (
+        *("model", "endpoint", "body", "lane", "tenant", "listener", "metadata"),
+        *("sequences", "failures", "max_failures", "worker"),
+    )
+
+    @property
+    def is_last(self) -> bool:
+        """Whether its next failure ends it; it may be what kills its workers then."""
+        return self.failures + 1 >= self.max_failures
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it may be what killed its workers: they run one of these at a time."""
+        return self.failures > 0 and self.is_last
+
+    @classmethod
+    def decode(cls, reply: list[bytes]) -> Self:
+        """Reads claim.lua's reply: id, attempt, queue_ms, then FIELDS.
+
+        Raises:
+            DecodeError: the reply has another shape.
+        """
+        try:
+            job_id, attempt, queue_ms, *texts, sequences, failures, most, worker = reply
+            model, endpoint, body, lane, tenant, listener, metadata = texts
+            job = Job(
+                id=job_id.decode(),
+                model=model.decode(),
+                endpoint=endpoint.decode(),
+                body=body,
+                lane=Lane(lane.decode()),
+                tenant=tenant.decode(),
+                listener=listener.decode(),
+                metadata=metadata.decode(),
+                sequences=int(sequences or 1),
+            )
+            counts = int(failures or 0), int(most)
+            return cls(job, int(attempt), int(queue_ms), *counts, worker.decode())
+        except (ValueError, AttributeError) as broken:
+            raise DecodeError(f"a claimed job cannot be read: {broken}") from broken

@@ -1,0 +1,233 @@
+"""The models of this deployment: `models.yaml`, checked at start, and names resolved to models."""
+
+import re
+import shlex
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails
+
+from tasks.contract.errors import ConfigurationError, ModelNotFoundError
+from tasks.contract.settings import get_settings
+
+BUILT_IN = Path(__file__).parent / "models.yaml"
+
+
+class Model(BaseModel):
+    """One entry of models.yaml: what clients call it, and what serves it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1, description="what clients ask for; one queue per name")
+    source: str = Field("", description="Hub id or path (vllm), base URL (remote); unused by sim")
+    engine: Literal["vllm", "sim", "remote"] = "vllm"
+    aliases: tuple[str, ...] = ()
+    args: dict[str, Any] = Field({}, description="of the engine: anything `vllm serve` takes")
+    env: dict[str, str] = Field({}, description="set for the engine unless already set")
+    allow: tuple[str, ...] = Field(
+        (), description="fields of requests that are the operator's, and open to this model's users"
+    )
+    slots: int = Field(64, ge=1, description="sequences that one worker runs at once")
+
+    @field_validator("env", mode="before")
+    @classmethod
+    def _strings(cls, env: Any) -> Any:
+        if not isinstance(env, dict):
+            return env
+        return {name: str(value) for name, value in env.items()}
+
+
+class Catalog:
+    """All models; the first one is the default."""
+
+    def __init__(self, models: list[Model]) -> None:
+        self.models = models
+        self._by_name: dict[str, Model] = {}
+        for model in models:
+            for name in (model.name, *model.aliases):
+                if name in self._by_name:
+                    raise ConfigurationError(
+                        f"the name {name!r}, which SLUICE_MODEL gives the first model, is that of "
+                        "another in models.yaml; rename that one"
+                    )
+                self._by_name[name] = model
+
+    @property
+    def default(self) -> Model:
+        return self.models[0]
+
+    @property
+    def names(self) -> dict[str, Model]:
+        """Every name and alias that clients may use, in the order of models.yaml."""
+        return self._by_name
+
+    def resolve(self, name: str | None) -> Model:
+        """The model of that name or alias; None and '' ask for the default, as with vLLM.
+
+        Raises:
+            ModelNotFoundError: no model has that name.
+        """
+        if not name:
+            return self.default
+        try:
+            return self._by_name[name]
+        except KeyError:
+            raise ModelNotFoundError(name, self._by_name) from None
+
+
+class _Document(BaseModel):
+    """What models.yaml holds; other keys are for YAML's own anchors."""
+
+    models: list[Model] = Field(min_length=1)
+
+
+def load_catalog(path: Path, default_source: str = "", default_args: str = "") -> Catalog:
+    """Reads models.yaml; `default_source` replaces the first model, `default_args` add to it.
+
+    Raises:
+        ConfigurationError: the file is missing, is no YAML, or an entry is wrong.
+    """
+    try:
+        models = _read(path)
+    except OSError as missing:
+        raise ConfigurationError(
+            f"cannot read {path} ({missing.strerror}); set SLUICE_MODELS to the path of a "
+            "models.yaml, or unset it: then the bundled demo is served"
+        ) from None
+    if default_source:
+        models[0] = _replaced(models[0], default_source)
+    if default_args and models:
+        models[0] = _with_args(models[0], default_args)
+    return Catalog(models)
+
+
+def _read(path: Path) -> list[Model]:
+    root = None
+    try:
+        loader = yaml.SafeLoader(path.read_bytes())
+        root = loader.get_single_node()
+        document = loader.construct_document(root) if root else None
+        models = _Document.model_validate(document if isinstance(document, dict) else {}).models
+    except ValidationError as refused:
+        wrong = [_Place(path, root, error["loc"]).says(_say(error)) for error in refused.errors()]
+        raise ConfigurationError("; ".join(wrong)) from None
+    except (yaml.YAMLError, ValueError) as broken:
+        mark = getattr(broken, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else path
+        why = getattr(broken, "problem", None) or getattr(broken, "reason", None) or broken
+        raise ConfigurationError(f"{where}: not YAML ({why}); mend it") from None
+    _refuse_doubled(models, path, root)
+    return models
+
+
+def _say(error: ErrorDetails) -> str:
+    if error["type"] == "extra_forbidden":
+        return f"no model has such a field; there are {', '.join(Model.model_fields)}"
+    return error["msg"]
+
+
+def _refuse_doubled(models: list[Model], path: Path, root: yaml.Node | None) -> None:
+    taken: dict[str, _Place] = {}
+    for number, model in enumerate(models):
+        fields: dict[tuple[int | str, ...], str] = {("name",): model.name}
+        fields |= {("aliases", index): alias for index, alias in enumerate(model.aliases)}
+        for field, name in fields.items():
+            place = _Place(path, root, ("models", number, *field))
+            if name in taken:
+                raise ConfigurationError(
+                    place.says(f"line {taken[name].line} has the name {name!r} already")
+                )
+            taken[name] = place
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A field of models.yaml, there or missing."""
+
+    path: Path
+    root: yaml.Node | None
+    field: tuple[int | str, ...]
+
+    def says(self, what: str) -> str:
+        return f"{self.path}, line {self.line}: {'.'.join(map(str, self.field))}: {what}"
+
+    @property
+    def line(self) -> int:
+        """That of the field, or of what should hold it."""
+        line, node = 0, self.root
+        for step in self.field:
+            children = _children(node)
+            if step not in children:
+                break
+            line, node = children[step]
+        return line + 1
+
+
+def _children(node: yaml.Node | None) -> dict[int | str, tuple[int, yaml.Node]]:
+    """What a list or mapping of the file holds, each with its line."""
+    if isinstance(node, yaml.MappingNode):
+        return {key.value: (key.start_mark.line, value) for key, value in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return {number: (item.start_mark.line, item) for number, item in enumerate(node.value)}
+    return {}
+
+
+def _replaced(default: Model, source: str) -> Model:
+    """The default model served from another source, whose kind the source's form tells."""
+    engine: Literal["vllm", "sim", "remote"] = "vllm"
+    name = source
+    if source == "sim":
+        engine = "sim"
+    elif source.startswith(("http://", "https://")):
+        engine, name = "remote", "remote"
+    elif source.startswith((".", "/", "~")):
+        name = Path(source).name or source
+    aliases = [alias for alias in (default.name, *default.aliases) if alias != name]
+    return Model(name=name, source=source, engine=engine, aliases=tuple(aliases))
+
+
+def _with_args(default: Model, line: str) -> Model:
+    """The default model with more arguments, written as on the command line of `vllm serve`.
+
+    Raises:
+        ConfigurationError: they are not flags and their values.
+    """
+    try:
+        words = shlex.split(line)
+    except ValueError as unclosed:
+        raise ConfigurationError(f"SLUICE_MODEL_ARGS: {unclosed} in {line!r}") from None
+    given: dict[str, list[str]] = {}
+    values: list[str] | None = None
+    for word in words:
+        if word.startswith("--") and word != "--":
+            name, has_value, value = word[2:].partition("=")
+            values = given[_flag(name)] = [value] if has_value else []
+        elif values is None or re.match("-[A-Za-z]", word):
+            raise ConfigurationError(
+                f"{word!r} is no flag of the engine; write `--NAME VALUE`, in the long form, "
+                "and the model itself as `--model` before the `--`, or in SLUICE_MODEL"
+            )
+        else:
+            values.append(word)
+    args = {_flag(name): value for name, value in default.args.items()}
+    args |= {
+        name: values[0] if len(values) == 1 else values or True for name, values in given.items()
+    }
+    return default.model_copy(update={"args": args})
+
+
+def _flag(name: str) -> str:
+    """As vLLM does: dashes for underscores, but not in the names of a JSON value's parts."""
+    flag, dot, part = name.partition(".")
+    return flag.replace("_", "-") + dot + part
+
+
+@cache
+def get_catalog() -> Catalog:
+    """The process's models: `SLUICE_MODELS` or the bundled file, the first as the settings say."""
+    settings = get_settings()
+    return load_catalog(settings.models or BUILT_IN, settings.model, settings.model_args)

@@ -1,0 +1,180 @@
+"""Alerts without Prometheus: thresholds from the settings, sent to SLUICE_ALERT_WEBHOOK.
+
+In the body of Alertmanager's webhooks (version 4), so its receivers take them:
+https://prometheus.io/docs/alerting/latest/configuration/#webhook_config. The rules for Prometheus
+(deploy/prometheus) see more; who has Prometheus needs nothing of this module.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx
+import orjson
+
+from tasks.contract import keys
+from tasks.contract.job import Lane
+from tasks.contract.models import Catalog
+from tasks.contract.settings import Settings
+from tasks.queue import statistics as vitals
+from tasks.queue.backlog import Backlog
+from tasks.queue.control import WorkerState
+from tasks.queue.statistics import Vitals
+
+log = logging.getLogger(__name__)
+
+# A condition that is over sooner wakes nobody.
+HOLD_S = 10
+REPEAT_S = 4 * 3600
+TIMEOUT_S = 10.0
+_NEVER = "0001-01-01T00:00:00Z"
+
+
+@dataclass
+class Alert:
+    """A condition that holds, or held until `ended_s`; times in s since the epoch."""
+
+    name: str
+    model: str
+    severity: str
+    summary: str
+    since_s: float
+    told_s: float = 0.0
+    """When the receiver was told last that it fires; 0: not yet."""
+    ended_s: float = 0.0
+
+    @property
+    def key(self) -> str:
+        return f"{self.name} {self.model}"
+
+    @property
+    def status(self) -> str:
+        return "resolved" if self.ended_s else "firing"
+
+    def is_due(self, now_s: float) -> bool:
+        """Whether the receiver is to be told something."""
+        if self.ended_s:
+            return self.told_s > 0
+        return now_s - self.since_s >= HOLD_S and now_s - self.told_s >= REPEAT_S
+
+    def as_alertmanager(self) -> dict[str, Any]:
+        labels = {"alertname": self.name, "model": self.model, "severity": self.severity}
+        return {
+            "status": self.status,
+            "labels": labels,
+            "annotations": {
+                "summary": self.summary,
+                "runbook": f"docs/operations.md#{self.name.lower()}",
+            },
+            "startsAt": _moment(self.since_s),
+            "endsAt": _moment(self.ended_s) if self.ended_s else _NEVER,
+            "generatorURL": "",
+            "fingerprint": hashlib.sha256(self.key.encode()).hexdigest()[:16],
+        }
+
+
+def conditions(seen: Vitals, settings: Settings, now_s: float) -> Iterator[Alert]:
+    """What holds now and should not."""
+    serving = {w.model for w in seen.workers if w.state is WorkerState.SERVING}
+    for model in seen.models:
+        jobs = sum(seen.depths[model, lane].jobs for lane in Lane)
+        # Batch jobs may wait for hours.
+        oldest_s = seen.depths[model, Lane.INTERACTIVE].oldest_age_s
+        if jobs > settings.alert_depth:
+            what = f"{jobs} jobs wait for {model}; the limit is {settings.alert_depth}."
+            yield Alert("SluiceQueueDeep", model, "warning", what, now_s)
+        if oldest_s > settings.alert_oldest_s and model not in seen.paused:
+            limit = f"the limit is {settings.alert_oldest_s:g} s"
+            what = f"An interactive job for {model} has waited for {oldest_s:.0f} s; {limit}."
+            yield Alert("SluiceQueueOld", model, "critical", what, now_s)
+        if jobs and model not in serving:
+            what = f"{jobs} jobs wait for {model}, and no worker serves it."
+            yield Alert("SluiceNoWorker", model, "critical", what, now_s)
+
+
+class Alerter:
+    """Looks, remembers in Redis, tells; of several processes one does so at a time."""
+
+    def __init__(self, backlog: Backlog, catalog: Catalog, settings: Settings) -> None:
+        self._backlog = backlog
+        self._redis = backlog.redis
+        self._models = [model.name for model in catalog.models]
+        self._settings = settings
+
+    def look(self) -> None:
+        """One round.
+
+        Raises:
+            RedisError: Redis does not answer.
+        """
+        turn = self._redis.lock(keys.ALERTS_LOCK, timeout=3 * TIMEOUT_S, blocking=False)
+        if not turn.acquire():
+            return
+        try:
+            self._look()
+        finally:
+            turn.release()
+
+    def _look(self) -> None:
+        now_s = float(self._redis.time()[0])
+        seen = vitals.look(self._backlog, self._models)
+        alerts = self._known()
+        holding = {alert.key: alert for alert in conditions(seen, self._settings, now_s)}
+        for key, alert in alerts.items():
+            if key not in holding and not alert.ended_s:
+                alert.ended_s = now_s
+        for key, alert in holding.items():
+            known = alerts.get(key)
+            if known and not known.ended_s:
+                known.summary = alert.summary
+            else:
+                alerts[key] = alert
+        due = [alert for alert in alerts.values() if alert.is_due(now_s)]
+        if due and self._tell(due):
+            for alert in due:
+                alert.told_s = 0.0 if alert.ended_s else now_s
+        self._remember(alerts)
+
+    def _known(self) -> dict[str, Alert]:
+        stored: Any = self._redis.get(keys.ALERTS)
+        return {alert.key: alert for alert in (Alert(**a) for a in orjson.loads(stored or b"[]"))}
+
+    def _remember(self, alerts: dict[str, Alert]) -> None:
+        kept = [asdict(a) for a in alerts.values() if not a.ended_s or a.told_s]
+        self._redis.set(keys.ALERTS, orjson.dumps(kept))
+
+    def _tell(self, due: list[Alert]) -> bool:
+        """Whether the receiver took it; what it did not take is sent again in the next round."""
+        is_firing = any(not alert.ended_s for alert in due)
+        body = {
+            "version": "4",
+            "groupKey": "sluice",
+            "truncatedAlerts": 0,
+            "status": "firing" if is_firing else "resolved",
+            "receiver": "sluice",
+            "groupLabels": {},
+            "commonLabels": {},
+            "commonAnnotations": {},
+            "externalURL": "",
+            "alerts": [alert.as_alertmanager() for alert in due],
+        }
+        try:
+            answer = httpx.post(
+                self._settings.alert_webhook, json=body, timeout=TIMEOUT_S, trust_env=False
+            )
+            answer.raise_for_status()
+        except httpx.HTTPError as failed:
+            # Its URL may hold a secret.
+            log.error("alerts not delivered, to be sent again: %s", type(failed).__name__)
+            return False
+        for alert in due:
+            about = {"alert": alert.name, "model": alert.model}
+            log.warning("alert %s: %s", alert.status, alert.summary, extra=about)
+        return True
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")

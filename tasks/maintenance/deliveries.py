@@ -1,0 +1,187 @@
+"""Calls webhooks as they fall due, at least once; a receiver knows a repeat by its `webhook-id`.
+
+Calls run at once on an event loop in a thread: when one ends, the next that is due begins. A claim
+is taken just before its call. Of a process that dies claims end by themselves, and what SQL was
+not told of is called again.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+
+from redis import Redis
+from redis.exceptions import RedisError
+from sqlalchemy.exc import SQLAlchemyError
+
+from db import migrate
+from db.models import WebhookAttempt, WebhookDelivery
+from db.webhooks import Due, Noted, claim, due, give_back, note_attempts
+from tasks.contract import open_files
+from tasks.contract.settings import Settings
+from tasks.maintenance.webhooks import Sender, decide, make_event
+from tasks.queue import counts
+from tasks.queue.counts import Counted
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.5
+# A receiver that hangs keeps a place for 15 s: there are places for a thousand of them.
+AT_ONCE = 1200
+# Enough for 40 calls a second to a receiver that takes 0.2 s for each. Once half of all places are
+# taken, a receiver that has one gets no other: the rest is for those that nobody has called yet.
+AT_ONE_RECEIVER = 8
+# Bounds what a look reads; the next one goes on behind it.
+RECEIVERS_IN_A_LOOK = 500
+# Longer than a call lasts and SQL is usually away.
+HOLD_S = 60.0
+STOP_S = 2.0
+RESTART_S = 5.0
+
+
+class Deliverer:
+    """Makes the calls that SQL says are due; one per process."""
+
+    def __init__(self, settings: Settings, redis: Redis) -> None:
+        self._settings = settings
+        self._url = settings.database_url
+        self._redis = redis
+        # The other half is for the rest of the process.
+        self._places = min(AT_ONCE, open_files.allow(2 * AT_ONCE) // 2)
+        self._calls: dict[asyncio.Task[None], WebhookDelivery] = {}
+        self._ended: list[Noted] = []
+        self._uncounted: Counter[str] = Counter()
+        self._after = ""
+        self._is_migrated = False
+        self._is_away = False
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name="webhooks", daemon=True)
+
+    def start(self) -> None:
+        """Begins to call."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends within seconds; calls that have not ended then are made again, by any process."""
+        self._is_stopping = True
+        self._thread.join(2 * STOP_S)
+
+    def _run(self) -> None:
+        while not self._is_stopping:
+            try:
+                asyncio.run(self._deliver())
+            except Exception:
+                log.exception("webhooks: no calls for %g s", RESTART_S)
+                time.sleep(RESTART_S)
+
+    async def _deliver(self) -> None:
+        # What belongs to a loop that has failed is of no use to this one.
+        self._sender, self._calls, self._has_ended = Sender(self._settings), {}, asyncio.Event()
+        while not self._is_stopping:
+            self._has_ended.clear()
+            if not await self._begin_due():
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._has_ended.wait(), POLL_S)
+        await self._end()
+
+    async def _begin_due(self) -> bool:
+        """Writes down what has ended and begins what is due; whether there may be more of it.
+
+        A database that is away is worth one warning: what is due waits there, what has ended here.
+        """
+        busy = Counter(delivery.receiver for delivery in self._calls.values())
+        try:
+            claimed, is_more = await asyncio.to_thread(self._exchange, busy)
+        except (SQLAlchemyError, OSError) as away:
+            if not self._is_away:
+                log.warning("webhooks: the database is away, calls wait: %s", away)
+            self._is_away = True
+            return False
+        if self._is_away:
+            log.info("webhooks: the database is back")
+        self._is_away = False
+        for delivery in claimed:
+            call = asyncio.create_task(self._call(delivery))
+            self._calls[call] = delivery
+            call.add_done_callback(self._note_end)
+        return is_more
+
+    def _exchange(self, busy: Counter[str]) -> tuple[list[WebhookDelivery], bool]:
+        if not self._is_migrated:
+            migrate(self._url)
+            self._is_migrated = True
+        self._note()
+        if busy.total() >= self._places:
+            return [], False
+        found = due(self._url, self._after, RECEIVERS_IN_A_LOOK)
+        self._after = found[-1].receiver if len(found) == RECEIVERS_IN_A_LOOK else ""
+        chosen = choose(found, busy, self._places)
+        claimed = claim(self._url, [one.job_id for one in chosen if one.job_id], HOLD_S)
+        if busy.total() + len(chosen) >= self._places:
+            # Who comes after these has the next free place.
+            self._after = chosen[-1].receiver
+        return claimed, bool(claimed or self._after)
+
+    def _note(self) -> None:
+        """Writes down what has ended, and keeps it for the next time if that fails."""
+        ended = self._ended[:]
+        note_attempts(self._url, ended)
+        # Meanwhile the loop has only appended.
+        del self._ended[: len(ended)]
+        self._uncounted.update(note.state for note in ended)
+        with suppress(RedisError):
+            for state in list(self._uncounted):
+                counts.add(self._redis, Counted.WEBHOOKS, state, times=self._uncounted[state])
+                del self._uncounted[state]
+
+    async def _call(self, delivery: WebhookDelivery) -> None:
+        at = datetime.now(UTC)
+        event_id, body = make_event(delivery.job_id, delivery.type, delivery.created_at)
+        outcome = await self._sender.send(event_id, delivery.url, body, at)
+        attempt = WebhookAttempt(
+            job_id=delivery.job_id,
+            attempt=delivery.attempts + 1,
+            at=at,
+            status_code=outcome.status_code,
+            error=outcome.error,
+            duration_ms=outcome.duration_ms,
+        )
+        state, wait_s = decide(outcome, attempt.attempt)
+        next_at = None if wait_s is None else datetime.now(UTC) + timedelta(seconds=wait_s)
+        self._ended.append(Noted(attempt, state, next_at))
+        # Its URL may hold a secret too.
+        form = "webhook %s: %s in attempt %d after %d ms, now %s"
+        log.info(form, event_id, outcome.summary, attempt.attempt, outcome.duration_ms, state)
+
+    def _note_end(self, call: asyncio.Task[None]) -> None:
+        self._calls.pop(call, None)
+        self._has_ended.set()
+
+    async def _end(self) -> None:
+        if self._calls:
+            await asyncio.wait(self._calls, timeout=STOP_S)
+        unfinished = dict(self._calls)
+        for call in unfinished:
+            call.cancel()
+        try:
+            await asyncio.to_thread(self._note)
+            await asyncio.to_thread(give_back, self._url, list(unfinished.values()))
+        except (SQLAlchemyError, OSError) as away:
+            calls = len(self._ended) + len(unfinished)
+            log.warning("webhooks: %d calls are made again, SQL is away: %s", calls, away)
+
+
+def choose(found: Sequence[Due], busy: Counter[str], places: int) -> list[Due]:
+    """Who gets a place: one more for each in the order found, as long as its share allows."""
+    chosen: list[Due] = []
+    taken = busy.total()
+    for one in found:
+        share = AT_ONE_RECEIVER if taken < places // 2 else 1
+        if one.job_id is not None and busy[one.receiver] < share and taken < places:
+            chosen.append(one)
+            taken += 1
+    return chosen

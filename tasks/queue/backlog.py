@@ -1,0 +1,299 @@
+"""The life of a job in Redis: submit, claim, renew, finish, cancel, reap. Each step is one script.
+
+What waits, where and for how long is in depth.py.
+
+The scripts in lua/ make every step atomic, and take the time from Redis, never from a host's clock.
+"""
+
+import functools
+import logging
+import uuid
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from redis import Redis
+
+from tasks.contract import keys
+from tasks.contract.errors import (
+    BacklogBytesError,
+    IdempotencyError,
+    OverloadedError,
+    RecordsFullError,
+)
+from tasks.contract.job import Cause, Claim, Job, Lane, Snapshot, State, Terms, about_job, new_id
+from tasks.contract.settings import Settings, get_settings
+from tasks.queue.celery_app import make_ticket
+
+log = logging.getLogger(__name__)
+
+LUA = Path(__file__).parent / "lua"
+# Bounds one script's run in Redis.
+REAPED_AT_ONCE = 200
+# Tickets of a model; one per idle slot is enough, for a busy one goes on by itself.
+MOST_TICKETS = 256
+# Records of changes that wait for SQL; a million takes some 300 MB.
+MOST_RECORDS = 1_000_000
+# From a job's check to its queueing, while SQL commits it.
+RESERVATION_S = 60
+
+_FULL: dict[str, type[OverloadedError]] = {
+    "lane": OverloadedError,
+    "bytes": BacklogBytesError,
+    "records": RecordsFullError,
+}
+
+
+def load_script(client: Any, *names: str) -> Callable[..., Any]:
+    """The files lua/<name>.lua as one script, run by its hash, by a blocking or asyncio client."""
+    script: Callable[..., Any] = client.register_script(read_scripts(names))
+    return script
+
+
+@functools.cache
+def read_scripts(names: tuple[str, ...]) -> str:
+    """The files' text, behind the constants and functions that all scripts share."""
+    constants = keys.SCRIPT_NAMES | {"MOST_TICKETS": MOST_TICKETS}
+    lines = [f"local {name} = {value!r}\n" for name, value in constants.items()]
+    files = [(LUA / f"{name}.lua").read_text() for name in ("clock", *names)]
+    return "".join(lines + files)
+
+
+class Reaped(NamedTuple):
+    """A job taken from a worker that fell silent, or whose deadline or delay is over."""
+
+    job_id: str
+    model: str
+    tenant: str
+    attempt: int
+    listener: str
+    state: State
+
+
+class Finished(IntEnum):
+    """What became of a job that its worker has seen through; false if it was no longer its own."""
+
+    VOID = 0
+    NONE_WAITS = 1
+    OTHERS_WAIT = 2
+
+
+class Cancelled(NamedTuple):
+    """A job that was cancelled, and the worker that must stop it, if any."""
+
+    tenant: str
+    attempt: int
+    worker: str
+    listener: str
+
+
+class Backlog:
+    """All queued and running jobs of all models, on the queue's Redis."""
+
+    def __init__(self, redis: Redis, settings: Settings | None = None) -> None:
+        self.redis = redis
+        self._settings = settings or get_settings()
+        self._submit = load_script(redis, "state", "submit")
+        self._claim = load_script(redis, "state", "claim")
+        self._clear = load_script(redis, "state", "clear")
+        self._renew = load_script(redis, "renew")
+        self._requeue = load_script(redis, "state", "requeue")
+        self._finish = load_script(redis, "state", "finish")
+        self._cancel = load_script(redis, "state", "cancel")
+        self._reap = load_script(redis, "state", "reap")
+        self._settle = load_script(redis, "state", "settle")
+        self._forget = load_script(redis, "state", "forget")
+        self._sweep = load_script(redis, "state", "sweep")
+        self._wake = load_script(redis, "state", "wake")
+
+    def submit(self, job: Job, terms: Terms = Terms()) -> str:  # noqa: B008 (frozen)
+        """Puts the job at the end of its priority in its lane, and sends a ticket for it.
+
+        Returns:
+            Its id, or that of the job that holds the idempotency key.
+
+        Raises:
+            OverloadedError: the lane is full, or what it holds in Redis.
+            IdempotencyError: another request holds the key.
+        """
+        if terms.deadline_s is None:
+            terms = terms.with_deadline(self._settings.job_ttl_s)
+        job_id = self._put("submit", job, terms)
+        if job_id == job.id:
+            self._log_accepted(job)
+        return job_id
+
+    def reserve(self, job: Job, terms: Terms) -> str:
+        """Asks whether the job could be submitted, and holds its idempotency key for a minute.
+
+        Returns and raises what `submit` would.
+        """
+        return self._put("reserve", job, terms)
+
+    def queue(self, job: Job, terms: Terms) -> None:
+        """Submits a job that SQL has: it is never refused. Doing it again changes nothing."""
+        self._put("queue", job, terms)
+        self._log_accepted(job)
+
+    def _put(self, step: str, job: Job, terms: Terms) -> str:
+        settings = self._settings
+        deadline_us = "" if terms.deadline_s is None else int(terms.deadline_s * 1e6)
+        fingerprint = terms.fingerprint if terms.idempotency_key else ""
+        reply = self._submit(
+            keys=[keys.idempotency(job.tenant, terms.idempotency_key)],
+            args=[
+                *(step, job.id, job.model, job.lane, len(job.body)),
+                *(settings.max_backlog, settings.max_backlog_bytes, MOST_RECORDS),
+                *(fingerprint, RESERVATION_S if step == "reserve" else settings.job_ttl_s),
+                *(terms.priority, deadline_us, terms.first_attempt, settings.max_attempts),
+                make_ticket(job.model, job.id),
+                *job.encode(),
+            ],
+        )
+        job_id, *told = (value.decode() for value in reply)
+        if not job_id:
+            raise _FULL[told[0]]
+        if told and told != [fingerprint]:
+            raise IdempotencyError
+        return str(job_id)
+
+    def _log_accepted(self, job: Job) -> None:
+        about = {"lane": job.lane, "endpoint": job.endpoint}
+        if self._settings.log_content:
+            about["request"] = job.body.decode(errors="replace")
+        log.info("job accepted", extra=about_job(job) | about)
+
+    def release(self, job: Job, terms: Terms) -> None:
+        """Gives up the key that `reserve` holds for a job that is not accepted after all."""
+        key = keys.idempotency(job.tenant, terms.idempotency_key)
+        if self.redis.get(key) == f"{terms.fingerprint} {job.id}".encode():
+            self.redis.delete(key)
+
+    def look(self, job_ids: Sequence[str]) -> list[Snapshot | None]:
+        """The jobs as they stand; None for one that Redis does not hold."""
+        pipeline = self.redis.pipeline(transaction=False)
+        for job_id in job_ids:
+            pipeline.hmget(keys.job(job_id), Snapshot.FIELDS)
+        return [Snapshot.decode(*found) for found in zip(job_ids, pipeline.execute(), strict=True)]
+
+    def claim(self, model: str, worker: str, token: str = "", free_slots: int = 1) -> Claim | None:
+        """Leases the first job of the model to the worker; None when none waits that fits.
+
+        The same token again, for a claim whose reply was lost, returns the same job.
+        """
+        lease_us = int(self._settings.lease_s * 1e6)
+        reply = self._claim(
+            keys=[keys.claim(token or uuid.uuid4().hex), keys.suspect(worker)],
+            args=[
+                *(worker, lease_us, model, free_slots, make_ticket(model, new_id())),
+                " ".join(Lane),
+                *Claim.FIELDS,
+            ],
+        )
+        return None if reply is None else Claim.decode(reply)
+
+    def clear(self, claim: Claim) -> None:
+        """Notes that a suspect has produced what no attempt before it did."""
+        ticket = make_ticket(claim.job.model, new_id())
+        self._clear(keys=[keys.suspect(claim.worker)], args=[claim.job.id, claim.attempt, ticket])
+
+    def renew(self, held: Sequence[Claim]) -> list[Claim]:
+        """Renews the leases of these claims; returns those that are no longer held."""
+        if not held:
+            return []
+        lease_us = int(self._settings.lease_s * 1e6)
+        pairs = [value for claim in held for value in (claim.job.id, claim.attempt)]
+        return [held[position - 1] for position in self._renew(args=[lease_us, *pairs])]
+
+    def requeue(self, claim: Claim, cause: Cause, reason: str, delay_s: float = 0) -> State | None:
+        """Hands a claimed job back, for another worker or a later try; or ends it as a dead letter.
+
+        Returns:
+            Its new state; None: it was taken from this worker before.
+        """
+        ticket = make_ticket(claim.job.model, new_id())
+        state = self._requeue(
+            args=[claim.job.id, claim.attempt, reason, cause, int(delay_s * 1e6), ticket]
+        )
+        return None if state is None else State(state.decode())
+
+    def finish(self, claim: Claim, state: State, dead_because: str = "") -> Finished:
+        """Ends a claimed job, as a dead letter if there is a reason for that.
+
+        Returns:
+            Whether other jobs of its model wait; or that it was taken from this worker before, and
+            its result is void.
+        """
+        ended = self._finish(
+            keys=[keys.service(claim.job.model)],
+            args=[claim.job.id, claim.attempt, state, dead_because, " ".join(Lane)],
+        )
+        return Finished(ended)
+
+    def cancel(self, job_id: str, *, unless_attached: bool = False) -> Cancelled | None:
+        """Cancels a queued or running job; None when it has ended otherwise.
+
+        With `unless_attached` a job stays that another client has asked for by its key.
+        """
+        reply = self._cancel(args=[job_id, int(unless_attached)])
+        if reply is None:
+            return None
+        tenant, attempt, worker, listener = (value.decode() for value in reply)
+        return Cancelled(tenant, int(attempt), worker, listener)
+
+    def reap(self) -> list[Reaped]:
+        """Takes the jobs whose lease has expired from their workers, and ends those too late.
+
+        And has those wait again whose delay is over. A bounded number at once.
+        """
+        return [
+            Reaped(job_id, model, tenant, int(attempt), listener, State(state))
+            for row in self._reap(args=[REAPED_AT_ONCE])
+            for job_id, model, tenant, attempt, listener, state in [map(bytes.decode, row)]
+        ]
+
+    def settle(self, job_ids: Sequence[str]) -> list[str]:
+        """Lets ended jobs expire, now that SQL has them; returns those that have ended here too."""
+        if not job_ids:
+            return []
+        settled = self._settle(args=[self._settings.log_retention_s, *job_ids])
+        return [job_id for job_id, has_ended in zip(job_ids, settled, strict=True) if has_ended]
+
+    def forget(self, job_id: str, attempt: int) -> None:
+        """Forgets an accepted job that ended without an answer: the reconciler queues it again."""
+        self._forget(args=[job_id, attempt])
+
+    def sweep(self, job_ids: Sequence[str], *, place: str = "", is_open: bool = False) -> list[str]:
+        """Mends what does not fit (lua/sweep.lua); returns what was found, for each job.
+
+        They are the members of the zset `place` if it is given. `is_open`: SQL says that they have
+        not ended.
+        """
+        if not job_ids:
+            return []
+        found = self._sweep(args=[place, int(is_open), *job_ids])
+        return [kind.decode() for kind in found]
+
+    def send_tickets(self, model: str, number: int = 1) -> None:
+        """Tells the model's workers once more that there is work."""
+        tickets = [make_ticket(model, new_id()) for _ in range(number)]
+        self._wake(args=[model, *tickets])
+
+    def pause(self, model: str) -> None:
+        """Has all workers of the model leave its backlog alone; what runs goes on."""
+        self.redis.sadd(keys.PAUSED, model)
+
+    def resume(self, model: str) -> None:
+        """Ends a pause; maintenance sends the tickets that were used up meanwhile."""
+        self.redis.srem(keys.PAUSED, model)
+
+    def paused(self) -> set[str]:
+        """The models that are paused."""
+        names: Any = self.redis.smembers(keys.PAUSED)
+        return {name.decode() for name in names}
+
+    def models(self) -> list[str]:
+        """The models that have had a job."""
+        names: set[bytes] = self.redis.smembers(keys.MODELS)  # type: ignore[assignment]
+        return sorted(name.decode() for name in names)

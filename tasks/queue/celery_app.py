@@ -1,0 +1,209 @@
+"""All of Celery and kombu that Sluice uses: the app, tickets, who consumes them, periodic tasks.
+
+A Celery message of a model's queue is a ticket: it says "there is work for this model", the work
+itself stands in the backlog. A lost ticket is issued again by the reaper, a doubled one finds
+nothing to do; so none of Celery's redelivery is needed, and the settings below switch it off.
+
+Private interfaces in use, all of them here: kombu's `Channel._get` (what Celery has published into
+memory), `channel.Message` (no acknowledgements), the thread pool's `ApplyResult.f` (when a thread
+is free), the hub's `add_reader`, and `celery.worker.state.should_stop` (to end from any thread).
+"""
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any
+
+from celery import Celery, signals
+from celery.app.amqp import AMQP
+from celery.app.trace import setup_worker_optimizations
+from celery.beat import EmbeddedService
+from celery.concurrency.thread import ApplyResult, TaskPool
+from celery.worker import WorkController
+from celery.worker import state as celery_state
+from kombu.connection import Connection
+from kombu.transport.virtual import Message
+from kombu.utils.json import dumps
+
+from tasks.contract import keys
+from tasks.contract.connections import COMMAND_TIMEOUT_S, CONNECT_TIMEOUT_S
+from tasks.contract.settings import get_settings
+
+# Name and arguments never change: an old worker drops tickets that it does not know.
+TICKET = "sluice.ticket"
+MAINTENANCE_QUEUE = "maintenance"
+_ID = b"@ticket-id@"
+# Workers know of each other from Redis, not from Celery.
+_ALONE = {"without_gossip": True, "without_mingle": True, "without_heartbeat": True}
+
+
+class _Ticket(Message):
+    """A message that the broker has forgotten once it is taken.
+
+    Kombu asks Redis for every acknowledgement, `no_ack` or not, and when Redis went away between
+    the taking and the asking, the error ended the worker.
+    """
+
+    def ack(self, multiple: bool = False) -> None:
+        """Nothing to tell."""
+
+    def reject(self, requeue: bool = False) -> None:
+        """Nothing to tell: the reaper issues another."""
+
+
+class TicketAMQP(AMQP):  # type: ignore[misc]
+    """Celery's messaging without acknowledgements: a lost ticket is issued again anyway.
+
+    Saves two round trips per ticket, a quarter of the worker's own work for a request; and nothing
+    is ever delivered twice after a timeout or a broken connection.
+    """
+
+    def TaskConsumer(self, channel: Any, **options: Any) -> Any:  # noqa: N802 (Celery's name)
+        consumer = super().TaskConsumer(channel, **options, no_ack=True)
+        consumer.channel.Message = _Ticket
+        return consumer
+
+
+@signals.setup_logging.connect  # type: ignore[untyped-decorator]
+def _leave_logging(**_options: Any) -> None:
+    """Keeps Celery from setting up loggers of its own: they write where logs.py says."""
+
+
+@functools.cache
+def get_celery() -> Celery:
+    """The process's Celery app, on the queue's Redis."""
+    settings = get_settings()
+    app = Celery("sluice", broker=settings.redis_url, amqp=TicketAMQP)
+    app.conf.update(
+        task_serializer="json",
+        accept_content=["json"],
+        task_ignore_result=True,
+        result_backend=None,
+        task_publish_retry_policy={"max_retries": 1, "interval_start": 0.05},
+        task_default_queue=MAINTENANCE_QUEUE,
+        worker_prefetch_multiplier=1,
+        worker_disable_prefetch=True,
+        worker_enable_remote_control=False,
+        worker_hijack_root_logger=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_channel_error_retry=True,
+        broker_transport_options={
+            "global_keyprefix": keys.CELERY_PREFIX,
+            "socket_timeout": COMMAND_TIMEOUT_S,
+            "socket_connect_timeout": CONNECT_TIMEOUT_S,
+            "socket_keepalive": True,
+            "health_check_interval": 10,
+        },
+    )
+    return app
+
+
+def make_ticket(model: str, ticket_id: str) -> bytes:
+    """A message that tells the model's workers that there is work, as Redis queues it.
+
+    Queued by lua/submit.lua together with the job: publishing it through Celery cost a third of the
+    API's time for a submission, and a round trip.
+    """
+    return _ticket_template(model).replace(_ID, ticket_id.encode())
+
+
+@functools.cache
+def _ticket_template(model: str) -> bytes:
+    """What Celery publishes, written down by its transport in memory."""
+    queue = keys.ticket_queue(model)
+    with Connection("memory://") as memory:  # type: ignore[no-untyped-call]
+        app = get_celery()
+        app.send_task(TICKET, (model,), queue=queue, connection=memory, task_id=_ID.decode())
+        message = memory.default_channel._get(queue)  # noqa: SLF001
+        return str(dumps(message)).encode()  # type: ignore[no-untyped-call]
+
+
+class _SlotPool(TaskPool):  # type: ignore[misc]
+    """A thread per slot; one that gets free wakes Celery's event loop.
+
+    With all threads busy Celery stops listening for tickets, and only looks whether it may listen
+    again when its loop wakes, which nothing but a timer does, up to a second later: slots emptied
+    in waves, at half the throughput.
+    """
+
+    def register_with_event_loop(self, hub: Any) -> None:
+        """Celery's hook; called once, before the first ticket."""
+        self._read_fd, self._write_fd = os.pipe()
+        os.set_blocking(self._read_fd, False)
+        os.set_blocking(self._write_fd, False)
+        hub.add_reader(self._read_fd, self._drain)
+
+    def on_apply(self, *args: Any, **kwargs: Any) -> ApplyResult:
+        """Runs a task, and wakes the loop after all that Celery does at its end."""
+        result = super().on_apply(*args, **kwargs)
+        result.f.add_done_callback(self._wake)
+        return result
+
+    def _wake(self, _done: "Future[Any]") -> None:
+        try:
+            os.write(self._write_fd, b"\0")
+        except BlockingIOError:
+            return  # full of wake-ups that are still to be read
+
+    def _drain(self) -> None:
+        os.read(self._read_fd, 65_536)
+
+
+class TicketConsumer:
+    """Takes a model's tickets, each in a thread of its own, as many at once as there are slots."""
+
+    def __init__(self, model: str, slots: int, serve_ticket: Callable[[str], None]) -> None:
+        """`serve_ticket` is the Celery task: it is called with the model's name."""
+        self._queue = keys.ticket_queue(model)
+        celery = get_celery()
+        celery.task(serve_ticket, name=TICKET, shared=False, bind=False)
+        # Makes this app the one that Celery's task threads run; they find no tasks without it.
+        setup_worker_optimizations(celery)
+        self._controller: Any = WorkController(
+            app=celery, queues=[self._queue], pool_cls=_SlotPool, concurrency=slots, **_ALONE
+        )
+
+    def run(self) -> None:
+        """Celery's main loop, in the main thread, until `exit` is called."""
+        self._controller.start()
+
+    def stop(self) -> None:
+        """Takes no more tickets; threads that serve one go on."""
+        if consumer := self._controller.consumer:
+            consumer.call_soon(consumer.cancel_task_queue, self._queue)
+
+    @staticmethod
+    def exit(exit_code: int) -> None:
+        """Ends `run`, from any thread, also when it has not begun."""
+        celery_state.should_stop = exit_code
+
+
+def run_periodically(tasks: Mapping[Callable[[], None], float], threads: int) -> int:
+    """Runs each task about as often as it says, in s, until a signal; returns the exit code.
+
+    Several processes may do so: they share one queue of tasks.
+    """
+    celery = get_celery()
+    schedule = {}
+    for task, interval_s in tasks.items():
+        name = f"sluice.{task.__name__}"
+        celery.task(task, name=name, shared=False)
+        # A task that was not run in time is worth nothing: the next one does its work.
+        options = {"queue": MAINTENANCE_QUEUE, "expires": interval_s}
+        schedule[name] = {"task": name, "schedule": interval_s, "options": options}
+    celery.conf.update(beat_schedule=schedule, worker_redirect_stdouts=False)
+    # In this process, in which it dies too, and without a file: after a restart all is due.
+    EmbeddedService(celery, thread=True, scheduler_cls="celery.beat:Scheduler").start()
+    worker = celery.Worker(
+        queues=[MAINTENANCE_QUEUE],
+        pool_cls="threads",
+        concurrency=threads,
+        hostname="maintenance@%h",
+        loglevel="WARNING",
+        quiet=True,
+        **_ALONE,
+    )
+    worker.start()
+    return int(worker.exitcode or 0)

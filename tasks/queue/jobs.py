@@ -1,0 +1,134 @@
+"""What the API and maintenance do with jobs: cancel, tell how they ended, hand on lost ones."""
+
+import logging
+from typing import Any
+
+from redis import Redis
+from redis.exceptions import RedisError
+
+from tasks.contract import keys
+from tasks.contract.errors import (
+    JobCancelledError,
+    JobExpiredError,
+    JobFailedError,
+    JobLostError,
+    SluiceError,
+)
+from tasks.contract.events import End, Kind
+from tasks.contract.job import State
+from tasks.contract.response import Outcome, assemble
+from tasks.contract.settings import Settings
+from tasks.queue import counts
+from tasks.queue.backlog import MOST_TICKETS, Backlog, Reaped
+from tasks.queue.counts import Counted
+from tasks.queue.depth import depth
+from tasks.queue.token_log import TokenLog
+
+log = logging.getLogger(__name__)
+
+# A job this young has its ticket still on the way.
+OLD_ENOUGH_S = 2.0
+
+REASONS: dict[State, type[SluiceError]] = {
+    State.FAILED: JobFailedError,
+    State.EXPIRED: JobExpiredError,
+    State.CANCELLED: JobCancelledError,
+}
+
+
+class Jobs:
+    """The queue as a whole: backlog, tickets and logs."""
+
+    def __init__(self, redis: Redis, bus: Redis, settings: Settings | None = None) -> None:
+        self.backlog = Backlog(redis, settings)
+        self.log = TokenLog(bus, settings)
+        self.bus = bus
+
+    def cancel(self, job_id: str, model: str, *, unless_attached: bool = False) -> bool:
+        """Takes the job out of the backlog, or stops the worker that runs it.
+
+        Doing it again tells whom the first try did not reach. With `unless_attached` a job stays
+        that another client has asked for by its key.
+
+        Returns:
+            Whether it is cancelled; False: it had ended otherwise, or stays.
+        """
+        cancelled = self.backlog.cancel(job_id, unless_attached=unless_attached)
+        if cancelled is None:
+            return False
+        end = End.failed(JobCancelledError(), State.CANCELLED)
+        self.log.end(job_id, cancelled.attempt, end, cancelled.listener)
+        if cancelled.worker:
+            channel = keys.control(cancelled.worker)
+            self.bus.publish(channel, f"{job_id} {cancelled.attempt}")
+        log.info(
+            "job cancelled",
+            extra={
+                "job": job_id,
+                "tenant": cancelled.tenant,
+                "model": model,
+                "attempt": cancelled.attempt,
+            },
+        )
+        return True
+
+    def outcome(self, job_id: str) -> Outcome | None:
+        """How the job ended; None: it has not, or its log is gone."""
+        last = self.log.last(job_id)
+        if last is None or last.kind is not Kind.END:
+            return None
+        return assemble(self.log.read_after(job_id))
+
+    def end_without_log(self, job_id: str) -> End | None:
+        """The end of a job whose log does not tell it: lost, or the writer of its end has died."""
+        try:
+            (job,) = self.backlog.look([job_id])
+            last = self.log.last(job_id)
+        except RedisError:
+            return None
+        if job is None:
+            return End.failed(JobLostError())
+        if not job.state.is_final or (last and last.kind is Kind.END):
+            return None
+        return End.failed(REASONS.get(job.state, JobLostError)(), job.state)
+
+    def reap(self) -> int:
+        """Hands on the jobs of workers that fell silent, ends those too late; returns how many."""
+        number = 0
+        while reaped := self.backlog.reap():
+            number += len(reaped)
+            for job in reaped:
+                self._hand_on(job)
+        return number
+
+    def _hand_on(self, job: Reaped) -> None:
+        log.warning(
+            "job taken back: its lease, deadline or delay is over",
+            extra={
+                "job": job.job_id,
+                "tenant": job.tenant,
+                "model": job.model,
+                "attempt": job.attempt,
+                "state": job.state,
+            },
+        )
+        if job.state is State.QUEUED:
+            self.backlog.send_tickets(job.model)
+        else:
+            end = End.failed(REASONS[job.state](), job.state)
+            self.log.end(job.job_id, job.attempt, end, job.listener)
+
+    def reissue_tickets(self) -> int:
+        """Sends tickets for jobs that wait without one; returns how many."""
+        issued, paused = 0, self.backlog.paused()
+        for model in self.backlog.models():
+            if model in paused:
+                continue
+            waiting = depth(self.backlog.redis, model)
+            queued: Any = self.backlog.redis.llen(keys.tickets(model))
+            missing = min(waiting.jobs, MOST_TICKETS) - queued
+            if waiting.oldest_age_s >= OLD_ENOUGH_S and missing > 0:
+                self.backlog.send_tickets(model, missing)
+                issued += missing
+                counts.add(self.backlog.redis, Counted.TICKETS, "reissued", model, missing)
+        return issued

@@ -1,0 +1,110 @@
+"""The token log: where a job's output stands until its retention ends, on the bus.
+
+The log is the truth, the relay's channels are the fast path: an entry is published only together
+with being logged, in one script (lua/append.lua).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from redis import Redis
+from redis.client import Pipeline
+
+from tasks.contract import keys
+from tasks.contract.errors import JobFailedError
+from tasks.contract.events import End, Entry, Kind, Position
+from tasks.contract.job import Claim
+from tasks.contract.settings import Settings, get_settings
+from tasks.queue.backlog import load_script
+
+
+class Addressed(NamedTuple):
+    """An entry and the API process that listens to its job ('' for none)."""
+
+    entry: Entry
+    listener: str
+
+
+# An entry as lua/append.lua is given it, its log first. A plain tuple of plain values, which the
+# garbage collector leaves alone: a worker keeps thousands.
+Wire = tuple[str | bytes | int, ...]
+
+
+def encode(entry: Entry, listener: str) -> Wire:
+    """The entry for the listener ('' for none)."""
+    log, position, value = keys.log(entry.job_id), str(entry.position), entry.encode_value()
+    is_last = 1 if entry.kind is Kind.END else 0
+    channel, head = (keys.relay(listener), entry.encode_head()) if listener else ("", b"")
+    return log, position, value, entry.record, is_last, channel, head
+
+
+def wire_arguments(batch: Sequence[Wire], settings: Settings) -> dict[str, list[Any]]:
+    """Keys and arguments of lua/append.lua."""
+    args: list[Any] = [settings.job_ttl_s]
+    for _, *parts in batch:
+        args += parts
+    return {"keys": [log for log, *_ in batch], "args": args}
+
+
+def append_arguments(batch: Sequence[Addressed], settings: Settings) -> dict[str, list[Any]]:
+    """The same of entries that are not encoded yet."""
+    return wire_arguments([encode(*addressed) for addressed in batch], settings)
+
+
+class TokenLog:
+    """Reads logs; writes first entries of later attempts, and last ones of jobs without worker."""
+
+    def __init__(self, bus: Redis, settings: Settings | None = None) -> None:
+        self._bus = bus
+        self._settings = settings or get_settings()
+        self._append = load_script(bus, "append")
+
+    def read_after(
+        self, job_id: str, position: Position | None = None, count: int | None = None
+    ) -> list[Entry]:
+        """The entries after that position, or all of them; at most `count`."""
+        start = f"({position}" if position else "-"
+        reply: Any = self._bus.xrange(keys.log(job_id), start, "+", count)
+        return [Entry.decode_log(job_id, log_id, fields) for log_id, fields in reply]
+
+    def last(self, job_id: str) -> Entry | None:
+        """The newest entry, if there is one."""
+        reply: Any = self._bus.xrevrange(keys.log(job_id), count=1)
+        for log_id, fields in reply:
+            return Entry.decode_log(job_id, log_id, fields)
+        return None
+
+    def expire(self, job_ids: Sequence[str]) -> None:
+        """Lets logs go that nobody will add to or has to read for SQL any more."""
+        pipeline = self._bus.pipeline(transaction=False)
+        for job_id in job_ids:
+            pipeline.expire(keys.log(job_id), self._settings.log_retention_s, nx=True)
+        pipeline.execute()
+
+    def take_over(self, job_id: str, attempt: int, listener: str) -> list[Entry]:
+        """What earlier attempts wrote, to which they cannot add any more; the takeover is the last.
+
+        Doing it again is harmless.
+        """
+        key, position = keys.log(job_id), Position(attempt, 0)
+
+        def write(pipeline: Pipeline) -> None:
+            # Whatever is written between the look and the takeover has Redis try both again.
+            last: Any = pipeline.xrevrange(key, count=1)
+            pipeline.multi()
+            entry = Entry(job_id, position, Kind.TAKEOVER, last[0][0] if last else b"")
+            arguments = append_arguments([Addressed(entry, listener)], self._settings)
+            self._append(**arguments, client=pipeline)
+
+        self._bus.transaction(write, key)
+        return [entry for entry in self.read_after(job_id) if entry.position <= position]
+
+    def end_given_up(self, claim: Claim) -> None:
+        """Ends the log of a job that has failed for the last time without an answer."""
+        end = End.failed(JobFailedError())
+        self.end(claim.job.id, claim.attempt, end, claim.job.listener)
+
+    def end(self, job_id: str, attempt: int, end: End, listener: str) -> None:
+        """Ends a log over the head of `attempt`, whose later entries Redis then refuses."""
+        entry = Entry(job_id, Position(attempt + 1, 0), Kind.END, end.encode())
+        self._append(**append_arguments([Addressed(entry, listener)], self._settings))
