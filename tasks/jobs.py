@@ -19,7 +19,6 @@ from tasks.errors import (
 )
 from tasks.events import End, Kind
 from tasks.message import State
-from tasks.response import Outcome, assemble
 from tasks.settings import Settings
 from tasks.token_log import TokenLog
 
@@ -70,13 +69,6 @@ class Jobs:
             },
         )
         return True
-
-    def outcome(self, job_id: str) -> Outcome | None:
-        """How the job ended; None: it has not, or its log is gone."""
-        last = self.log.last(job_id)
-        if last is None or last.kind is not Kind.END:
-            return None
-        return assemble(self.log.read_after(job_id))
 
     def end_without_log(self, job_id: str) -> End | None:
         """The end of a job whose log does not tell it: lost, or the writer of its end has died."""
