@@ -18,8 +18,8 @@ from api.services import TENANT, Services
 from tasks.depth import Place
 from tasks.errors import InvalidRequestError, StreamBrokenError
 from tasks.events import End, Entry, Kind, Position, Start
+from tasks.response import DONE
 
-DONE = b"[DONE]"
 # A log begins with its head, after the takeovers of attempts that got no further.
 HEAD_WITHIN = 50
 _POSITION = re.compile(EVENT_ID)
