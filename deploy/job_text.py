@@ -22,6 +22,14 @@ NAME_COLUMNS = 11
 UNITS = (86_400, "d"), (3600, "h"), (60, "m"), (1, "s")
 
 
+def make_console() -> Console:
+    """Standard output; wide enough for names where it has no width of its own."""
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = PIPE_COLUMNS
+    return console
+
+
 def outlook(queue: Json) -> str:
     """When a queued job will start, or why it will not for now; empty: not known."""
     if queue["is_paused"]:
@@ -117,9 +125,7 @@ def _printable(text: str) -> str:
 
 def show_table(jobs: Iterable[Json]) -> None:
     """Jobs, a line each; all columns where there is no terminal to be wide enough."""
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = PIPE_COLUMNS
+    console = make_console()
     names = ["id", "status", "age", "model", "place", "attempts", "tokens"]
     if console.width < WIDE_COLUMNS:
         names = names[:5]
