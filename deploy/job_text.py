@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tasks.tracebacks import one_line
+
 Json = dict[str, Any]
 
 # A pipe has no width of its own, and rich's 80 columns would cut names.
@@ -52,16 +54,16 @@ def reason(job: Json) -> str:
     if not error:
         return f"the engine answered {answer['status_code']}" if answer else "no reason is kept"
     if not isinstance(error, dict):  # an engine elsewhere may say it in a form of its own
-        return _printable(str(error))
+        return one_line(str(error))
     message, code = error.get("message") or error, error.get("code")
-    return _printable(f"{message} ({code})" if code else str(message))
+    return one_line(f"{message} ({code})" if code else str(message))
 
 
 def describe(job: Json, webhook: Json | None) -> Iterator[str]:
     """A job in full, line by line, as wide as the terminal."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
     for name, value in _facts(job, webhook):
-        first, *rest = textwrap.wrap(_printable(value), max(width - NAME_COLUMNS, 20)) or [""]
+        first, *rest = textwrap.wrap(one_line(value), max(width - NAME_COLUMNS, 20)) or [""]
         yield f"{name:{NAME_COLUMNS}}{first}"
         yield from (" " * NAME_COLUMNS + line for line in rest)
 
@@ -116,11 +118,6 @@ def _clock(at_s: int) -> str:
 
 def _age(job: Json) -> str:
     return duration(round(time.time()) - job["created_at"])
-
-
-def _printable(text: str) -> str:
-    """Without what would control the terminal: others have written some of it."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def show_table(jobs: Iterable[Json]) -> None:
