@@ -3,9 +3,12 @@
 import gc
 import logging
 from importlib.metadata import version
+from typing import Any
 
 import gevent
+import orjson
 from flask import Response, request
+from flask.json.provider import JSONProvider
 from flask_openapi3 import Info, OpenAPI
 
 from api import errors, instruments, sites, websocket
@@ -19,6 +22,16 @@ from tasks.contract.settings import get_settings
 log = logging.getLogger(__name__)
 
 
+class Json(JSONProvider):
+    """What routes return, in JSON."""
+
+    def dumps(self, obj: Any, **_kwargs: Any) -> str:
+        return orjson.dumps(obj).decode()
+
+    def loads(self, s: str | bytes, **_kwargs: Any) -> Any:
+        return orjson.loads(s)
+
+
 def create_app() -> OpenAPI:
     """Builds the app and starts this process's relay."""
     app = OpenAPI(
@@ -27,6 +40,7 @@ def create_app() -> OpenAPI:
         doc_prefix="/docs",
         validation_error_callback=errors.refuse_parameters,
     )
+    app.json = Json(app)
     logs.configure(get_settings())
     gevent.get_hub().print_exception = _log_lost  # type: ignore[assignment,method-assign]
     services = Services.start()

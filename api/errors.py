@@ -4,7 +4,6 @@ import logging
 from http import HTTPStatus
 from typing import Any
 
-import orjson
 from flask import Flask, Response, make_response, request
 from pydantic import ValidationError
 from redis.exceptions import RedisError
@@ -19,6 +18,7 @@ from tasks.contract.errors import (
     HttpError,
     QueueUnavailableError,
     SluiceError,
+    headers_of,
     kind_of,
 )
 
@@ -37,15 +37,7 @@ def register(app: Flask) -> None:
 
 def respond(body: dict[str, Any], kind: SluiceError | type[SluiceError]) -> Response:
     """An error's body as a response, with the headers that errors of its kind have."""
-    response = Response(orjson.dumps(body), kind.status, content_type="application/json")
-    if kind.retry_after_s is not None:
-        response.headers["Retry-After"] = str(max(1, round(kind.retry_after_s)))
-        response.headers["retry-after-ms"] = str(round(kind.retry_after_s * 1000))
-    if kind.status == HTTPStatus.UNAUTHORIZED:
-        response.headers["WWW-Authenticate"] = "Bearer"
-    if kind.should_retry is not None:
-        response.headers["x-should-retry"] = str(kind.should_retry).lower()
-    return response
+    return make_response(body, kind.status, headers_of(kind))
 
 
 def respond_again(body: dict[str, Any]) -> Response:

@@ -10,7 +10,7 @@ import orjson
 from gunicorn import util
 from gunicorn.workers.ggevent import GeventWorker
 
-from tasks.contract.errors import HttpError, SluiceError, TooManyConnectionsError
+from tasks.contract.errors import HttpError, SluiceError, TooManyConnectionsError, headers_of
 
 # Connections that are told to go away at once; more wait to be accepted.
 REFUSED_AT_ONCE = 64
@@ -26,10 +26,8 @@ def _encode(error: SluiceError) -> bytes:
         "Connection: close",
         "Content-Type: application/json",
         f"Content-Length: {len(body)}",
+        *(f"{name}: {value}" for name, value in headers_of(error).items()),
     ]
-    if error.retry_after_s is not None:
-        head.append(f"Retry-After: {round(error.retry_after_s)}")
-        head.append(f"retry-after-ms: {round(error.retry_after_s * 1000)}")
     return "\r\n".join(head).encode() + b"\r\n\r\n" + body
 
 

@@ -17,9 +17,9 @@ from api.schemas import EVENT_ID
 from api.services import TENANT, Services
 from tasks.contract.errors import InvalidRequestError, StreamBrokenError
 from tasks.contract.events import End, Entry, Kind, Position, Start
+from tasks.contract.response import DONE
 from tasks.queue.depth import Place
 
-DONE = b"[DONE]"
 # A log begins with its head, after the takeovers of attempts that got no further.
 HEAD_WITHIN = 50
 _POSITION = re.compile(EVENT_ID)

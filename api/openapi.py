@@ -5,8 +5,7 @@ classes of tasks/contract/errors.py. At the start `complete` makes valid OpenAPI
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from http import HTTPStatus
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel
@@ -40,6 +39,7 @@ from tasks.contract.errors import (
     SluiceError,
     StreamBrokenError,
     TooManyConnectionsError,
+    headers_of,
 )
 
 JSON, EVENTS = "application/json", "text/event-stream"
@@ -204,20 +204,11 @@ def _refusal(kinds: Iterable[Kind], has_engines: bool) -> dict[str, Any]:
     if has_engines:
         says.append("- or what the engine refuses, in its own words")
     refusal = _answer(given("\n".join(says), Error))
-    headers = [set(_headers_of(kind)) for kind in kinds] or [set()]
+    headers = [set(headers_of(kind)) for kind in kinds] or [set()]
     for name in sorted(set.union(*headers)):
         is_in_all = name in set.intersection(*headers) and not has_engines
         refusal.setdefault("headers", {})[name] = _header(name, is_in_all)
     return refusal
-
-
-def _headers_of(kind: Kind) -> Iterator[str]:
-    if kind.retry_after_s is not None:
-        yield from ("Retry-After", "retry-after-ms")
-    if kind.should_retry is not None:
-        yield "x-should-retry"
-    if kind.status == HTTPStatus.UNAUTHORIZED:
-        yield "WWW-Authenticate"
 
 
 def _header(name: str, is_required: bool) -> dict[str, Any]:

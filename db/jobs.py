@@ -211,12 +211,13 @@ def end_lost(url: str, job_id: str, status: str, error: dict[str, Any]) -> bool:
         job = session.get_one(JobRecord, job_id)
         result = JobResult(job_id=job_id, status_code=None, body=None, error=error, usage=None)
         insert_new(session, [result])
-        insert_new(session, [_ledger_entry(job, now)])
+        insert_new(session, [ledger_entry(job, now)])
         _plan_webhooks(session, [job_id])
         return True
 
 
-def _ledger_entry(job: JobRecord, ended_at: datetime) -> LedgerEntry:
+def ledger_entry(job: JobRecord, ended_at: datetime) -> LedgerEntry:
+    """What stays of a job that has ended."""
     return LedgerEntry(
         job_id=job.id,
         model=job.model,

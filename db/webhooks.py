@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from sqlalchemy import ColumnElement, Select, literal, select, tuple_, update
+from sqlalchemy import ColumnElement, literal, select, tuple_, update
 from sqlalchemy.orm import aliased
 
 from db.models import WebhookAttempt, WebhookDelivery
@@ -75,16 +75,12 @@ def claim(url: str, job_ids: Sequence[str], hold_s: float) -> list[WebhookDelive
         return []
     with writing(url) as session:
         now = database_now(session)
-        # Whoever came first has moved it, or is about to.
-        left = _locked(select(WebhookDelivery.job_id), job_ids).where(_is_due(now))
+        # Whoever came first has moved it, or is about to (SQLite has one writer).
+        left = select(WebhookDelivery.job_id).where(WebhookDelivery.job_id.in_(job_ids))
+        left = left.where(_is_due(now)).with_for_update(skip_locked=True)
         held = update(WebhookDelivery).where(WebhookDelivery.job_id.in_(left))
         held = held.values(next_at=now + timedelta(seconds=hold_s))
         return list(session.scalars(held.returning(WebhookDelivery)))
-
-
-def _locked(query: Select[tuple[str]], job_ids: Sequence[str]) -> Select[tuple[str]]:
-    """The query for these deliveries that nobody changes at the moment (SQLite has one writer)."""
-    return query.where(WebhookDelivery.job_id.in_(job_ids)).with_for_update(skip_locked=True)
 
 
 def give_back(url: str, deliveries: Sequence[WebhookDelivery]) -> None:

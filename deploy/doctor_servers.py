@@ -3,13 +3,12 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from redis.exceptions import RedisError
-from sqlalchemy import Connection, Engine, create_engine
+from sqlalchemy import Connection, create_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
@@ -150,24 +149,17 @@ def _foreign(url: str, current: str | None) -> tuple[str, str]:
     return newer, "update this installation to the version that the API and maintenance run"
 
 
-@contextmanager
-def _open_database(settings: Settings) -> Iterator[Connection]:
-    """A connection for reading.
+def _open_database(settings: Settings) -> Connection:
+    """A connection that changes nothing: SQLite's file is not made, its journal not switched.
 
     Raises:
         UnusableError: there is no database.
         SQLAlchemyError: it does not answer.
     """
-    with _make_engine(settings).connect() as connection:
-        yield connection
-
-
-def _make_engine(settings: Settings) -> Engine:
-    """An engine that changes nothing: SQLite's file is not made, its journal not switched."""
     location = parse(settings.database_url)
     if location.get_backend_name() != "sqlite" or not location.database:
         bounds = {"connect_timeout": SQL_TIMEOUT_S}
-        return create_engine(location, poolclass=NullPool, connect_args=bounds)
+        return create_engine(location, poolclass=NullPool, connect_args=bounds).connect()
     if not Path(location.database).exists():
         raise UnusableError(
             f"there is no database at {location.database}",
@@ -175,7 +167,7 @@ def _make_engine(settings: Settings) -> Engine:
         )
     query = {"mode": "ro", "uri": "true"}
     location = location.set(database=f"file:{location.database}", query=query)
-    return create_engine(location, poolclass=NullPool)
+    return create_engine(location, poolclass=NullPool).connect()
 
 
 def check_dead_letters(settings: Settings) -> Iterator[Remark]:

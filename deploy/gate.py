@@ -15,7 +15,7 @@ from bench.baseline import PERCENTILES, TIMES, Change, Run, compare
 from bench.drive import run_client
 from bench.load import Load, Measurement
 from deploy.client import Api, RequestRefusedError
-from deploy.job_text import PIPE_COLUMNS
+from deploy.job_text import make_console
 from tasks.contract.errors import ConfigurationError
 from tasks.contract.settings import get_settings
 
@@ -135,9 +135,7 @@ def _print_json(measured: Run, changes: list[Change]) -> None:
 def _show(measured: Run, changes: list[Change]) -> None:
     if not measured.rounds[-1].completed:
         return  # there are errors to tell of, and nothing else
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = PIPE_COLUMNS
+    console = make_console()
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("ms", *PERCENTILES):
         table.add_column(column, no_wrap=True)

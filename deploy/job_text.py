@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tasks.contract.tracebacks import one_line
+
 Json = dict[str, Any]
 
 # A pipe has no width of its own, and rich's 80 columns would cut names.
@@ -20,6 +22,14 @@ PIPE_COLUMNS = 160
 WIDE_COLUMNS = 100
 NAME_COLUMNS = 11
 UNITS = (86_400, "d"), (3600, "h"), (60, "m"), (1, "s")
+
+
+def make_console() -> Console:
+    """Standard output; wide enough for names where it has no width of its own."""
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = PIPE_COLUMNS
+    return console
 
 
 def outlook(queue: Json) -> str:
@@ -44,16 +54,16 @@ def reason(job: Json) -> str:
     if not error:
         return f"the engine answered {answer['status_code']}" if answer else "no reason is kept"
     if not isinstance(error, dict):  # an engine elsewhere may say it in a form of its own
-        return _printable(str(error))
+        return one_line(str(error))
     message, code = error.get("message") or error, error.get("code")
-    return _printable(f"{message} ({code})" if code else str(message))
+    return one_line(f"{message} ({code})" if code else str(message))
 
 
 def describe(job: Json, webhook: Json | None) -> Iterator[str]:
     """A job in full, line by line, as wide as the terminal."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
     for name, value in _facts(job, webhook):
-        first, *rest = textwrap.wrap(_printable(value), max(width - NAME_COLUMNS, 20)) or [""]
+        first, *rest = textwrap.wrap(one_line(value), max(width - NAME_COLUMNS, 20)) or [""]
         yield f"{name:{NAME_COLUMNS}}{first}"
         yield from (" " * NAME_COLUMNS + line for line in rest)
 
@@ -110,16 +120,9 @@ def _age(job: Json) -> str:
     return duration(round(time.time()) - job["created_at"])
 
 
-def _printable(text: str) -> str:
-    """Without what would control the terminal: others have written some of it."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
-
-
 def show_table(jobs: Iterable[Json]) -> None:
     """Jobs, a line each; all columns where there is no terminal to be wide enough."""
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = PIPE_COLUMNS
+    console = make_console()
     names = ["id", "status", "age", "model", "place", "attempts", "tokens"]
     if console.width < WIDE_COLUMNS:
         names = names[:5]

@@ -23,9 +23,9 @@ def queue() -> "Jobs":
 @click.argument("worker", required=False)
 def drain(worker: str | None) -> None:
     """Have WORKER take no more jobs, finish, and end; without WORKER: list the workers."""
-    from rich.console import Console
     from rich.table import Table
 
+    from deploy.job_text import make_console
     from tasks.queue import control
 
     jobs = queue()
@@ -36,7 +36,7 @@ def drain(worker: str | None) -> None:
     table = Table("worker", "model", "state", "running", "slots", box=None)
     for found in control.workers(jobs.backlog.redis):
         table.add_row(found.id, found.model, found.state, str(found.running), str(found.slots))
-    Console(highlight=False).print(table)
+    make_console().print(table)
 
 
 @click.command()
@@ -74,10 +74,10 @@ def dead_letters() -> None:
 def list_dead(limit: int, as_json: bool) -> None:
     """List dead letters, the latest first."""
     import orjson
-    from rich.console import Console
     from rich.table import Table
 
     from db import dead as letters
+    from deploy.job_text import make_console
     from tasks.maintenance import dead_letters as dead
 
     found = letters.letters(get_settings().database_url, limit)
@@ -90,7 +90,7 @@ def list_dead(limit: int, as_json: bool) -> None:
     for job in found:
         died_at = f"{job.died_at:%Y-%m-%d %H:%M:%S}" if job.died_at else ""
         table.add_row(job.id, job.model, died_at, str(job.attempts))
-    Console(highlight=False).print(table)
+    make_console().print(table)
 
 
 @dead_letters.command("show")

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from deploy.job_text import PIPE_COLUMNS
+from deploy.job_text import make_console
 from deploy.operate import queue
 from tasks.contract.job import Lane, State
 from tasks.contract.models import get_catalog
@@ -31,6 +31,7 @@ KV_CACHE_FULL = 0.95
 
 BAD, NOTABLE = "bold red", "yellow"
 NOT_KNOWN = "-"
+LOAD = "slots", "waiting", "KV cache", "TTFT p50", "TTFT p95"
 # Lanes are keys.
 JSON_OPTIONS = orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS
 
@@ -160,9 +161,7 @@ def run(*, once: bool, as_json: bool) -> None:
         RedisError: Redis does not answer, or is full.
         ConfigurationError: a setting or models.yaml is wrong.
     """
-    console, is_terminal = Console(highlight=False), sys.stdout.isatty()
-    if not is_terminal:
-        console.width = PIPE_COLUMNS
+    console, is_terminal = make_console(), sys.stdout.isatty()
     with suppress(KeyboardInterrupt):
         observer = Observer()
         status = observer.look()
@@ -210,34 +209,36 @@ def _queues(models: list[ModelStatus]) -> Table:
 
 
 def _engines(models: list[ModelStatus]) -> Table:
-    numbers = "serving", "draining", "slots", "waiting", "KV cache", "TTFT p50", "TTFT p95"
-    table = _table(["model"], numbers)
+    table = _table(["model"], ["serving", "draining", *LOAD])
     for model in models:
         table.add_row(
             Text(model.name),
             Text(str(model.serving)) if model.serving else Text("none", BAD),
             Text(str(model.draining), NOTABLE if model.draining else ""),
-            f"{model.slots_used}/{model.slots}",
-            str(model.engine_waiting),
-            _kv_cache(model.kv_cache_usage),
-            *map(_milliseconds, (model.ttft_p50_ms, model.ttft_p95_ms)),
+            *_load(model, model.slots_used, model.engine_waiting),
         )
     return table
 
 
 def _workers(workers: list[WorkerView]) -> Table:
-    numbers = "slots", "waiting", "KV cache", "TTFT p50", "TTFT p95"
-    table = _table(["worker", "model", "state"], numbers)
+    table = _table(["worker", "model", "state"], LOAD)
     for worker in workers:
         table.add_row(
             *map(Text, (worker.id, worker.model)),
             Text(worker.state, "" if worker.state is WorkerState.SERVING else NOTABLE),
-            f"{worker.running + worker.waiting}/{worker.slots}",
-            str(worker.waiting),
-            _kv_cache(worker.kv_cache_usage),
-            *map(_milliseconds, (worker.ttft_p50_ms, worker.ttft_p95_ms)),
+            *_load(worker, worker.running + worker.waiting, worker.waiting),
         )
     return table
+
+
+def _load(seen: ModelStatus | WorkerView, used: int, waiting: int) -> Iterator[str | Text]:
+    """The cells of LOAD."""
+    yield f"{used}/{seen.slots}"
+    yield str(waiting)
+    full = BAD if seen.kv_cache_usage > KV_CACHE_FULL else ""
+    yield Text(f"{seen.kv_cache_usage:.0%}", full)
+    for time_ms in (seen.ttft_p50_ms, seen.ttft_p95_ms):
+        yield NOT_KNOWN if time_ms is None else f"{time_ms:.0f} ms"
 
 
 def _table(names: Iterable[str], numbers: Iterable[str]) -> Table:
@@ -270,13 +271,5 @@ def _totals(status: Status) -> Text:
     return Text(" · ").join(totals)
 
 
-def _kv_cache(usage: float) -> Text:
-    return Text(f"{usage:.0%}", BAD if usage > KV_CACHE_FULL else "")
-
-
 def _rate(per_s: float | None) -> str:
     return NOT_KNOWN if per_s is None else f"{per_s:.1f}"
-
-
-def _milliseconds(time_ms: float | None) -> str:
-    return NOT_KNOWN if time_ms is None else f"{time_ms:.0f} ms"

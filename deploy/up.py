@@ -1,6 +1,5 @@
 """`sluice up`: every part of Sluice on this machine, watched over until Ctrl-C."""
 
-import http.client
 import os
 import re
 import secrets
@@ -11,8 +10,8 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import FrameType
-from urllib.parse import urlsplit
 
+import httpx
 from rich.console import Console
 from rich.live import Live
 from rich.spinner import Spinner
@@ -33,6 +32,7 @@ LOG_LINES_SHOWN = 15
 LOG_WIDTH = 110
 PLAIN_PROGRESS_S = 10.0
 FOLLOW_INTERVAL_S = 2.0
+HEALTH_TIMEOUT_S = 3.0
 
 
 # An engine runs other people's code, and needs none of these.
@@ -75,6 +75,12 @@ class Deployment:
         self._catalog = catalog
         # Who stops it with Ctrl-C waits for the worker's jobs, but not for long.
         self._env = {"SLUICE_DRAIN_S": "3", "PYTHONUNBUFFERED": "1", **os.environ}
+        self._client = httpx.Client(
+            base_url=settings.local_url,
+            headers={"connection": "close"},
+            timeout=HEALTH_TIMEOUT_S,
+            trust_env=False,
+        )
         self._console = Console(highlight=False, soft_wrap=True)
         self._announcement = ExitStack()
         self._redis: Part | None = None
@@ -184,16 +190,11 @@ class Deployment:
         return [self._redis, *self._parts] if self._redis else self._parts
 
     def _is_healthy(self, what: str) -> bool:
-        address = urlsplit(self._settings.local_url)
-        connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=3)
-        names = dict.fromkeys(["Host"], self._settings.hosts[0]) if self._settings.hosts else {}
+        names = {"Host": self._settings.hosts[0]} if self._settings.hosts else {}
         try:
-            connection.request("GET", f"/health/{what}", headers=names)
-            return connection.getresponse().status == http.client.OK
-        except (OSError, http.client.HTTPException):
+            return self._client.get(f"/health/{what}", headers=names).status_code == httpx.codes.OK
+        except httpx.HTTPError:
             return False
-        finally:
-            connection.close()
 
     def _wait(self, doing: str, part: Part, is_done: Callable[[], bool]) -> None:
         """Waits, showing seconds and the last line of the part's log.

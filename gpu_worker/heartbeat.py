@@ -2,47 +2,31 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from redis import Redis
 from redis.exceptions import RedisError
 
-from gpu_worker.claims import Claims
 from gpu_worker.engines.engine import Engine
 from gpu_worker.metrics import recent_ttft
 from tasks.contract import keys
 from tasks.contract.connections import connect_listener
 from tasks.contract.errors import DecodeError
 from tasks.contract.events import Attempt
-from tasks.contract.models import Model
 from tasks.contract.settings import get_settings
-from tasks.queue.backlog import Backlog
-from tasks.queue.control import DRAIN, WorkerState
+from tasks.queue.control import DRAIN
+
+if TYPE_CHECKING:
+    from gpu_worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
 RECONNECT_S = 0.5
 
 
-class Kept(Protocol):
-    """What the keeper needs of a worker."""
-
-    id: str
-    model: Model
-    backlog: Backlog
-    claims: Claims
-    metrics_address: str
-
-    @property
-    def state(self) -> WorkerState: ...
-
-    def stop_job(self, attempt: Attempt) -> None: ...
-
-    def drain(self) -> None: ...
-
-
-def keep(worker: Kept, engine: Engine, closing: threading.Event) -> None:
+def keep(worker: "Worker", engine: Engine, closing: threading.Event) -> None:
     """Until `closing`: renews all leases in one command, three times a lease, and beats.
 
     Jobs that turn out to be no longer held are stopped.
@@ -62,7 +46,7 @@ def keep(worker: Kept, engine: Engine, closing: threading.Event) -> None:
             return
 
 
-def beat(redis: Redis, worker: Kept, engine: Engine) -> bool:
+def beat(redis: Redis, worker: "Worker", engine: Engine) -> bool:
     """Writes the worker's heartbeat, which lasts as long as a lease; whether it is to drain."""
     key = keys.worker(worker.id)
     told = engine.load()._asdict() | recent_ttft()._asdict()
@@ -96,7 +80,6 @@ def hear(worker_id: str, stop_job: Callable[[Attempt], None], drain: Callable[[]
     What a broken connection loses, the next heartbeat and renewal of the leases find.
     """
     bus = connect_listener(get_settings().bus_url)
-    closing = threading.Event()
     while True:
         try:
             pubsub = bus.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
@@ -110,7 +93,7 @@ def hear(worker_id: str, stop_job: Callable[[Attempt], None], drain: Callable[[]
                         _stop_told(told, stop_job)
         except RedisError as failure:
             log.warning("the control channel is not heard, subscribing again: %s", failure)
-            closing.wait(RECONNECT_S)
+            time.sleep(RECONNECT_S)
 
 
 def _stop_told(told: bytes, stop_job: Callable[[Attempt], None]) -> None:

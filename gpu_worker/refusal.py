@@ -12,6 +12,7 @@ import orjson
 from tasks.contract.errors import EndpointNotSupportedError, HttpError, SluiceError
 from tasks.contract.events import Start
 from tasks.contract.job import Job
+from tasks.contract.response import read_object
 
 _FIELDS = {"message", "type", "param", "code"}
 _MOST_CHARS = 1000
@@ -23,7 +24,7 @@ _HEADERS = {"content-type", "content-length", "content-encoding"}
 
 def in_our_shape(head: Start, body: bytes, job: Job) -> tuple[Start, bytes]:
     """The refusal as it is, or, if clients could not read it, the same in words of ours."""
-    document = _read(body)
+    document = read_object(body)
     given = document.get("error")
     if isinstance(given, dict) and given.keys() >= _FIELDS:
         return head, body
@@ -41,11 +42,3 @@ def _error(status: int, document: dict[str, Any], job: Job) -> SluiceError:
     if status == EndpointNotSupportedError.status and said in ("", _UNKNOWN_PATH):
         return EndpointNotSupportedError(job.model, job.endpoint)
     return HttpError(status, said[:_MOST_CHARS] or f"The engine of {job.model} answers {status}.")
-
-
-def _read(body: bytes) -> dict[str, Any]:
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return {}
-    return document if isinstance(document, dict) else {}

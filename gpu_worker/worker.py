@@ -16,8 +16,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -148,7 +148,10 @@ class Worker:
         begun_s = time.monotonic()
         try:
             history = self._take_over(claim) if claim.attempt > 1 else History()
-            state = None if history is None else self._on_loop(self.runner.run(claim, history))
+            state = None
+            if history is not None:
+                running = self.runner.run(claim, history)
+                state = asyncio.run_coroutine_threadsafe(running, self.loop).result()
         except EngineDiedError:
             self.state = WorkerState.DRAINING
             self.claims.close()
@@ -229,9 +232,6 @@ class Worker:
         self._exit_code = exit_code
         self.closing.set()
         TicketConsumer.exit(exit_code)
-
-    def _on_loop(self, coroutine: Coroutine[Any, Any, State | None]) -> State | None:
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
 
     def _consume_tickets(self) -> None:
         """Works on tickets, in the main thread, until a shutdown is asked for."""

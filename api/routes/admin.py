@@ -6,8 +6,7 @@ With `Authorization: Bearer $SLUICE_ADMIN_KEY`; without that setting all of it i
 import hmac
 from typing import Any
 
-import orjson
-from flask import Response, request
+from flask import request
 from flask_openapi3 import APIBlueprint, Tag
 
 from api import replies, schemas
@@ -29,6 +28,7 @@ from tasks.queue import control
 
 DEAD_ERRORS: tuple[type[SluiceError], ...] = (InvalidRequestError, NotKnownError, *STORE_ERRORS)
 MODEL_ERRORS = (ModelNotFoundError, QueueUnavailableError)
+Document = dict[str, Any]
 ADMIN = [Tag(name="Admin", description="For the operator, with the admin key")]
 
 
@@ -63,10 +63,10 @@ blueprint.before_request(_authenticate)
         {200: given("Dead letters", replies.DeadLetterList)}, InvalidRequestError, *STORE_ERRORS
     ),
 )
-def list_dead(query: schemas.DeadQuery) -> Response:
+def list_dead(query: schemas.DeadQuery) -> Document:
     """Jobs that were given up, the latest first."""
     found = letters.letters(_url(get_services()), query.limit)
-    return _json({"object": "list", "data": [dead.describe(job) for job in found]})
+    return {"object": "list", "data": [dead.describe(job) for job in found]}
 
 
 @blueprint.get(
@@ -77,9 +77,9 @@ def list_dead(query: schemas.DeadQuery) -> Response:
         {200: given("The dead letter", replies.DeadLetterWithReasons)}, *DEAD_ERRORS
     ),
 )
-def show_dead(path: schemas.JobPath) -> Response:
+def show_dead(path: schemas.JobPath) -> Document:
     """With the reason of each attempt's failure."""
-    return _json(dead.show(_url(get_services()), path.job_id))
+    return dead.show(_url(get_services()), path.job_id)
 
 
 @blueprint.post(
@@ -90,13 +90,11 @@ def show_dead(path: schemas.JobPath) -> Response:
         {202: given("The new job", replies.NewJob, "Location")}, *DEAD_ERRORS, ConflictError
     ),
 )
-def retry_dead(path: schemas.JobPath) -> Response:
+def retry_dead(path: schemas.JobPath) -> tuple[Document, int, dict[str, str]]:
     """Queues a new job with the same request."""
     services = get_services()
     job_id = dead.retry(services.jobs, _url(services), path.job_id)
-    response = _json({"id": job_id}, 202)
-    response.headers["Location"] = f"/v1/jobs/{job_id}"
-    return response
+    return {"id": job_id}, 202, {"Location": f"/v1/jobs/{job_id}"}
 
 
 @blueprint.delete(
@@ -105,11 +103,11 @@ def retry_dead(path: schemas.JobPath) -> Response:
     summary="Delete a dead letter",
     openapi_extensions=_operation({200: given("It is gone", replies.Deleted)}, *DEAD_ERRORS),
 )
-def purge_dead(path: schemas.JobPath) -> Response:
+def purge_dead(path: schemas.JobPath) -> Document:
     """Deletes it with all that is known of the job."""
     if not letters.purge(_url(get_services()), [path.job_id]):
         raise NotKnownError(f"There is no dead letter {path.job_id!r}.")
-    return _json({"id": path.job_id, "deleted": True})
+    return {"id": path.job_id, "deleted": True}
 
 
 @blueprint.get(
@@ -120,10 +118,10 @@ def purge_dead(path: schemas.JobPath) -> Response:
         {200: given("Workers", replies.WorkerList)}, QueueUnavailableError
     ),
 )
-def list_workers() -> Response:
+def list_workers() -> Document:
     """The workers that live, as their last heartbeats showed them."""
     found = control.workers(get_services().redis)
-    return _json({"object": "list", "data": [worker._asdict() for worker in found]})
+    return {"object": "list", "data": [worker._asdict() for worker in found]}
 
 
 @blueprint.get(
@@ -134,14 +132,13 @@ def list_workers() -> Response:
         {200: given("Targets", list[replies.Target])}, QueueUnavailableError
     ),
 )
-def list_targets() -> Response:
+def list_targets() -> list[Document]:
     """In the form of Prometheus's `http_sd`: where the /metrics of the living workers are."""
-    targets = [
+    return [
         {"targets": [worker.metrics_address], "labels": {"worker": worker.id}}
         for worker in control.workers(get_services().redis)
         if worker.metrics_address
     ]
-    return Response(orjson.dumps(targets), content_type="application/json")
 
 
 @blueprint.post(
@@ -153,11 +150,11 @@ def list_targets() -> Response:
         *(InvalidRequestError, NotKnownError, QueueUnavailableError),
     ),
 )
-def drain(path: schemas.WorkerPath) -> Response:
+def drain(path: schemas.WorkerPath) -> tuple[Document, int]:
     """It takes no more jobs, finishes what it can, hands on the rest, and ends."""
     services = get_services()
     control.drain(services.redis, services.jobs.bus, path.worker_id)
-    return _json({"id": path.worker_id, "state": control.WorkerState.DRAINING}, 202)
+    return {"id": path.worker_id, "state": control.WorkerState.DRAINING}, 202
 
 
 @blueprint.post(
@@ -166,12 +163,12 @@ def drain(path: schemas.WorkerPath) -> Response:
     summary="Pause a model",
     openapi_extensions=_operation({200: given("It is paused", replies.Paused)}, *MODEL_ERRORS),
 )
-def pause(path: schemas.ModelPath) -> Response:
+def pause(path: schemas.ModelPath) -> Document:
     """Its backlog goes on growing, and no worker takes from it."""
     services = get_services()
     name = services.catalog.resolve(path.model_id).name
     services.jobs.backlog.pause(name)
-    return _json({"id": name, "is_paused": True})
+    return {"id": name, "is_paused": True}
 
 
 @blueprint.post(
@@ -180,17 +177,13 @@ def pause(path: schemas.ModelPath) -> Response:
     summary="Resume a model",
     openapi_extensions=_operation({200: given("It is served", replies.Paused)}, *MODEL_ERRORS),
 )
-def resume(path: schemas.ModelPath) -> Response:
+def resume(path: schemas.ModelPath) -> Document:
     """Ends a pause."""
     services = get_services()
     name = services.catalog.resolve(path.model_id).name
     services.jobs.backlog.resume(name)
-    return _json({"id": name, "is_paused": False})
+    return {"id": name, "is_paused": False}
 
 
 def _url(services: Services) -> str:
     return services.settings.database_url
-
-
-def _json(document: dict[str, object], status: int = 200) -> Response:
-    return Response(orjson.dumps(document), status, content_type="application/json")

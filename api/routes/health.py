@@ -1,9 +1,8 @@
 """Whether this process lives, whether the deployment can serve, and which version it is."""
 
 from importlib.metadata import version
+from typing import Any
 
-import orjson
-from flask import Response
 from flask_openapi3 import APIBlueprint, Tag
 
 from api import replies
@@ -23,10 +22,10 @@ READY = operation({200: given("Yes", replies.Readiness)}, (NoWorkerError, QueueU
     summary="Is this process alive?",
     openapi_extensions=operation({200: given("Yes", replies.Live)}),
 )
-def live() -> Response:
+def live() -> dict[str, Any]:
     """200 as long as the process answers; `streams` are the requests it waits for at the moment."""
     services = get_services()
-    return _json({"status": "ok", "streams": services.relay.open_streams})
+    return {"status": "ok", "streams": services.relay.open_streams}
 
 
 @blueprint.get(
@@ -35,16 +34,16 @@ def live() -> Response:
     summary="Can requests be served?",
     openapi_extensions=READY,
 )
-def ready() -> Response:
+def ready() -> dict[str, Any]:
     """200 when Redis answers and at least one worker lives, else 503."""
     return _readiness()
 
 
-def _readiness() -> Response:
+def _readiness() -> dict[str, Any]:
     workers = len(control.workers(get_services().redis))
     if not workers:
         raise NoWorkerError
-    return _json({"status": "ok", "workers": workers})
+    return {"status": "ok", "workers": workers}
 
 
 @blueprint.get(
@@ -53,7 +52,7 @@ def _readiness() -> Response:
     summary="Can requests be served? (vLLM's name)",
     openapi_extensions=READY,
 )
-def health() -> Response:
+def health() -> dict[str, Any]:
     """The same as `/health/ready`: what monitors of vLLM ask for."""
     return _readiness()
 
@@ -64,7 +63,7 @@ def health() -> Response:
     summary="Can requests be served? (SageMaker's name)",
     openapi_extensions=READY,
 )
-def ping() -> Response:
+def ping() -> dict[str, Any]:
     """The same as `/health/ready`."""
     return _readiness()
 
@@ -75,9 +74,9 @@ def ping() -> Response:
     summary="How much is this process doing?",
     openapi_extensions=operation({200: given("Its load", replies.Load)}),
 )
-def load() -> Response:
+def load() -> dict[str, Any]:
     """Requests that this process answers at the moment, in vLLM's shape."""
-    return _json({"server_load": get_services().relay.open_streams})
+    return {"server_load": get_services().relay.open_streams}
 
 
 @blueprint.get(
@@ -86,10 +85,6 @@ def load() -> Response:
     summary="The version of Sluice",
     openapi_extensions=operation({200: given("The version", replies.Version)}),
 )
-def get_version() -> Response:
+def get_version() -> dict[str, Any]:
     """The version of the package."""
-    return _json({"version": version("sluice")})
-
-
-def _json(document: dict[str, object]) -> Response:
-    return Response(orjson.dumps(document), content_type="application/json")
+    return {"version": version("sluice")}

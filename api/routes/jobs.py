@@ -7,7 +7,7 @@ from typing import Any
 
 import gevent
 import orjson
-from flask import Response, request
+from flask import Response, make_response, request
 from flask_openapi3 import APIBlueprint, Tag
 from werkzeug.datastructures import Headers
 
@@ -325,7 +325,7 @@ def _await_end(services: Services, job_id: str, wait_s: int) -> None:
 
 
 def _respond(document: dict[str, Any], status: int = 200) -> Response:
-    response = Response(orjson.dumps(document), status, content_type="application/json")
+    response = make_response(document, status)
     if document["object"] == "job":
         response.headers["x-sluice-job"] = document["id"]
     if status == 202:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import orjson
 from flask import Response, request
 from flask_openapi3 import APIBlueprint, Tag
 from redis.exceptions import RedisError
@@ -94,11 +93,11 @@ def embeddings() -> Response:
     summary="List models",
     openapi_extensions=operation({200: given("All models", replies.ModelList)}),
 )
-def list_models() -> Response:
+def list_models() -> dict[str, Any]:
     """Every name that requests may use, aliases included."""
     names, lengths = get_services().catalog.names, _lengths()
     cards = [_card(name, model, lengths) for name, model in names.items()]
-    return _json({"object": "list", "data": cards})
+    return {"object": "list", "data": cards}
 
 
 @blueprint.get(
@@ -107,10 +106,10 @@ def list_models() -> Response:
     summary="Get a model",
     openapi_extensions=operation({200: given("The model", replies.Model)}, (ModelNotFoundError,)),
 )
-def get_model(path: schemas.ModelPath) -> Response:
+def get_model(path: schemas.ModelPath) -> dict[str, Any]:
     """The model of that name or alias."""
     model = get_services().catalog.resolve(path.model_id)
-    return _json(_card(path.model_id, model, _lengths()))
+    return _card(path.model_id, model, _lengths())
 
 
 def _generate(endpoint: str) -> Response:
@@ -145,7 +144,3 @@ def _card(name: str, model: Model, lengths: dict[str, int]) -> dict[str, Any]:
         "parent": None,
         "max_model_len": lengths.get(model.name),
     }
-
-
-def _json(document: dict[str, Any]) -> Response:
-    return Response(orjson.dumps(document), content_type="application/json")

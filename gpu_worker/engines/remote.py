@@ -6,7 +6,6 @@ What the worker is given goes to the server, and what the server says comes back
 import asyncio
 import json
 import logging
-import math
 import os
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing, asynccontextmanager
@@ -23,8 +22,8 @@ from gpu_worker.engines.engine import (
     read_args,
     read_body,
 )
-from gpu_worker.engines.remote_usage import usage_option, watched
-from tasks.contract.errors import ConfigurationError, OverloadedError, StreamBrokenError
+from gpu_worker.engines.remote_usage import read_object, usage_option, watched
+from tasks.contract.errors import ConfigurationError, OverloadedError, StreamBrokenError, headers_of
 from tasks.contract.models import Model
 
 Headers = Iterable[tuple[bytes, bytes]]
@@ -108,12 +107,8 @@ class RemoteEngine:
         Returns:
             The body, and whether its client has not asked for the usage.
         """
-        try:
-            document = json.loads(body)
-        except (ValueError, RecursionError):
+        if not (document := read_object(body)):
             return body, False  # the server says what is wrong with it
-        if not isinstance(document, dict):
-            return body, False
         changes = {} if self._server_model is None else {"model": self._server_model}
         changes |= (unasked := usage_option(path, document))
         return (json.dumps(document | changes).encode() if changes else body), bool(unasked)
@@ -170,11 +165,8 @@ async def _send_start(send: Send, status: int, headers: Headers) -> None:
 
 async def _send_unavailable(send: Send) -> None:
     error = RemoteUnavailableError()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"retry-after", str(math.ceil(error.retry_after_s or 0)).encode()),
-        (b"retry-after-ms", str(round((error.retry_after_s or 0) * 1000)).encode()),
-    ]
-    await _send_start(send, error.status, headers)
+    headers = {"content-type": "application/json"} | headers_of(error)
+    encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await _send_start(send, error.status, encoded)
     body = json.dumps(error.body()).encode()
     await send({"type": "http.response.body", "body": body, "more_body": False})

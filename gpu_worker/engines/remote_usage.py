@@ -16,6 +16,15 @@ PATHS = {"/v1/chat/completions", "/v1/completions"}
 _AFTER_EVENT = re.compile(rb"(?<=\n\n)|(?<=\n\r\n)")
 
 
+def read_object(text: bytes) -> dict[str, Any]:
+    """The object that the text is; {} for all else. Not by orjson, for which 2**64 is a float."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
 def usage_option(path: str, document: dict[str, Any]) -> dict[str, Any]:
     """The field that asks for the usage of a stream; {} where it is asked for, or is no stream."""
     options = document.get("stream_options") or {}
@@ -66,11 +75,8 @@ def _only_tells_usage(event: bytes) -> bool:
 
 def _note_usage(text: bytes) -> dict[str, Any]:
     """Puts the usage of a JSON object on the tape; returns the object, {} if it tells none."""
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    if not isinstance(document, dict) or not isinstance(document.get("usage"), dict):
+    document = read_object(text)
+    if not isinstance(document.get("usage"), dict):
         return {}
     get_tape().usage = document["usage"]
     return document

@@ -4,7 +4,6 @@ For load tests, CI, and machines where vLLM cannot be installed.
 """
 
 import asyncio
-import json
 import math
 import os
 import signal
@@ -12,7 +11,6 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from hashlib import shake_256
-from uuid import uuid4
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
@@ -30,15 +28,14 @@ from gpu_worker.engines.sim_answers import (
     CONTEXT_TOKENS,
     ROUTES,
     Answer,
-    ChatRequest,
-    CompletionRequest,
+    AnyRequest,
     Failure,
     Json,
-    RefusedError,
     make_words,
     parse,
 )
 from gpu_worker.replay_log import get_tape
+from tasks.contract.errors import HttpError, SluiceError
 from tasks.contract.models import Model
 
 FAILS_AT_TOKEN = 3  # the client has something by then
@@ -62,7 +59,7 @@ class SimEngine:
     """The batch, its speed and its failures, behind an ASGI app."""
 
     def __init__(self, model: Model, args: Args) -> None:
-        self._names = (model.name, *model.aliases)
+        self._name = model.name
         self._args = args
         self._slots = asyncio.Semaphore(args.max_num_seqs)
         self._running = 0
@@ -88,20 +85,16 @@ class SimEngine:
         endpoint = ROUTES.get(scope["path"])
         if endpoint is None:
             return await _send_json(send, 404, {"detail": "Not Found"})
-        if scope["method"] != "POST":
-            return await _send_json(send, 405, {"detail": "Method Not Allowed"})
         request_id = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        request_id = request_id or uuid4().hex[:16]
         try:
             request = parse(endpoint, body)
-            request.refuse_wrong(self._names)
             answer = self._compose(request, request_id)
             failure = request.sim.failure if request.sim else self._failure(request_id)
             if failure == "error":
-                raise RefusedError("Internal server error", kind="InternalServerError", code=500)
+                raise HttpError(500, "Internal server error")
             await (self._stream if request.stream else self._complete)(answer, failure, send)
-        except RefusedError as refused:
-            await _send_json(send, refused.code, refused.body)
+        except SluiceError as refused:
+            await _send_json(send, refused.status, refused.body())
 
     async def _complete(self, answer: Answer, failure: Failure, send: Send) -> None:
         async with self._in_batch():
@@ -111,7 +104,7 @@ class SimEngine:
         await _send_json(send, 200, answer.whole())
 
     async def _stream(self, answer: Answer, failure: Failure, send: Send) -> None:
-        await _send_head(send, 200, "text/event-stream; charset=utf-8")
+        await _send_head(send, 200, b"text/event-stream; charset=utf-8")
         try:
             async with self._in_batch():
                 for number in range(answer.length):
@@ -119,8 +112,8 @@ class SimEngine:
                     for chunk in answer.chunks(number):
                         await _send_event(send, orjson.dumps(chunk))
             get_tape().usage = answer.usage()
-        except RefusedError as died:  # vLLM spells this one event with spaces
-            await _send_event(send, json.dumps(died.body).encode())
+        except SluiceError as died:
+            await _send_event(send, orjson.dumps(died.body()))
         await _send_event(send, b"[DONE]")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -164,33 +157,28 @@ class SimEngine:
         self._steps += 1
         tape.note(number)
         if self._death.is_set():
-            cause = "EngineCore encountered an issue. See stack trace (above) for the root cause."
-            raise RefusedError(cause, kind="InternalServerError", code=500)
+            raise HttpError(500, "The engine is dead")
 
     def _failure(self, request_id: str) -> Failure:
         """The failure that this request meets; the same id meets it again."""
         share = int.from_bytes(shake_256(request_id.encode()).digest(4)) / 2**32
         return self._args.failure if share < self._args.failure_rate else "none"
 
-    def _compose(self, request: ChatRequest | CompletionRequest, request_id: str) -> Answer:
-        n = request.n or 1
-        prompts = request.prompts()
-        limit = request.limit()
-        most = CONTEXT_TOKENS // len(prompts)
-        if n > most:
-            raise RefusedError(f"n must be at most {most}, got {n}.")
-        count = min(self._args.length if limit is None else limit, most // n)
+    def _compose(self, request: AnyRequest, request_id: str) -> Answer:
+        prompts, n, limit = request.prompts(), request.n or 1, request.limit()
+        most = max(1, CONTEXT_TOKENS // (len(prompts) * n))
+        count = min(limit or self._args.length, most)
         return Answer(
             request=request,
             id=f"{request.prefix}-{request_id}",
-            model=self._names[0],
+            model=self._name,
             prompt_tokens=sum(tokens for _, tokens in prompts),
             choices=[
                 make_words(f"{prompt} {request.seed} {index}", count)
                 for prompt, _ in prompts
                 for index in range(n)
             ],
-            finish_reason="stop" if limit is None else "length",
+            finish_reason="length" if limit else "stop",
             created=int(time.time()),
         )
 
@@ -205,18 +193,14 @@ async def open_engine(model: Model) -> AsyncIterator[SimEngine]:
     yield SimEngine(model, read_args(model, Args))
 
 
-async def _send_head(
-    send: Send, status: int, content_type: str, *more: tuple[bytes, bytes]
-) -> None:
-    headers = [*more, (b"content-type", content_type.encode())]
+async def _send_head(send: Send, status: int, content_type: bytes) -> None:
+    headers = [(b"content-type", content_type)]
     await send({"type": "http.response.start", "status": status, "headers": headers})
 
 
 async def _send_json(send: Send, status: int, answer: Json) -> None:
-    body = orjson.dumps(answer)
-    length = (b"content-length", str(len(body)).encode())
-    await _send_head(send, status, "application/json", length)
-    await send({"type": "http.response.body", "body": body, "more_body": False})
+    await _send_head(send, status, b"application/json")
+    await send({"type": "http.response.body", "body": orjson.dumps(answer), "more_body": False})
 
 
 async def _send_event(send: Send, data: bytes) -> None:

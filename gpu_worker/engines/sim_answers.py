@@ -3,13 +3,14 @@
 A token is a word, and the same request always gets the same words.
 """
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import shake_256
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tasks.contract.errors import InvalidRequestError
 
 CONTEXT_TOKENS = 131_072  # all choices of a request share them
 FINGERPRINT = "sluice-sim"
@@ -23,17 +24,6 @@ WORDS = VOCABULARY.split()
 
 Failure = Literal["none", "error", "hang", "crash", "die"]
 Json = dict[str, Any]
-
-
-class RefusedError(Exception):
-    """An answer that is an error, in vLLM's shape."""
-
-    def __init__(
-        self, message: str, param: str | None = None, kind: str = "BadRequestError", code: int = 400
-    ) -> None:
-        super().__init__(message)
-        self.code = code
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class StreamOptions(BaseModel):
@@ -51,11 +41,11 @@ class SimOptions(BaseModel):
 
 
 class Request(BaseModel):
-    """What both endpoints read; vLLM's other fields are accepted and change nothing."""
+    """What both endpoints read; other fields are accepted and change nothing."""
 
     model: str | None = None
-    max_tokens: int | None = None
-    n: int | None = 1
+    max_tokens: int | None = Field(None, ge=1)
+    n: int | None = Field(1, ge=1, le=CONTEXT_TOKENS)
     seed: int | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -63,22 +53,6 @@ class Request(BaseModel):
 
     def limit(self) -> int | None:
         return self.max_tokens
-
-    def refuse_wrong(self, names: Iterable[str]) -> None:
-        """Raises a RefusedError for what only shows when all fields are known."""
-        if self.model and self.model not in names:
-            known = f"Valid aliases: {', '.join(names)}."
-            wrong = f"The model `{self.model}` does not exist. {known}"
-            raise RefusedError(wrong, "model", "NotFoundError", 404)
-        if self.stream_options and not self.stream:
-            wrong = "Stream options can only be defined when `stream=True`."
-            raise RefusedError(f"{wrong} (parameter=stream_options)", "stream_options")
-        if self.n is not None and self.n < 1:
-            raise RefusedError(f"n must be at least 1, got {self.n}.")
-        limit = self.limit()
-        if limit is not None and limit < 1:
-            wrong = f"max_tokens must be at least 1, got {limit}."
-            raise RefusedError(f"{wrong} (parameter=max_tokens, value={limit})", "max_tokens")
 
 
 class ChatMessage(BaseModel):
@@ -103,17 +77,14 @@ class ChatRequest(Request):
     tail: ClassVar = (
         "prompt_logprobs prompt_token_ids prompt_text kv_transfer_params ec_transfer_params metrics"
     )
-    messages: list[ChatMessage]
-    max_completion_tokens: int | None = None
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
 
     def limit(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return self.max_completion_tokens or self.max_tokens
 
     def prompts(self) -> list[tuple[str, int]]:
         """The prompt, in a form to hash, and its number of tokens."""
-        if not self.messages:
-            wrong = "Cannot apply chat template to an empty conversation."
-            raise RefusedError(f"{wrong} Provide at least one message.")
         return [(repr(self.messages), max(1, sum(each.words() for each in self.messages)))]
 
     @staticmethod
@@ -141,15 +112,10 @@ class CompletionRequest(Request):
     prefix: ClassVar = "cmpl"
     objects: ClassVar = ("text_completion", "text_completion")
     tail: ClassVar = "kv_transfer_params ec_transfer_params metrics"
-    prompt: list[int] | list[list[int]] | str | list[str] | None = None
+    prompt: list[int] | list[list[int]] | str | list[str] = Field(min_length=1)
 
     def prompts(self) -> list[tuple[str, int]]:
         """Each prompt, in a form to hash, and its number of tokens."""
-        if self.prompt is None or self.prompt == "":
-            wrong = "Either prompt or prompt_embeds must be provided and non-empty."
-            raise RefusedError(f"{wrong} (parameter=prompt)", "prompt")
-        if not self.prompt:
-            raise RefusedError("You must pass at least one prompt")
         is_one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         prompts: list[Any] = [self.prompt] if is_one else list(self.prompt)
         words = (each.split() if isinstance(each, str) else each for each in prompts)
@@ -171,7 +137,8 @@ class CompletionRequest(Request):
         return []
 
 
-ROUTES: dict[str, type[ChatRequest | CompletionRequest]] = {
+AnyRequest = ChatRequest | CompletionRequest
+ROUTES: dict[str, type[AnyRequest]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
 }
@@ -181,7 +148,7 @@ ROUTES: dict[str, type[ChatRequest | CompletionRequest]] = {
 class Answer:
     """All that a request will be told, decided before the first token."""
 
-    request: ChatRequest | CompletionRequest
+    request: AnyRequest
     id: str
     model: str
     prompt_tokens: int
@@ -242,36 +209,16 @@ def make_words(seed: str, count: int) -> list[str]:
     return [words[0], *(f" {word}" for word in words[1:])]
 
 
-def parse(
-    endpoint: type[ChatRequest | CompletionRequest], body: bytes
-) -> ChatRequest | CompletionRequest:
-    """The request, or vLLM's words for what is wrong with it."""
+def parse(endpoint: type[AnyRequest], body: bytes) -> AnyRequest:
+    """The request.
+
+    Raises:
+        InvalidRequestError: it is none.
+    """
     try:
-        return endpoint.model_validate(json.loads(body), from_attributes=True)
+        return endpoint.model_validate_json(body)
     except ValidationError as refused:
-        raise _refusal(refused.errors(include_url=False)) from None
-    except json.JSONDecodeError as broken:
-        error: Json = {"type": "json_invalid", "loc": (broken.pos,), "msg": "JSON decode error"}
-        raise _refusal([error | {"input": {}, "ctx": {"error": broken.msg}}]) from None
-    except (UnicodeDecodeError, RecursionError):
-        wrong = "There was an error parsing the body"
-        raise RefusedError(wrong, kind="Bad Request") from None
-
-
-def _refusal(errors: Sequence[Mapping[str, Any]]) -> RefusedError:
-    lines = [f"{len(errors)} validation error{'s'[: len(errors) - 1]}:"]
-    for error in errors[:10]:
-        shown = dict(error) | {"loc": _path(error["loc"])}
-        given = error["input"]
-        is_container = isinstance(given, list | dict)
-        summary = f"<{type(given).__name__} of {len(given)} items>" if is_container else str(given)
-        lines.append(f"  {shown | {'input': summary[:200]}}")
-    if len(errors) > 10:
-        lines.append(f"  ...and {len(errors) - 10} more errors")
-    return RefusedError("\n".join(lines), _path(errors[0]["loc"]), "Bad Request")
-
-
-def _path(loc: tuple[int | str, ...]) -> str:
-    """Where in the body; a union's branches are no place."""
-    named = (str(part) for part in loc if part != "str" and "[" not in str(part))
-    return ".".join(["body", *named])
+        first = refused.errors(include_url=False)[0]
+        param = str(first["loc"][0]) if first["loc"] else None
+        wrong = f"The request is malformed: {param or 'body'}: {first['msg']}."
+        raise InvalidRequestError(wrong, param=param) from None

@@ -34,6 +34,19 @@ class SluiceError(Exception):
         }
 
 
+def headers_of(kind: SluiceError | type[SluiceError]) -> dict[str, str]:
+    """What HTTP says of an error beside its body."""
+    headers = {}
+    if kind.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, round(kind.retry_after_s)))
+        headers["retry-after-ms"] = str(round(kind.retry_after_s * 1000))
+    if kind.status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
+    if kind.should_retry is not None:
+        headers["x-should-retry"] = str(kind.should_retry).lower()
+    return headers
+
+
 class ConfigurationError(SluiceError):
     """A setting is wrong; the program does not start with it."""
 

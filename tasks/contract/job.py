@@ -1,6 +1,6 @@
 """A job as the API submits it and as a worker claims it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
 
@@ -100,10 +100,6 @@ class Terms:
     """What the request with the key said."""
     first_attempt: int = 0
     """Attempts before: what they left in Redis is older than what now comes."""
-
-    def with_deadline(self, deadline_s: float) -> "Terms":
-        """The same with that deadline."""
-        return replace(self, deadline_s=deadline_s)
 
 
 LOWEST_PRIORITY = 100

@@ -42,13 +42,13 @@ def assemble(entries: Sequence[Entry]) -> Outcome | None:
             document.setdefault("usage", end.usage)
         body = orjson.dumps(document)
     else:
-        document = _read(body)
+        document = read_object(body)
         body = body if document else orjson.dumps(body.decode(errors="replace"))
     error, usage = document.get("error"), document.get("usage")
     return Outcome(end.state, start.status, body, error, usage)
 
 
-def _read(body: bytes) -> dict[str, Any]:
+def read_object(body: bytes) -> dict[str, Any]:
     """The object that the body is; {} for all else."""
     try:
         document = orjson.loads(body)
@@ -61,7 +61,7 @@ def _chunks(events: bytes) -> Iterator[dict[str, Any]]:
     for event in events.split(b"\n\n"):
         data = event.removeprefix(b"data: ").strip()
         if data and data != DONE:
-            yield _read(data)
+            yield read_object(data)
 
 
 def fold(chunks: Iterable[dict[str, Any]]) -> dict[str, Any]:

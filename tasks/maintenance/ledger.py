@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from db import jobs, migrate
 from db.jobs import Change
-from db.models import JobEvent, JobRecord, JobResult, LedgerEntry
+from db.models import JobEvent, JobRecord, JobResult
 from tasks.contract import keys
 from tasks.contract.errors import DecodeError, JobLostError
 from tasks.contract.job import State
@@ -47,18 +47,18 @@ def decode(record_id: str, fields: dict[bytes, bytes], outcome: Outcome | None) 
 
 
 def _change(record_id: str, text: dict[str, str], state: State, outcome: Outcome | None) -> Change:
-    at, queued_at = _moment(text["at_us"]), _moment(text["queued_us"])
-    started_at = _moment(text["started_us"]) if text["started_us"] else None
-    job_id, attempts = text["job_id"], int(text["attempts"])
-    own = {name: text[name] for name in ("model", "tenant", "endpoint", "lane")}
+    at, job_id, attempts = _moment(text["at_us"]), text["job_id"], int(text["attempts"])
     job = JobRecord(
-        **own,  # type: ignore[arg-type]
         id=job_id,
+        tenant=text["tenant"],
+        model=text["model"],
+        endpoint=text["endpoint"],
+        lane=text["lane"],
         status=state,
         attempts=attempts,
         meta=orjson.loads(text["metadata"]),
-        created_at=queued_at,
-        started_at=started_at,
+        created_at=_moment(text["queued_us"]),
+        started_at=_moment(text["started_us"]) if text["started_us"] else None,
         completed_at=at if state.is_final else None,
         died_at=at if text.get("is_dead") else None,
     )
@@ -81,16 +81,7 @@ def _change(record_id: str, text: dict[str, str], state: State, outcome: Outcome
         error=told.error,
         usage=told.usage,
     )
-    ledger = LedgerEntry(
-        **own,
-        job_id=job_id,
-        state=state,
-        attempts=attempts,
-        queued_at=queued_at,
-        started_at=started_at,
-        ended_at=at,
-    )
-    return Change(job, event, result, ledger)
+    return Change(job, event, result, jobs.ledger_entry(job, at))
 
 
 def _reason(state: State) -> dict[str, Any] | None:

@@ -4,7 +4,8 @@ Nothing depends on it: what it finds is a fault of a script or of Redis, and cou
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from redis import Redis
@@ -54,13 +55,8 @@ class Sweeper:
         lanes = [(model, lane) for model in self._queue.backlog.models() for lane in Lane]
         places = [keys.backlog(*lane) for lane in lanes] + [keys.suspects(*lane) for lane in lanes]
         for place in [*places, keys.DELAYED, keys.LEASES, keys.DEADLINES]:
-            cursor = 0
-            while True:
-                reply: Any = redis.zscan(place, cursor, count=KEYS_AT_ONCE)
-                cursor, members = reply
+            for members in _slices(partial(redis.zscan, place, count=KEYS_AT_ONCE)):
                 yield self._mend([member.decode() for member, _ in members], place)
-                if cursor == 0:
-                    break
 
     def _sweep_logs(self) -> Iterator[int]:
         """Logs that no job's end will give a TTL any more."""
@@ -84,10 +80,14 @@ class Sweeper:
 
 def _scan(redis: Redis, prefix: str) -> Iterator[list[str]]:
     """The keys of that prefix, in slices."""
+    for found in _slices(partial(redis.scan, match=f"{prefix}*", count=KEYS_AT_ONCE)):
+        yield [key.decode() for key in found]
+
+
+def _slices(scan: Callable[[int], Any]) -> Iterator[Any]:
     cursor = 0
     while True:
-        reply: Any = redis.scan(cursor, match=f"{prefix}*", count=KEYS_AT_ONCE)
-        cursor, found = reply
-        yield [key.decode() for key in found]
+        cursor, found = scan(cursor)
+        yield found
         if cursor == 0:
             return

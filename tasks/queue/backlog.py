@@ -9,6 +9,7 @@ import functools
 import logging
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,7 +119,7 @@ class Backlog:
             IdempotencyError: another request holds the key.
         """
         if terms.deadline_s is None:
-            terms = terms.with_deadline(self._settings.job_ttl_s)
+            terms = replace(terms, deadline_s=self._settings.job_ttl_s)
         job_id = self._put("submit", job, terms)
         if job_id == job.id:
             self._log_accepted(job)

@@ -16,7 +16,6 @@ from tasks.contract.errors import (
 )
 from tasks.contract.events import End, Kind
 from tasks.contract.job import State
-from tasks.contract.response import Outcome, assemble
 from tasks.contract.settings import Settings
 from tasks.queue import counts
 from tasks.queue.backlog import MOST_TICKETS, Backlog, Reaped
@@ -71,13 +70,6 @@ class Jobs:
             },
         )
         return True
-
-    def outcome(self, job_id: str) -> Outcome | None:
-        """How the job ended; None: it has not, or its log is gone."""
-        last = self.log.last(job_id)
-        if last is None or last.kind is not Kind.END:
-            return None
-        return assemble(self.log.read_after(job_id))
 
     def end_without_log(self, job_id: str) -> End | None:
         """The end of a job whose log does not tell it: lost, or the writer of its end has died."""
