@@ -1,5 +1,5 @@
 # Needs Python 3.11+ and make, nothing else; all that it installs goes to .venv.
-.PHONY: help up test checks lint faults model holes lock audit bench dashboards clean
+.PHONY: help up test checks lint faults model holes lock audit bench dashboards docs clean
 
 # Both lists come from the comments with two #.
 help:  ## this list
@@ -80,6 +80,9 @@ bench: .venv/installed-test  ## Sluice against vLLM's own server, on this machin
 
 dashboards: .venv/installed-test  ## Grafana's dashboards, from deploy/dashboards to deploy/grafana
 	$(BIN)/python -m deploy.dashboards
+
+docs: .venv/installed-test  ## tables and pictures in docs, from settings and figures
+	$(BIN)/python -m deploy.configuration
 
 clean:  ## removes what make has made here; data stays in SLUICE_HOME
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
