@@ -83,6 +83,8 @@ dashboards: .venv/installed-test  ## Grafana's dashboards, from deploy/dashboard
 
 docs: .venv/installed-test  ## tables and pictures in docs, from settings and figures
 	$(BIN)/python -m deploy.configuration
+	$(BIN)/python -m docs.charts
+	$(BIN)/python -m docs.screens
 
 clean:  ## removes what make has made here; data stays in SLUICE_HOME
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
