@@ -1,5 +1,5 @@
 # Needs Python 3.11+ and make, nothing else; all that it installs goes to .venv.
-.PHONY: help up test checks lint faults model holes lock audit bench clean
+.PHONY: help up test checks lint faults model holes lock audit bench docs clean
 
 # Both lists come from the comments with two #.
 help:  ## this list
@@ -77,6 +77,11 @@ audit: .venv/installed-test  ## looks the pinned packages up among known vulnera
 
 bench: .venv/installed-test  ## Sluice against vLLM's own server, on this machine
 	$(BIN)/python -m bench
+
+docs: .venv/installed-test  ## tables and pictures in docs, from settings and figures
+	$(BIN)/python -m deploy.configuration
+	$(BIN)/python -m docs.charts
+	$(BIN)/python -m docs.screens
 
 clean:  ## removes what make has made here; data stays in SLUICE_HOME
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,4 +1,4 @@
-"""The program `sluice`: one command for each part, configured by the environment (README)."""
+"""The program `sluice`: one command for each part; docs/configuration.md has the settings."""
 
 import os
 import sys

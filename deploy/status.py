@@ -172,22 +172,22 @@ def run(*, once: bool, as_json: bool) -> None:
         if as_json:
             click.echo(orjson.dumps(status.as_json(), option=JSON_OPTIONS))
         else:
-            console.print(_render(status))
+            console.print(render(status))
 
 
 def _watch(console: Console, observer: Observer, status: Status) -> NoReturn:
     """Until Ctrl-C, also while Redis is away."""
-    with Live(_render(status), console=console, auto_refresh=False) as live:
+    with Live(render(status), console=console, auto_refresh=False) as live:
         while True:
             time.sleep(REFRESH_S)
             try:
                 status, trouble = observer.look(), ""
             except RedisError as away:
                 trouble = f"as last seen: {redis_trouble(away, get_settings()).error}"
-            live.update(Group(_render(status), Text(trouble, BAD)), refresh=True)
+            live.update(Group(render(status), Text(trouble, BAD)), refresh=True)
 
 
-def _render(status: Status) -> Group:
+def render(status: Status) -> Group:
     """The totals first: a small terminal cuts the end off."""
     tables = _queues(status.models), _engines(status.models), _workers(status.workers)
     return Group(_totals(status), *(part for table in tables for part in (Text(), table)))

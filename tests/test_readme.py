@@ -1,8 +1,9 @@
-"""The examples of README, run as they stand, against the real engine."""
+"""README and docs/: their examples, run as they stand, against the real engine; what they name."""
 
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,19 @@ import pytest
 from bench.stack import Stack
 from tasks.contract.settings import PREFIX, Settings
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-EXAMPLES = re.findall(r"```(python|sh)\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("api", "bench", "db", "deploy", "docs", "gpu_worker", "tasks", "tests")
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+}
+EXAMPLES = [
+    pytest.param(language, code, id=f"{page}-{language}")
+    for page, text in PAGES.items()
+    for language, code in re.findall(r"```(python|sh)\n(.*?)```", text, re.DOTALL)
+]
+# What it tells of may be gone by now.
+HISTORY = "CHANGELOG.md"
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -26,10 +38,34 @@ def test_an_example_works(vllm_stack: Stack, language: str, code: str) -> None:
 
 
 def test_every_example_is_found() -> None:
-    assert len(EXAMPLES) == 6
+    pages = Counter(str(example.id).rpartition("-")[0] for example in EXAMPLES)
+    assert pages == {"README.md": 1, "docs/getting-started.md": 4, "docs/jobs.md": 2}
 
 
-def test_the_table_names_every_setting() -> None:
-    assert set(re.findall(r"^\| `(SLUICE_\w+)`", README, re.MULTILINE)) == {
-        PREFIX + name.upper() for name in Settings.model_fields
-    }
+@pytest.mark.parametrize("page", PAGES)
+def test_every_setting_exists(page: str) -> None:
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    assert set(re.findall(rf"\b{PREFIX}[A-Z_]+", PAGES[page])) <= known
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != HISTORY])
+def test_every_file_exists(page: str) -> None:
+    paths = re.findall(rf"(?<![\w/.])(?:{'|'.join(PACKAGES)})/[\w./-]*\w", PAGES[page])
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    kept = {path.name for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    assert set(re.findall(r"(?<![\w/.*])[\w-]+\.py\b", PAGES[page])) <= kept
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page: str) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", PAGES[page])
+    for path, anchor in links:
+        target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(PAGES[str(target.relative_to(ROOT))]), anchor
+
+
+def anchors(text: str) -> set[str]:
+    """Those that headings get where Markdown is shown."""
+    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}

@@ -1,6 +1,6 @@
 """Every setting of Sluice: one frozen object, read from the environment in one place.
 
-`SLUICE_REDIS_URL=redis://queue:6379/0 sluice api` and so on; README has the table.
+`SLUICE_REDIS_URL=redis://queue:6379/0 sluice api` and so on; docs/configuration.md has the table.
 """
 
 import base64
@@ -36,90 +36,161 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True)
 
     redis_url: str = Field(
-        "", description="queue and Celery broker; empty: that of `sluice up`, or port 6379 here"
+        "",
+        description="the queue, and Celery's broker; empty: that of the `sluice up` that runs in "
+        "`SLUICE_HOME`, else `redis://127.0.0.1:6379/0`; `sluice up` starts one of its own",
     )
-    bus_url: str = Field("", description="token logs and pub/sub; empty: the same as redis_url")
-    database_url: str = Field("", description="SQLAlchemy URL; empty: SQLite in home")
+    bus_url: str = Field(
+        "", description="Redis for token logs and pub/sub; empty: the same as `SLUICE_REDIS_URL`"
+    )
+    database_url: str = Field(
+        "",
+        description="SQLAlchemy URL, for PostgreSQL `postgresql+psycopg://USER:PASSWORD@HOST/NAME`;"
+        " empty: SQLite in `SLUICE_HOME`",
+    )
     home: Path = Field(
-        HOME, validate_default=True, description="state: database, logs, embedded Redis"
+        HOME,
+        validate_default=True,
+        description="state directory: database, logs, data of the embedded Redis",
     )
-    models: Path | None = Field(None, description="path of models.yaml; empty: the bundled demo")
-    model: str = Field("", description="source that replaces the default model's")
-    model_args: str = Field("", description="more flags of the default model's engine")
+    models: Path | None = Field(
+        None,
+        description="path of `models.yaml`: name, source, aliases, engine with its arguments, and "
+        "slots of each model; empty: the bundled demo model",
+    )
+    model: str = Field(
+        "",
+        description="another source for the first model: a Hub id, a directory, `sim`, or the URL "
+        "of an OpenAI-compatible server",
+    )
+    model_args: str = Field(
+        "",
+        description="more arguments for its engine, as flags of `vllm serve`: "
+        "`--max-model-len 4096`",
+    )
     host: str = Field("127.0.0.1", min_length=1, description="address that the API listens on")
-    port: int = Field(8000, ge=1, le=65535, description="port of the API under `sluice up`")
+    port: int = Field(8000, ge=1, le=65535, description="port of the API")
     api_url: str = Field(
-        "", description="API of `sluice submit` etc.; empty: that on host and port"
+        "",
+        description="API that `sluice submit`, `watch`, `job`, `jobs`, `cancel` and `bench` use; "
+        "empty: the one on `SLUICE_HOST` and `SLUICE_PORT`",
     )
-    api_key: str = Field("", description="what these send as bearer token", repr=False)
+    api_key: str = Field("", description="bearer token that these commands send", repr=False)
     api_processes: int = Field(1, ge=1, description="gunicorn processes of one API")
 
     allowed_hosts: str = Field(
         "",
-        description="names that requests may be sent to, comma-separated; empty: on a loopback "
-        "address its names, else any",
+        description="names that requests may be sent to, comma-separated; others get 403; behind "
+        "a proxy: its name; empty: the names of loopback if the API is bound to it, else any",
     )
     allowed_origins: str = Field(
         "",
-        description="origins whose pages may use the API, as https://chat.example.com, "
-        "comma-separated; *: all",
+        description="origins whose web pages may use the API (CORS, WebSockets), as "
+        "`https://chat.example.com`, comma-separated; `*`: all; empty: pages of this server only",
     )
-    max_body_bytes: int = Field(10_000_000, ge=1, description="larger request bodies get 413")
+    max_body_bytes: int = Field(
+        10_000_000,
+        ge=1,
+        description="larger request bodies get 413; as many bytes may wait on one WebSocket",
+    )
     max_schema_bytes: int = Field(
         100_000, ge=1, description="larger schemas, grammars and lists of tools get 400"
     )
-    body_timeout_s: float = Field(60, gt=0, description="a body that takes longer gets 408")
-    max_backlog: int = Field(10_000, ge=1, description="queued jobs per model and lane, then 503")
-    max_backlog_bytes: int = Field(
-        1_000_000_000, ge=1, description="bodies of a model's open jobs in Redis, then 503"
+    body_timeout_s: float = Field(
+        60, gt=0, description="a request body that takes longer to arrive gets 408"
     )
-    request_timeout_s: float = Field(600, gt=0, description="a waiting request gets 504 after it")
-    keep_alive_s: float = Field(10, gt=0, le=10, description="between SSE keep-alive comments")
+    max_backlog: int = Field(
+        10_000, ge=1, description="queued jobs per model and lane; more get 503"
+    )
+    max_backlog_bytes: int = Field(
+        1_000_000_000,
+        ge=1,
+        description="bytes of the requests of a model's open jobs in Redis; more get 503",
+    )
+    request_timeout_s: float = Field(
+        600, gt=0, description="a request that does not stream gets 504 after it"
+    )
+    keep_alive_s: float = Field(
+        10, gt=0, le=10, description="between SSE comments on a silent stream, also while queued"
+    )
 
-    lease_s: float = Field(10, ge=3, description="a silent worker loses its jobs after it")
+    lease_s: float = Field(
+        10, ge=3, description="a worker that is silent for so long loses its jobs to others"
+    )
     reap_interval_s: float = Field(1, gt=0, description="between the reaper's rounds")
-    max_attempts: int = Field(3, ge=1, description="failures of one job before it is given up")
-    engine_stall_s: float = Field(120, gt=0, description="an engine that makes no step is dead")
-    drain_s: float = Field(120, ge=0, description="a stopping worker's time for running jobs")
-    job_retention_s: int = Field(2_592_000, ge=1, description="an ended job's time in SQL")
+    max_attempts: int = Field(
+        3,
+        ge=1,
+        description="failures of one job (its worker died, the engine answered 5xx) before it is "
+        "given up",
+    )
+    engine_stall_s: float = Field(
+        120,
+        gt=0,
+        description="an engine that has work and makes no step for so long counts as dead",
+    )
+    drain_s: float = Field(
+        120,
+        ge=0,
+        description="how long a stopping worker lets running jobs finish; under `sluice up` 3, "
+        "unless it is set",
+    )
+    job_retention_s: int = Field(
+        2_592_000, ge=1, description="how long an ended job stays in SQL: 30 days"
+    )
     job_ttl_s: int = Field(
-        86_400, ge=60, description="a chat that nobody has begun by then expires; life of a key"
+        86_400,
+        ge=60,
+        description="a chat that nobody has begun by then expires; an `Idempotency-Key` is held "
+        "in Redis for as long",
     )
     log_retention_s: int = Field(
-        3600, ge=1, description="an ended job's time in Redis, from when SQL has it"
+        3600, ge=1, description="how long an ended job stays in Redis, from when SQL has it"
     )
 
-    log_format: Literal["console", "json"] = Field("console", description="how log lines look")
+    log_format: Literal["console", "json"] = Field(
+        "console", description="how log lines look; `json`: one object per line"
+    )
     log_content: bool = Field(False, description="log what is asked and answered, too")
     metrics_bind: str = Field(
         "127.0.0.1:0",
         pattern=r"^\S+:\d+$",
-        description="HOST:PORT of a worker's /metrics; port 0: any free one",
+        description="`HOST:PORT` of a worker's `/metrics`; port 0: any free one",
     )
 
     alert_webhook: str = Field(
         "",
         pattern=r"^(https?://\S+)?$",
         repr=False,
-        description="gets alerts in Alertmanager's form, from maintenance; empty: off",
+        description="URL that maintenance sends alerts to, in Alertmanager's form, without "
+        "Prometheus; empty: off",
     )
-    alert_depth: int = Field(1000, ge=1, description="more queued jobs of a model are an alert")
+    alert_depth: int = Field(
+        1000, ge=1, description="more queued jobs of a model are such an alert"
+    )
     alert_oldest_s: float = Field(
-        60, gt=0, description="an interactive job that waits longer is an alert"
+        60, gt=0, description="an interactive job that waits longer is such an alert"
     )
 
     admin_key: str = Field(
-        "", repr=False, description="bearer token of /v1/admin; empty: these endpoints are off"
+        "",
+        repr=False,
+        description="bearer token of `/v1/admin` (dead letters, draining, pauses); empty: these "
+        "endpoints are off",
     )
     webhook_secrets: str = Field(
-        "", repr=False, description="whsec_… secrets, comma-separated; each signs every call"
+        "",
+        repr=False,
+        description="secrets that sign webhooks, `whsec_…`, comma-separated; each signs every "
+        "call, so that one can replace another; empty: no webhooks",
     )
     webhook_allow_private: bool = Field(
         False, description="webhooks may call addresses that are not public"
     )
     webhook_ports: str = Field(
         "80, 443, 8000-8999",
-        description="ports that webhooks may call, and ranges of them, comma-separated",
+        description="ports that webhooks may call, and ranges of them, comma-separated; others "
+        "get 400",
     )
 
     @property
