@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from db import jobs
 from db.models import JobRecord
 from tasks.contract.errors import DatabaseUnavailableError, IdempotencyError, KeyInUseError
-from tasks.maintenance.reconciler import dispatch, queued, terms
+from tasks.maintenance.accepted import dispatch, to_job
 from tasks.queue.jobs import Jobs
 
 log = logging.getLogger(__name__)
@@ -64,13 +64,13 @@ class Acceptance:
         if not self._commit(job):
             self._release(job)
             return self._holder(job)
-        dispatch(self._queue, job)
+        dispatch(self._queue.backlog, job)
         return job.id
 
     def _reserve(self, job: JobRecord) -> str:
         """What may refuse the job comes before its commit: an accepted one is never forgotten."""
         try:
-            return self._queue.backlog.reserve(queued(job), terms(job))
+            return self._queue.backlog.reserve(to_job(job))
         except RedisError as away:
             log.warning("job %s: to be accepted without the queue: %s", job.id, away)
             return job.id
@@ -88,10 +88,10 @@ class Acceptance:
 
     def _release(self, job: JobRecord) -> None:
         with suppress(RedisError):  # it runs out by itself
-            self._queue.backlog.release(queued(job), terms(job))
+            self._queue.backlog.release(to_job(job))
 
     def _is_known(self, job_id: str) -> bool:
-        is_queued = self._queue.backlog.look([job_id]) != [None]
+        is_queued = self._queue.backlog.snapshots([job_id]) != [None]
         return is_queued or jobs.load(self._url, job_id) is not None
 
     def _holder(self, job: JobRecord) -> str:

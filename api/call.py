@@ -10,8 +10,9 @@ from werkzeug.datastructures import Headers
 
 from api import limits
 from api.body import read_object
-from api.services import Services
+from api.services import TENANT, Services
 from tasks.contract.errors import InvalidRequestError
+from tasks.contract.job import EnqueueOptions, Job, new_id
 from tasks.contract.models import Model
 
 LONGEST_WAIT_S = 60
@@ -28,18 +29,12 @@ _ON_DISCONNECT = ("abort", "continue")
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request for the engine, its body as the engine gets it."""
+    """A request for the engine as a job, and how its client wants to have the answer."""
 
-    endpoint: str
-    body: bytes
-    model: Model
-    sequences: int
-    """How many the engine generates at once for it."""
+    job: Job
     wants_stream: bool
     continues: bool
     """Whether the job runs on when its client goes away."""
-    idempotency_key: str = ""
-    fingerprint: str = ""
 
     @classmethod
     def read(cls, services: Services, endpoint: str, body: bytes, headers: Headers) -> "Call":
@@ -58,17 +53,18 @@ class Call:
         model = services.catalog.resolve(name if isinstance(name, str) else None)
         limits.check(document, model, services.settings.max_schema_bytes)
         key = read_key(headers)
-        return cls(
+        job = Job(
+            new_id(),
+            model.name,
             endpoint,
             body if document is whole else orjson.dumps(document),
-            model,
-            _admit_sequences(endpoint, document, model),
-            wants_stream=document.get("stream") is True,
-            # A key says that the client will come back for the answer.
-            continues=(on_disconnect or ("continue" if key else "abort")) == "continue",
-            idempotency_key=key,
-            fingerprint=fingerprint(endpoint, body),
+            tenant=TENANT,
+            sequences=_admit_sequences(endpoint, document, model),
+            options=EnqueueOptions(idempotency_key=key, fingerprint=fingerprint(endpoint, body)),
         )
+        # A key says that the client will come back for the answer.
+        continues = (on_disconnect or ("continue" if key else "abort")) == "continue"
+        return cls(job, document.get("stream") is True, continues)
 
 
 def count_sequences(endpoint: str, document: dict[str, Any]) -> int:

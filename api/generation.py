@@ -6,6 +6,7 @@ the engine knows works here.
 
 import socket
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import gevent
@@ -17,7 +18,6 @@ from api.call import Call
 from api.cancellation import cancel
 from api.job_stream import ClientGoneError, JobStream
 from api.services import Services
-from tasks.contract.job import Job, Terms
 
 CLIENT_CLOSED_REQUEST = 499
 
@@ -42,27 +42,19 @@ class Generation:
     def __init__(self, services: Services, call: Call, client_socket: Any = None) -> None:
         self._services = services
         self._resources = ExitStack()
-        model = call.model.name
-        job = Job.create(
-            model=model,
-            endpoint=call.endpoint,
-            body=call.body,
-            listener=services.relay.process,
-            sequences=call.sequences,
-        )
-        terms = Terms(idempotency_key=call.idempotency_key, fingerprint=call.fingerprint)
+        job = replace(call.job, listener=services.relay.process)
         stream: JobStream = self._resources.enter_context(services.relay.stream(job.id))
         with ExitStack() as undo:
             undo.callback(self._resources.close)
-            self.job_id = services.jobs.backlog.submit(job, terms)
+            self.job_id = services.jobs.backlog.submit(job)
             self._is_own = self.job_id == job.id
             if not self._is_own:
                 stream = self._attach()
             undo.pop_all()
-        self._model = model
+        self._model = job.model
         self._continues = call.continues
         self.stream = stream
-        self.answer = Answer(services, stream, model)
+        self.answer = Answer(services, stream, job.model)
         if client_socket is not None:
             watcher = gevent.spawn(_watch, client_socket, stream)
             self._resources.callback(watcher.kill, block=False)
@@ -70,7 +62,7 @@ class Generation:
     def _attach(self) -> JobStream:
         """The stream of the job that holds the key, in place of an own one."""
         self._resources.close()
-        if self._services.jobs.backlog.look([self.job_id]) == [None]:
+        if self._services.jobs.backlog.snapshots([self.job_id]) == [None]:
             raise AnsweredError(self.job_id)
         return self._resources.enter_context(self._services.relay.follow(self.job_id))
 

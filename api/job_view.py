@@ -26,17 +26,17 @@ def describe(services: Services, tenant: str, job_id: str) -> dict[str, Any]:
     Raises:
         JobNotFoundError: the tenant has no such job.
     """
-    job = find_queued(services, tenant, job_id)
-    if job is not None and not job.state.is_final:
-        return _of_snapshot(job, *places_of(services, [job]))
+    seen = find_queued(services, tenant, job_id)
+    if seen is not None and not seen.state.is_final:
+        return _of_snapshot(seen, *places_of(services, [seen]))
     found = jobs.get(services.settings.database_url, tenant, job_id)
-    if found is not None and found[0].completed_at is not None and (job is None or found[1]):
+    if found is not None and found[0].completed_at is not None and (seen is None or found[1]):
         return of_record(*found)
-    if job is not None and (outcome := _outcome(services, job_id)):
-        return _of_snapshot(job) | _of_outcome(outcome)
-    if job is not None:
-        # Its last words are on their way to its log.
-        return _of_snapshot(job) | {"status": State.IN_PROGRESS, "completed_at": None}
+    if seen is not None and (outcome := _outcome(services, job_id)):
+        return _of_snapshot(seen) | _of_outcome(outcome)
+    if seen is not None:
+        # The end of its log is still to be written.
+        return _of_snapshot(seen) | {"status": State.IN_PROGRESS, "completed_at": None}
     if found is None:
         raise JobNotFoundError
     return of_record(*found)
@@ -48,17 +48,17 @@ def find_queued(services: Services, tenant: str, job_id: str) -> Snapshot | None
     Raises:
         JobNotFoundError: it is another tenant's.
     """
-    (job,) = services.jobs.backlog.look([job_id])
-    if job is not None and job.tenant != tenant:
+    (seen,) = services.jobs.backlog.snapshots([job_id])
+    if seen is not None and seen.job.tenant != tenant:
         raise JobNotFoundError
-    return job
+    return seen
 
 
 def places_of(services: Services, found: Sequence[Snapshot]) -> list[Place | None]:
     """Where the queued ones of these jobs stand."""
-    queued = [job for job in found if job.state is State.QUEUED]
+    queued = [seen.job for seen in found if seen.state is State.QUEUED]
     at = dict(zip((job.id for job in queued), places(services.redis, queued), strict=True))
-    return [at.get(job.id) for job in found]
+    return [at.get(seen.job.id) for seen in found]
 
 
 def stored_response(services: Services, tenant: str, job_id: str) -> Response:
@@ -114,15 +114,15 @@ def describe_all(
 
     What SQL takes for open, the queue knows better.
     """
-    known = services.jobs.backlog.look([job.id for job, _ in rows if job.completed_at is None])
-    at = {job.id: job for job in known if job}
+    open_ids = [job.id for job, _ in rows if job.completed_at is None]
+    at = {seen.job.id: seen for seen in services.jobs.backlog.snapshots(open_ids) if seen}
     states = [(row, at[row[0].id].state if row[0].id in at else row[0].status) for row in rows]
     shown = [row for row, state in states if status in (None, state)][:most]
     live = [at[job.id] for job, _ in shown if job.id in at]
     views = {}
-    for job, place in zip(live, places_of(services, live), strict=True):
-        outcome = _outcome(services, job.id) if job.state.is_final else None
-        views[job.id] = _of_snapshot(job, place) | (_of_outcome(outcome) if outcome else {})
+    for seen, place in zip(live, places_of(services, live), strict=True):
+        outcome = _outcome(services, seen.job.id) if seen.state.is_final else None
+        views[seen.job.id] = _of_snapshot(seen, place) | (_of_outcome(outcome) if outcome else {})
     return [views.get(job.id) or of_record(job, result) for job, result in shown]
 
 
@@ -143,19 +143,20 @@ def _outcome(services: Services, job_id: str) -> Outcome | None:
     return outcome
 
 
-def _of_snapshot(job: Snapshot, place: Place | None = None) -> dict[str, Any]:
+def _of_snapshot(seen: Snapshot, place: Place | None = None) -> dict[str, Any]:
+    job = seen.job
     return {
         "id": job.id,
         "object": "job",
         "endpoint": job.endpoint,
         "model": job.model,
-        "priority": _priority(job.lane, job.priority),
-        "status": job.state,
-        "created_at": job.queued_us // 1_000_000,
-        "started_at": job.started_us and job.started_us // 1_000_000,
-        "completed_at": job.ended_us and job.ended_us // 1_000_000,
+        "priority": _priority(job.lane, job.options.priority),
+        "status": seen.state,
+        "created_at": seen.queued_us // 1_000_000,
+        "started_at": seen.started_us and seen.started_us // 1_000_000,
+        "completed_at": seen.ended_us and seen.ended_us // 1_000_000,
         "queue": place and place._asdict(),
-        "attempts": job.attempt,
+        "attempts": seen.attempt,
         "response": None,
         "error": None,
         "usage": None,

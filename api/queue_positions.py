@@ -81,8 +81,8 @@ class Places:
     def _look(self) -> None:
         # One that has sent something has left the queue.
         waiting = [watched for watched in self._watched if watched.has_nothing]
-        found = self._backlog.look(sorted({watched.job_id for watched in waiting}))
-        queued = {job.id: job for job in found if job and job.state is State.QUEUED}
+        found = self._backlog.snapshots(sorted({watched.job_id for watched in waiting}))
+        queued = {each.job.id: each.job for each in found if each and each.state is State.QUEUED}
         at = dict(zip(queued, places(self._redis, list(queued.values())), strict=True))
         for watched in waiting:
             watched.put(at.get(watched.job_id))

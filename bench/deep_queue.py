@@ -111,7 +111,7 @@ class Queue:
     def cycle(self) -> dict[str, float]:
         """Seconds of each step: claim, finish, submit another one, find the middle one's place."""
         middle: Any = self._redis.zrange(self._lane, self._jobs // 2, self._jobs // 2)
-        queued = [job for job in self._backlog.look([middle[0].decode()]) if job]
+        queued = [each.job for each in self._backlog.snapshots([middle[0].decode()]) if each]
         claim_s, claim = _timed(lambda: self._backlog.claim(self._model, "bench"))
         finish_s, has_finished = _timed(lambda: self._backlog.finish(claim, State.COMPLETED))
         submit_s, _ = _timed(self._submit)

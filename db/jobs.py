@@ -54,12 +54,6 @@ def get(url: str, tenant: str, job_id: str) -> tuple[JobRecord, JobResult | None
         return job, session.get(JobResult, job_id)
 
 
-def request(url: str, job_id: str) -> bytes | None:
-    """The job's request, where it is kept."""
-    with reading(url) as session:
-        return session.scalar(select(JobRecord.request).where(JobRecord.id == job_id))
-
-
 def holder(url: str, tenant: str, idempotency_key: str) -> JobRecord | None:
     """The job that holds the key."""
     query = select(JobRecord).where(

@@ -35,7 +35,7 @@ from tasks.contract import logs
 from tasks.contract.connections import connect, connect_async
 from tasks.contract.errors import ConfigurationError, SluiceError
 from tasks.contract.events import Attempt
-from tasks.contract.job import Cause, Claim, State, about_job
+from tasks.contract.job import Cause, Claim, State
 from tasks.contract.models import Model, get_catalog
 from tasks.contract.response import assemble
 from tasks.contract.settings import get_settings
@@ -129,7 +129,7 @@ class Worker:
         may_wait = True
         while may_wait and (claim := self.claims.take(self._claim)):
             about = {"attempt": claim.attempt, "queue_ms": claim.queue_ms}
-            log.info("job claimed", extra=about_job(claim.job) | about)
+            log.info("job claimed", extra=claim.job.log_fields | about)
             try:
                 if self.claims.is_given_up:
                     self.hand_back(claim, Cause.HANDED_BACK, "its worker was stopped")
@@ -181,7 +181,7 @@ class Worker:
         if self.settings.log_content:
             outcome = self.persist(lambda: assemble(self.log.read_after(claim.job.id)))
             about["answer"] = outcome and outcome.body and outcome.body.decode(errors="replace")
-        log.info("job %s", state, extra=about_job(claim.job) | about)
+        log.info("job %s", state, extra=claim.job.log_fields | about)
 
     def _take_over(self, claim: Claim) -> History | None:
         """What earlier attempts wrote; from now on they can write no more."""
@@ -194,7 +194,7 @@ class Worker:
         """Gives the job to other workers, at once or later; it may be its end as a dead letter."""
         state = self.persist(lambda: self.backlog.requeue(claim, cause, reason, delay_s))
         about = {"attempt": claim.attempt, "cause": cause, "state": state}
-        log.warning("job handed back: %s", reason, extra=about_job(claim.job) | about)
+        log.warning("job handed back: %s", reason, extra=claim.job.log_fields | about)
         if state is State.FAILED:
             self.persist(lambda: self.log.end_given_up(claim))
 

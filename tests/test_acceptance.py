@@ -22,8 +22,9 @@ from tasks.contract.connections import connect
 from tasks.contract.events import End, Entry, Kind, Position, Start
 from tasks.contract.job import State, new_id
 from tasks.contract.settings import Settings
+from tasks.maintenance.accepted import enqueue
 from tasks.maintenance.ledger import LONGEST_END_S, Recorder
-from tasks.maintenance.reconciler import Reconciler, queued, terms
+from tasks.maintenance.reconciler import Reconciler
 from tasks.queue.jobs import Jobs
 from tasks.queue.token_log import Addressed, append_arguments
 from tests.conftest import SIM
@@ -102,7 +103,7 @@ def test_one_jobs_trouble_does_not_stop_the_reconciler(queue: Jobs, url: str) ->
     records.accept(url, [troubled, *others])
     queue.backlog.redis.set(keys.idempotency("default", "k"), f"another {new_id()}")
     assert Reconciler(queue, url).reconcile() == 9
-    assert None not in queue.backlog.look([troubled.id, *(other.id for other in others)])
+    assert None not in queue.backlog.snapshots([troubled.id, *(other.id for other in others)])
 
 
 def test_what_two_reconcilers_have_missed_is_queued_again_by_one(queue: Jobs, url: str) -> None:
@@ -134,7 +135,7 @@ def test_the_reconciler_goes_round_in_slices_and_at_once_when_redis_has_lost_all
 
 
 def complete(queue: Jobs, record: JobRecord, *, with_answer: bool = True) -> None:
-    queue.backlog.queue(queued(record), terms(record))
+    enqueue(queue.backlog, record)
     claim = queue.backlog.claim(record.model, "w")
     assert claim
     if with_answer:

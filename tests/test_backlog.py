@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import redis
@@ -12,7 +13,7 @@ from kombu.message import Message
 from bench.stack import Stack, await_that
 from tasks.contract import keys
 from tasks.contract.errors import BacklogBytesError, IdempotencyError, OverloadedError
-from tasks.contract.job import Cause, Job, Lane, State, Terms
+from tasks.contract.job import Cause, EnqueueOptions, Job, Lane, State, new_id
 from tasks.contract.settings import Settings
 from tasks.queue.backlog import MOST_TICKETS, Backlog, Finished
 from tasks.queue.celery_app import TICKET, TicketAMQP
@@ -20,6 +21,7 @@ from tasks.queue.counts import Counted, Happening, read
 from tasks.queue.depth import depth, places
 
 SETTINGS = Settings(lease_s=3, max_backlog=5, max_attempts=2)
+KEY = {"idempotency_key": "k", "fingerprint": "f"}
 
 
 @pytest.fixture
@@ -27,9 +29,9 @@ def backlog(bus: redis.Redis) -> Backlog:
     return Backlog(bus, SETTINGS)
 
 
-def _job(lane: Lane = Lane.INTERACTIVE) -> Job:
-    job = Job.create(model="m", endpoint="/v1/completions", body=b"{}", listener="api-1")
-    return Job(job.id, job.model, job.endpoint, b'{"a": "\xc3\xa4"}', lane, "acme", "api-1")
+def _job(lane: Lane = Lane.INTERACTIVE, **options: Any) -> Job:
+    body, queued = b'{"a": "\xc3\xa4"}', EnqueueOptions(**options)
+    return Job(new_id(), "m", "/v1/completions", body, lane, "acme", "api-1", options=queued)
 
 
 def _expire_leases(backlog: Backlog) -> None:
@@ -71,13 +73,14 @@ def test_a_submission_sent_twice_is_one_job(backlog: Backlog) -> None:
 
 
 def test_priorities_order_a_lane_and_the_oldest_age_counts_all(backlog: Backlog) -> None:
-    late, soon, last = _job(Lane.BATCH), _job(Lane.BATCH), _job(Lane.BATCH)
-    backlog.submit(last, Terms(priority=100))
+    late, soon = _job(Lane.BATCH), _job(Lane.BATCH, priority=-100)
+    last = _job(Lane.BATCH, priority=100)
+    backlog.submit(last)
     await_that(lambda: depth(backlog.redis, "m").oldest_age_s > 0.1, timeout_s=2)
     backlog.submit(late)
-    backlog.submit(soon, Terms(priority=-100))
+    backlog.submit(soon)
     assert depth(backlog.redis, "m").oldest_age_s > 0.1
-    found = [job for job in backlog.look([last.id, soon.id, late.id]) if job]
+    found = [each.job for each in backlog.snapshots([last.id, soon.id, late.id]) if each]
     assert [place and place.position for place in places(backlog.redis, found)] == [3, 1, 2]
     claims = [backlog.claim("m", "w") for _ in range(3)]
     assert [claim.job.id for claim in claims if claim] == [soon.id, late.id, last.id]
@@ -87,7 +90,7 @@ def test_an_interactive_job_stands_before_the_batch_lane(backlog: Backlog) -> No
     batch, chat = _job(Lane.BATCH), _job()
     backlog.submit(batch)
     backlog.submit(chat)
-    found = [job for job in backlog.look([batch.id, chat.id]) if job]
+    found = [each.job for each in backlog.snapshots([batch.id, chat.id]) if each]
     assert [place and place.position for place in places(backlog.redis, found)] == [2, 1]
 
 
@@ -101,7 +104,7 @@ def test_the_wait_is_told_from_the_mean_service_time(backlog: Backlog) -> None:
     backlog.redis.set(keys.service("m"), 4_000_000)
     backlog.submit(jobs[1])
     backlog.submit(jobs[2])
-    found = [job for job in backlog.look([job.id for job in jobs[1:]]) if job]
+    found = [each.job for each in backlog.snapshots([job.id for job in jobs[1:]]) if each]
     assert [place and place.eta_s for place in places(backlog.redis, found)] == [None, None]
     backlog.redis.sadd(keys.WORKERS, "w")
     backlog.redis.hset(keys.worker("w"), mapping={"model": "m", "slots": 2, "running": 0})
@@ -109,9 +112,9 @@ def test_the_wait_is_told_from_the_mean_service_time(backlog: Backlog) -> None:
 
 
 def test_a_job_past_its_deadline_is_not_claimed_and_expires(backlog: Backlog) -> None:
-    late, other = _job(), _job()
-    backlog.submit(late, Terms(deadline_s=0.001))
-    backlog.submit(other, Terms(deadline_s=100))
+    late, other = _job(deadline_s=0.001), _job(deadline_s=100)
+    backlog.submit(late)
+    backlog.submit(other)
     await_that(lambda: backlog.redis.zrangebyscore(keys.DEADLINES, 0, _now_us(backlog)))
     claim = backlog.claim("m", "w")
     assert claim
@@ -127,18 +130,17 @@ def _now_us(backlog: Backlog) -> int:
 
 
 def test_a_key_makes_one_job_of_equal_requests(backlog: Backlog) -> None:
-    first, second = _job(), _job()
-    terms = Terms(idempotency_key="k", fingerprint="f")
-    assert backlog.submit(first, terms) == first.id
-    assert backlog.submit(second, terms) == first.id
+    first, second = _job(**KEY), _job(**KEY)
+    assert backlog.submit(first) == first.id
+    assert backlog.submit(second) == first.id
     assert depth(backlog.redis, "m").jobs == 1
     with pytest.raises(IdempotencyError):
-        backlog.submit(_job(), Terms(idempotency_key="k", fingerprint="other"))
+        backlog.submit(_job(idempotency_key="k", fingerprint="other"))
     assert depth(backlog.redis, "m").jobs == 1
 
 
 def test_a_job_queued_again_continues_its_attempts(backlog: Backlog) -> None:
-    backlog.submit(_job(), Terms(first_attempt=4))
+    backlog.queue(_job(), 4)
     claim = backlog.claim("m", "w")
     assert claim
     assert claim.attempt == 5
@@ -296,8 +298,8 @@ def test_cancelling_ends_a_job_wherever_it_is(backlog: Backlog) -> None:
 
 def test_a_job_that_has_started_in_time_never_expires(backlog: Backlog) -> None:
     """Handed back after its deadline it was in no index at all, for ever."""
-    job = _job()
-    backlog.submit(job, Terms(deadline_s=0.3))
+    job = _job(deadline_s=0.3)
+    backlog.submit(job)
     claim = backlog.claim("m", "w")
     assert claim
     await_that(lambda: _ms_since(backlog, job) > 350, timeout_s=2)
@@ -423,26 +425,23 @@ def test_a_claim_wakes_the_next_slot_when_all_tickets_are_gone(backlog: Backlog)
 def test_an_accepted_job_is_queued_into_a_full_lane_and_beside_its_taken_key(
     backlog: Backlog,
 ) -> None:
-    taken = Terms(idempotency_key="k", fingerprint="f")
-    chat = _job()
-    backlog.submit(chat, taken)
+    chat = _job(**KEY)
+    backlog.submit(chat)
     for _ in range(4):
         backlog.submit(_job())
-    job = _job()
     with pytest.raises(OverloadedError):
-        backlog.reserve(job, Terms())
-    backlog.queue(job, Terms(idempotency_key="k", fingerprint="another"))
+        backlog.reserve(_job())
+    backlog.queue(_job(idempotency_key="k", fingerprint="another"))
     assert depth(backlog.redis, "m").jobs == 6
-    assert backlog.submit(_job(), taken) == chat.id
+    assert backlog.submit(_job(**KEY)) == chat.id
 
 
 def test_a_client_that_leaves_does_not_cancel_what_another_has_attached_to(
     backlog: Backlog,
 ) -> None:
-    terms = Terms(idempotency_key="k", fingerprint="f")
-    job, alone = _job(), _job()
-    backlog.submit(job, terms)
-    assert backlog.submit(_job(), terms) == job.id
+    job, alone = _job(**KEY), _job()
+    backlog.submit(job)
+    assert backlog.submit(_job(**KEY)) == job.id
     backlog.submit(alone)
     assert backlog.cancel(job.id, unless_attached=True) is None
     assert backlog.cancel(alone.id, unless_attached=True)
@@ -450,9 +449,9 @@ def test_a_client_that_leaves_does_not_cancel_what_another_has_attached_to(
 
 
 def test_what_stands_in_the_wrong_place_is_mended(backlog: Backlog) -> None:
-    lost, stray, due = _job(), _job(), _job()
+    lost, stray, due = (_job(deadline_s=60) for _ in range(3))
     for job in (lost, stray, due):
-        backlog.submit(job, Terms(deadline_s=60))
+        backlog.submit(job)
     redis = backlog.redis
     redis.zrem(keys.backlog("m", Lane.INTERACTIVE), lost.id)
     redis.zadd(keys.LEASES, {stray.id: 1})

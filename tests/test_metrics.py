@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bench.stack import Stack, await_that, running
 from tasks.contract import keys
-from tasks.contract.job import Cause, Claim, Job, Lane, State, Terms
+from tasks.contract.job import Cause, Claim, EnqueueOptions, Job, Lane, State, new_id
 from tasks.contract.settings import Settings
 from tasks.queue.backlog import Backlog
 from tests.conftest import SIM
@@ -55,6 +55,11 @@ def stack(home: Path) -> Iterator[Stack]:
         yield stack
 
 
+def make_job(lane: Lane, **options: Any) -> Job:
+    queued = EnqueueOptions(**options)
+    return Job(new_id(), "sim", "/v1/completions", b"{}", lane, options=queued)
+
+
 class Model:
     """What a correct queue would hold, after 1,000 jobs' worth of random steps."""
 
@@ -73,9 +78,8 @@ class Model:
 
     def submit(self) -> None:
         lane = self.random.choice(list(Lane))
-        job = Job.create(model="sim", endpoint="/v1/completions", body=b"{}")
-        job = Job(job.id, job.model, job.endpoint, job.body, lane)
-        self.backlog.submit(job, Terms(priority=self.random.randint(-100, 100)))
+        job = make_job(lane, priority=self.random.randint(-100, 100))
+        self.backlog.submit(job)
         self.waiting[job.id] = lane
         self.submitted += 1
 
@@ -117,9 +121,8 @@ class Model:
 
     def expire(self) -> None:
         lane = self.random.choice(list(Lane))
-        job = Job.create(model="sim", endpoint="/v1/completions", body=b"{}")
-        job = Job(job.id, job.model, job.endpoint, job.body, lane)
-        self.backlog.submit(job, Terms(deadline_s=0, priority=100))
+        job = make_job(lane, deadline_s=0, priority=100)
+        self.backlog.submit(job)
         self.submitted += 1
         (reaped,) = self.backlog.reap()
         assert (reaped.job_id, reaped.state) == (job.id, State.EXPIRED)

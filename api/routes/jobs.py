@@ -2,7 +2,7 @@
 
 import time
 from contextlib import suppress
-from datetime import UTC, datetime
+from dataclasses import replace
 from typing import Any
 
 import gevent
@@ -14,7 +14,7 @@ from werkzeug.datastructures import Headers
 from api import replies, schemas
 from api.answer import event_stream
 from api.body import read_body, read_object
-from api.call import Call, Preference, count_sequences, fingerprint, read_key
+from api.call import Call, Preference, fingerprint, read_key
 from api.job_events import Follower, encode
 from api.job_stream import ServerStoppingError
 from api.job_view import describe, describe_all, find_queued, of_record
@@ -45,7 +45,8 @@ from tasks.contract.errors import (
     StreamBrokenError,
 )
 from tasks.contract.events import Kind
-from tasks.contract.job import Lane, Snapshot, State, new_id
+from tasks.contract.job import EnqueueOptions, State
+from tasks.maintenance.accepted import renew, to_record
 from tasks.maintenance.webhooks import check_webhook
 
 blueprint = APIBlueprint("jobs", __name__)
@@ -78,44 +79,20 @@ def submit() -> Response:
     wanted = schemas.check(schemas.JobRequest, read_object(body))
     call = Call.read(services, wanted.endpoint, orjson.dumps(wanted.body), Headers())
     lane, priority = wanted.place
-    job = JobRecord(
-        **_of_call(call),
-        lane=lane,
-        priority=priority,
-        deadline_s=wanted.deadline_s,
-        webhook=wanted.webhook,
-        meta=wanted.metadata,
-        idempotency_key=read_key(request.headers) or None,
-        fingerprint=fingerprint("/v1/jobs", body),
-    )
+    key = read_key(request.headers)
+    options = EnqueueOptions(priority, wanted.deadline_s, key, fingerprint("/v1/jobs", body))
+    metadata = orjson.dumps(wanted.metadata).decode()
+    job = replace(call.job, lane=lane, metadata=metadata, options=options)
     if wanted.webhook:
         check_webhook(wanted.webhook, services.settings)
-    return _accept(services, job)
+    return _accept(services, to_record(job, wanted.webhook))
 
 
 def accept_call(services: Services, call: Call) -> Response:
     """Takes a request of OpenAI's API in the background: `Prefer: respond-async`."""
-    job = JobRecord(
-        **_of_call(call),
-        lane=Lane.INTERACTIVE,
-        idempotency_key=call.idempotency_key or None,
-        fingerprint=call.fingerprint,
-    )
-    response = _accept(services, job)
+    response = _accept(services, to_record(call.job))
     response.headers["Preference-Applied"] = "respond-async"
     return response
-
-
-def _of_call(call: Call) -> dict[str, Any]:
-    return {
-        "id": new_id(),
-        "tenant": TENANT,
-        "model": call.model.name,
-        "endpoint": call.endpoint,
-        "request": call.body,
-        "sequences": call.sequences,
-        "created_at": datetime.now(UTC),
-    }
 
 
 def _accept(services: Services, job: JobRecord) -> Response:
@@ -275,28 +252,10 @@ def retry(path: schemas.JobPath) -> Response:
     status = known.state if known else State(stored[0].status if stored else "")
     if not status.is_final or status is State.COMPLETED:
         raise ConflictError(f"The job is {status}; only what did not succeed can be retried.")
-    body = records.request(url, path.job_id)
-    if body is None:
+    old = records.load(url, path.job_id)
+    if old is None or old.request is None:
         raise ConflictError("The job's request is no longer kept; send it again.")
-    return _accept(services, _again(known, stored[0] if stored else None, body))
-
-
-def _again(known: Snapshot | None, stored: JobRecord | None, body: bytes) -> JobRecord:
-    old: Any = stored or known
-    return JobRecord(
-        id=new_id(),
-        tenant=TENANT,
-        model=old.model,
-        endpoint=old.endpoint,
-        lane=old.lane,
-        created_at=datetime.now(UTC),
-        request=body,
-        sequences=count_sequences(old.endpoint, read_object(body)),
-        priority=stored.priority if stored else 0,
-        deadline_s=stored.deadline_s if stored else None,
-        webhook=stored.webhook if stored else None,
-        meta=stored.meta if stored else orjson.loads(old.metadata),
-    )
+    return _accept(services, renew(old))
 
 
 def _answer(services: Services, job_id: str, wait_s: int) -> Response:

@@ -1,6 +1,7 @@
 """A job as the API submits it and as a worker claims it."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Self
 
@@ -44,9 +45,32 @@ def new_id() -> str:
     return f"job_{uuid7().hex}"
 
 
+LOWEST_PRIORITY = 100
+# Between two priorities in the order of service (depth.py).
+ONE_PRIORITY = 1e13
+
+
+@dataclass(frozen=True, slots=True)
+class EnqueueOptions:
+    """How a job is queued, beside its place at the end of its lane."""
+
+    priority: int = 0
+    """Order within the lane, from -LOWEST_PRIORITY (first) to LOWEST_PRIORITY."""
+    deadline_s: float | None = None
+    """From its acceptance; a job that has never started by then expires."""
+    idempotency_key: str = ""
+    """Another job of the tenant with this key is taken instead of queueing this one."""
+    fingerprint: str = ""
+    """What the request with the key said."""
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One generation: an HTTP request to the engine, byte for byte, and who waits for it."""
+    """One generation: an HTTP request to the engine, byte for byte, and who waits for it.
+
+    Redis holds it as a hash: `encode` writes its fields, `decode` reads them, wherever it goes.
+    SQL has a row of it (maintenance/accepted.py).
+    """
 
     id: str
     model: str
@@ -60,6 +84,10 @@ class Job:
     """JSON object of the user's own."""
     sequences: int = 1
     """How many the engine generates at once for it: so many slots it takes."""
+    options: EnqueueOptions = field(default_factory=EnqueueOptions, compare=False)
+
+    # What `decode` reads; the body comes apart, for not everybody wants megabytes.
+    FIELDS = ("model", "endpoint", "lane", "tenant", "listener", "metadata", "sequences", "order")
 
     @classmethod
     def create(
@@ -68,7 +96,7 @@ class Job:
         return cls(new_id(), model, endpoint, body, listener=listener, sequences=sequences)
 
     def encode(self) -> list[str | bytes]:
-        """Field, value, field, value… of the job's hash."""
+        """Field, value, field, value… of the job's hash; lua/submit.lua adds the order."""
         return [
             *("endpoint", self.endpoint),
             *("body", self.body),
@@ -80,69 +108,52 @@ class Job:
             *("sequences", str(self.sequences)),
         ]
 
+    @classmethod
+    def decode(cls, job_id: str, values: Sequence[bytes | None], body: bytes = b"") -> Self:
+        """Reads FIELDS of a job's hash.
 
-def about_job(job: Job) -> dict[str, object]:
-    """What each log line about the job has in `extra`."""
-    return {"job": job.id, "tenant": job.tenant, "model": job.model}
+        Raises:
+            DecodeError: they have another shape.
+        """
+        try:
+            text = [(value or b"").decode() for value in values]
+            model, endpoint, lane, tenant, listener, metadata, sequences, order = text
+            return cls(
+                *(job_id, model, endpoint, body, Lane(lane), tenant, listener, metadata or "{}"),
+                sequences=int(sequences or 1),
+                options=EnqueueOptions(priority=int(float(order or 0) // ONE_PRIORITY)),
+            )
+        except (ValueError, AttributeError) as broken:
+            raise DecodeError(f"job {job_id} cannot be read: {broken}") from broken
 
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """How a job is queued, beside its place at the end of its lane."""
-
-    priority: int = 0
-    """Order within the lane, from -LOWEST_PRIORITY (first) to LOWEST_PRIORITY."""
-    deadline_s: float | None = None
-    """From now; a job that has never started by then expires."""
-    idempotency_key: str = ""
-    """Another job of the tenant with this key is taken instead of queueing this one."""
-    fingerprint: str = ""
-    """What the request with the key said."""
-    first_attempt: int = 0
-    """Attempts before: what they left in Redis is older than what now comes."""
-
-
-LOWEST_PRIORITY = 100
-# Between two priorities in the order of service (depth.py).
-ONE_PRIORITY = 1e13
+    @property
+    def log_fields(self) -> dict[str, object]:
+        """What each log line about the job has in `extra`."""
+        return {"job": self.id, "tenant": self.tenant, "model": self.model}
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A job as it stands in Redis; times in us since the epoch, None: not yet."""
+    """A job as it stands in Redis, without its body; times in us since the epoch, None: not yet."""
 
-    id: str
-    model: str
-    endpoint: str
-    lane: Lane
-    tenant: str
-    metadata: str
-    priority: int
+    job: Job
     state: State
     attempt: int
     queued_us: int
     started_us: int | None
     ended_us: int | None
 
-    FIELDS = (
-        *("model", "endpoint", "lane", "tenant", "metadata", "order"),
-        *("state", "attempt", "queued_us", "started_us", "ended_us"),
-    )
+    FIELDS = (*Job.FIELDS, "state", "attempt", "queued_us", "started_us", "ended_us")
 
     @classmethod
-    def decode(cls, job_id: str, values: list[bytes | None]) -> Self | None:
+    def decode(cls, job_id: str, values: Sequence[bytes | None]) -> Self | None:
         """Reads FIELDS of a job's hash; None: there is no such job."""
-        if values[6] is None:
+        *fields, state, attempt, queued, started, ended = values
+        if state is None:
             return None
-        text = [None if value is None else value.decode() for value in values]
-        model, endpoint, lane, tenant, metadata, order = (value or "" for value in text[:6])
-        state, attempt, *times = text[6:]
-        queued, started, ended = (int(value) if value else None for value in times)
-        return cls(
-            *(job_id, model, endpoint, Lane(lane), tenant, metadata or "{}"),
-            int(float(order or 0) // ONE_PRIORITY),
-            *(State(str(state)), int(attempt or 0), queued or 0, started, ended),
-        )
+        job = Job.decode(job_id, fields)
+        times = (int(value) if value else None for value in (started, ended))
+        return cls(job, State(state.decode()), int(attempt or 0), int(queued or 0), *times)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +169,7 @@ class Claim:
     worker: str = ""
 
     # The order in which claim.lua returns the fields of the hash.
-    FIELDS = (
-        *("model", "endpoint", "body", "lane", "tenant", "listener", "metadata"),
-        *("sequences", "failures", "max_failures", "worker"),
-    )
+    FIELDS = (*Job.FIELDS, "body", "failures", "max_failures", "worker")
 
     @property
     def is_last(self) -> bool:
@@ -174,26 +182,15 @@ class Claim:
         return self.failures > 0 and self.is_last
 
     @classmethod
-    def decode(cls, reply: list[bytes]) -> Self:
+    def decode(cls, reply: Sequence[bytes]) -> Self:
         """Reads claim.lua's reply: id, attempt, queue_ms, then FIELDS.
 
         Raises:
             DecodeError: the reply has another shape.
         """
         try:
-            job_id, attempt, queue_ms, *texts, sequences, failures, most, worker = reply
-            model, endpoint, body, lane, tenant, listener, metadata = texts
-            job = Job(
-                id=job_id.decode(),
-                model=model.decode(),
-                endpoint=endpoint.decode(),
-                body=body,
-                lane=Lane(lane.decode()),
-                tenant=tenant.decode(),
-                listener=listener.decode(),
-                metadata=metadata.decode(),
-                sequences=int(sequences or 1),
-            )
+            job_id, attempt, queue_ms, *fields, body, failures, most, worker = reply
+            job = Job.decode(job_id.decode(), fields, body)
             counts = int(failures or 0), int(most)
             return cls(job, int(attempt), int(queue_ms), *counts, worker.decode())
         except (ValueError, AttributeError) as broken:

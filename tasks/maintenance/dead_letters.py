@@ -1,13 +1,11 @@
 """What an operator does with dead letters; `sluice dead` and the admin's part of the API."""
 
-from datetime import UTC, datetime
 from typing import Any
 
 from db import dead
 from db.models import JobEvent, JobRecord
 from tasks.contract.errors import ConflictError, NotKnownError
-from tasks.contract.job import new_id
-from tasks.maintenance.reconciler import dispatch
+from tasks.maintenance.accepted import dispatch, renew
 from tasks.queue.jobs import Jobs
 
 
@@ -58,22 +56,11 @@ def retry(queue: Jobs, url: str, job_id: str) -> str:
     old, _ = _find(url, job_id)
     if old.request is None:
         raise ConflictError("The dead letter's request is no longer kept; it can only be purged.")
-    job = JobRecord(
-        id=new_id(),
-        tenant=old.tenant,
-        model=old.model,
-        endpoint=old.endpoint,
-        lane=old.lane,
-        created_at=datetime.now(UTC),
-        request=old.request,
-        sequences=old.sequences,
-        priority=old.priority,
-        webhook=old.webhook,
-        meta=old.meta,
-    )
+    job = renew(old)
+    job.deadline_s = None  # it has started in time once
     if not dead.replace(url, job_id, job):
         raise _not_found(job_id)
-    dispatch(queue, job)
+    dispatch(queue.backlog, job)
     return job.id
 
 

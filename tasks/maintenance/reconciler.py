@@ -2,15 +2,11 @@
 
 import logging
 import time
-from datetime import UTC, datetime
-
-import orjson
-from redis.exceptions import RedisError
 
 from db import jobs
-from db.models import JobRecord
 from tasks.contract.errors import JobLostError, SluiceError
-from tasks.contract.job import Job, Lane, State, Terms
+from tasks.contract.job import State
+from tasks.maintenance import accepted
 from tasks.queue import counts
 from tasks.queue.counts import Counted
 from tasks.queue.jobs import Jobs
@@ -22,8 +18,6 @@ OLD_ENOUGH_S = 5.0
 # What was accepted lately is looked at in each round, the rest a slice at a time.
 YOUNG_S = 60.0
 JOBS_AT_ONCE = 1000
-# More attempts than a job may have before Redis loses it: what they left there stays older.
-ATTEMPTS_PER_DISPATCH = 100
 
 
 class Reconciler:
@@ -111,49 +105,12 @@ class Reconciler:
         if not jobs.note_dispatch(self._url, job_id, dispatches):
             return False
         try:
-            self._queue.backlog.queue(queued(job), terms(job, dispatches))
+            accepted.enqueue(self._queue.backlog, job, dispatches)
         except SluiceError as failure:
             log.error("job %s cannot be queued again: %s", job_id, failure)
             return False
         counts.add(self._queue.backlog.redis, Counted.REPAIRS, "lost")
         return True
-
-
-def dispatch(queue: Jobs, job: JobRecord) -> None:
-    """Queues a job that was accepted just now; without Redis the reconciler does it later."""
-    try:
-        queue.backlog.queue(queued(job), terms(job))
-    except RedisError as away:
-        log.warning("job %s: accepted, to be queued by maintenance: %s", job.id, away)
-
-
-def queued(job: JobRecord) -> Job:
-    """The accepted job as the queue takes it."""
-    return Job(
-        id=job.id,
-        model=job.model,
-        endpoint=job.endpoint,
-        body=job.request or b"",
-        lane=Lane(job.lane),
-        tenant=job.tenant,
-        metadata=orjson.dumps(job.meta).decode(),
-        sequences=job.sequences,
-    )
-
-
-def terms(job: JobRecord, dispatches: int = 0) -> Terms:
-    """How it is queued; attempts of earlier dispatches stay the older ones."""
-    left_s = None
-    # One that has started in time has kept its deadline.
-    if job.deadline_s is not None and job.started_at is None:
-        left_s = job.deadline_s - (datetime.now(UTC) - job.created_at).total_seconds()
-    return Terms(
-        priority=job.priority,
-        deadline_s=left_s,
-        idempotency_key=job.idempotency_key or "",
-        fingerprint=job.fingerprint or "",
-        first_attempt=dispatches * ATTEMPTS_PER_DISPATCH,
-    )
 
 
 def _id_at(ago_s: float) -> str:

@@ -62,7 +62,7 @@ class Sweeper:
         """Logs that no job's end will give a TTL any more."""
         for found in _scan(self._queue.bus, keys.LOG_PREFIX):
             ids = [key.removeprefix(keys.LOG_PREFIX) for key in found]
-            jobs = self._queue.backlog.look(ids)
+            jobs = self._queue.backlog.snapshots(ids)
             lost = [job_id for job_id, job in zip(ids, jobs, strict=True) if job is None]
             self._queue.log.expire(lost)
             yield 0

@@ -23,7 +23,7 @@ from tasks.contract.errors import (
     OverloadedError,
     RecordsFullError,
 )
-from tasks.contract.job import Cause, Claim, Job, Lane, Snapshot, State, Terms, about_job, new_id
+from tasks.contract.job import Cause, Claim, Job, Lane, Snapshot, State, new_id
 from tasks.contract.settings import Settings, get_settings
 from tasks.queue.celery_app import make_ticket
 
@@ -108,7 +108,7 @@ class Backlog:
         self._sweep = load_script(redis, "state", "sweep")
         self._wake = load_script(redis, "state", "wake")
 
-    def submit(self, job: Job, terms: Terms = Terms()) -> str:  # noqa: B008 (frozen)
+    def submit(self, job: Job) -> str:
         """Puts the job at the end of its priority in its lane, and sends a ticket for it.
 
         Returns:
@@ -118,36 +118,40 @@ class Backlog:
             OverloadedError: the lane is full, or what it holds in Redis.
             IdempotencyError: another request holds the key.
         """
-        if terms.deadline_s is None:
-            terms = replace(terms, deadline_s=self._settings.job_ttl_s)
-        job_id = self._put("submit", job, terms)
+        if job.options.deadline_s is None:
+            options = replace(job.options, deadline_s=self._settings.job_ttl_s)
+            job = replace(job, options=options)
+        job_id = self._put("submit", job)
         if job_id == job.id:
             self._log_accepted(job)
         return job_id
 
-    def reserve(self, job: Job, terms: Terms) -> str:
+    def reserve(self, job: Job) -> str:
         """Asks whether the job could be submitted, and holds its idempotency key for a minute.
 
         Returns and raises what `submit` would.
         """
-        return self._put("reserve", job, terms)
+        return self._put("reserve", job)
 
-    def queue(self, job: Job, terms: Terms) -> None:
-        """Submits a job that SQL has: it is never refused. Doing it again changes nothing."""
-        self._put("queue", job, terms)
+    def queue(self, job: Job, first_attempt: int = 0) -> None:
+        """Submits a job that SQL has: it is never refused. Doing it again changes nothing.
+
+        `first_attempt`: attempts before; what they left in Redis is older than what now comes.
+        """
+        self._put("queue", job, first_attempt)
         self._log_accepted(job)
 
-    def _put(self, step: str, job: Job, terms: Terms) -> str:
-        settings = self._settings
-        deadline_us = "" if terms.deadline_s is None else int(terms.deadline_s * 1e6)
-        fingerprint = terms.fingerprint if terms.idempotency_key else ""
+    def _put(self, step: str, job: Job, first_attempt: int = 0) -> str:
+        settings, options = self._settings, job.options
+        deadline_us = "" if options.deadline_s is None else int(options.deadline_s * 1e6)
+        fingerprint = options.fingerprint if options.idempotency_key else ""
         reply = self._submit(
-            keys=[keys.idempotency(job.tenant, terms.idempotency_key)],
+            keys=[keys.idempotency(job.tenant, options.idempotency_key)],
             args=[
                 *(step, job.id, job.model, job.lane, len(job.body)),
                 *(settings.max_backlog, settings.max_backlog_bytes, MOST_RECORDS),
                 *(fingerprint, RESERVATION_S if step == "reserve" else settings.job_ttl_s),
-                *(terms.priority, deadline_us, terms.first_attempt, settings.max_attempts),
+                *(options.priority, deadline_us, first_attempt, settings.max_attempts),
                 make_ticket(job.model, job.id),
                 *job.encode(),
             ],
@@ -163,15 +167,15 @@ class Backlog:
         about = {"lane": job.lane, "endpoint": job.endpoint}
         if self._settings.log_content:
             about["request"] = job.body.decode(errors="replace")
-        log.info("job accepted", extra=about_job(job) | about)
+        log.info("job accepted", extra=job.log_fields | about)
 
-    def release(self, job: Job, terms: Terms) -> None:
+    def release(self, job: Job) -> None:
         """Gives up the key that `reserve` holds for a job that is not accepted after all."""
-        key = keys.idempotency(job.tenant, terms.idempotency_key)
-        if self.redis.get(key) == f"{terms.fingerprint} {job.id}".encode():
+        key = keys.idempotency(job.tenant, job.options.idempotency_key)
+        if self.redis.get(key) == f"{job.options.fingerprint} {job.id}".encode():
             self.redis.delete(key)
 
-    def look(self, job_ids: Sequence[str]) -> list[Snapshot | None]:
+    def snapshots(self, job_ids: Sequence[str]) -> list[Snapshot | None]:
         """The jobs as they stand; None for one that Redis does not hold."""
         pipeline = self.redis.pipeline(transaction=False)
         for job_id in job_ids:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from redis import Redis
 
 from tasks.contract import keys
-from tasks.contract.job import LOWEST_PRIORITY, ONE_PRIORITY, Lane, Snapshot
+from tasks.contract.job import LOWEST_PRIORITY, ONE_PRIORITY, Job, Lane
 from tasks.queue.backlog import load_script
 from tasks.queue.control import WorkerState, workers
 
@@ -66,7 +66,7 @@ def depth(redis: Redis, model: str) -> Depth:
     return Depth(sum(lane.jobs for lane in lanes), max(lane.oldest_age_s for lane in lanes))
 
 
-def places(redis: Redis, queued: Sequence[Snapshot]) -> list[Place | None]:
+def places(redis: Redis, queued: Sequence[Job]) -> list[Place | None]:
     """Where these jobs stand; None for one that waits no longer.
 
     Suspects count as the first of their lane: their score is that of their first time in it.
@@ -89,7 +89,7 @@ def places(redis: Redis, queued: Sequence[Snapshot]) -> list[Place | None]:
     waiting = depths(redis, models)
     each_s = {model: _start_interval_s(redis, model, sum(slots[model])) for model in models}
 
-    def place(job: Snapshot, rank: int | None) -> Place | None:
+    def place(job: Job, rank: int | None) -> Place | None:
         if rank is None:
             return None
         interactive = waiting[job.model, Lane.INTERACTIVE].jobs

@@ -74,7 +74,7 @@ class Jobs:
     def end_without_log(self, job_id: str) -> End | None:
         """The end of a job whose log does not tell it: lost, or the writer of its end has died."""
         try:
-            (job,) = self.backlog.look([job_id])
+            (job,) = self.backlog.snapshots([job_id])
             last = self.log.last(job_id)
         except RedisError:
             return None

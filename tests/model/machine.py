@@ -24,9 +24,9 @@ from db.models import JobRecord
 from tasks.contract import keys
 from tasks.contract.errors import JobCancelledError, SluiceError
 from tasks.contract.events import End
-from tasks.contract.job import Cause, Job, Lane, State, Terms
+from tasks.contract.job import Cause, EnqueueOptions, Job, Lane, State
 from tasks.maintenance import dead_letters as dead
-from tasks.maintenance.reconciler import dispatch, queued, terms
+from tasks.maintenance.accepted import dispatch, to_job
 from tests.model.drain import drain
 from tests.model.redis_server import Fault
 from tests.model.worker import Hold, Worker
@@ -112,9 +112,11 @@ class QueueMachine(RuleBasedStateMachine):
     ) -> None:
         """A client asks and waits."""
         body = b'{"pieces":%d}' % (size % 5 + 1) + b" " * size
-        job = Job(self.world.new_id(), model, ENDPOINT, body, lane, sequences=sequences)
+        options = EnqueueOptions(priority, deadline_s, key, fingerprint)
+        job_id = self.world.new_id()
+        job = Job(job_id, model, ENDPOINT, body, lane, sequences=sequences, options=options)
         self.world.asked[job.id] = Asked(job.id, model, size % 5 + 1)
-        self.world.queue.backlog.submit(job, Terms(priority, deadline_s, key, fingerprint))
+        self.world.queue.backlog.submit(job)
 
     @step(
         size=st.integers(1, 40),
@@ -175,7 +177,7 @@ class QueueMachine(RuleBasedStateMachine):
         queue, url = self.world.queue, self.world.database.url
         if next_step == "reserve":
             try:
-                holder = queue.backlog.reserve(queued(job), terms(job))
+                holder = queue.backlog.reserve(to_job(job))
             except RedisError:
                 holder = job.id
             if holder != job.id and self._is_known(holder):
@@ -186,12 +188,12 @@ class QueueMachine(RuleBasedStateMachine):
                 self.world.accepted[job.id] = self.world.asked[job.id]
                 self.requests.append((job, "dispatch"))
             else:
-                queue.backlog.release(queued(job), terms(job))
+                queue.backlog.release(to_job(job))
         else:
-            dispatch(queue, job)
+            dispatch(queue.backlog, job)
 
     def _is_known(self, job_id: str) -> bool:
-        is_queued = self.world.queue.backlog.look([job_id]) != [None]
+        is_queued = self.world.queue.backlog.snapshots([job_id]) != [None]
         return is_queued or records.load(self.world.database.url, job_id) is not None
 
     @precondition(lambda self: self.world.asked and self.calm_steps % 3 == 0)
@@ -199,7 +201,7 @@ class QueueMachine(RuleBasedStateMachine):
     def cancel(self, which: int, unless_attached: bool) -> None:
         """A client does not want it any more."""
         job, queue = self._asked(which), self.world.queue
-        if queue.backlog.look([job.id]) != [None]:
+        if queue.backlog.snapshots([job.id]) != [None]:
             queue.cancel(job.id, job.model, unless_attached=unless_attached)
         elif job.id in self.world.accepted:
             error = JobCancelledError().body()["error"]

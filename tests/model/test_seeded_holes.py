@@ -8,8 +8,8 @@ import pytest
 from hypothesis import Phase
 
 from db import jobs as records
+from tasks.maintenance import accepted
 from tasks.maintenance.ledger import Recorder
-from tasks.maintenance.reconciler import Reconciler
 from tests.model.conftest import Make
 from tests.model.machine import QueueMachine, run
 
@@ -144,7 +144,9 @@ HOLES = {
         (records, "end_lost"), "_plan_webhooks(session, [job_id])", "pass"
     ),
     "an accepted job that Redis lost has to find room again": Hole(
-        (Reconciler, "_mend"), "self._queue.backlog.queue(", "self._queue.backlog.submit("
+        (accepted, "enqueue"),
+        "backlog.queue(job, dispatches * ATTEMPTS_PER_DISPATCH)",
+        "backlog.submit(job)",
     ),
 }
 
