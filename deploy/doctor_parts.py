@@ -2,7 +2,6 @@
 
 import os
 import resource
-from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -17,13 +16,12 @@ from gpu_worker.engines.sources import refuse_missing
 from tasks.contract import keys, running
 from tasks.contract.connections import connect_once
 from tasks.contract.errors import NoWorkerError, SluiceError
-from tasks.contract.job import Lane
 from tasks.contract.models import BUILT_IN, get_catalog
 from tasks.contract.settings import PREFIX, Settings, without_password
 from tasks.contract.trouble import MAKE_ROOM, explain, free_bytes
 from tasks.queue.backlog import Backlog
-from tasks.queue.control import WorkerState, maintenance
-from tasks.queue.statistics import look
+from tasks.queue.control import maintenance
+from tasks.queue.statistics import ModelStats, read_stats
 
 API_TIMEOUT_S = 3.0
 # A record may wait for 30 s for the end of its job's log (tasks/maintenance/ledger.py).
@@ -60,26 +58,28 @@ def check_workers(settings: Settings) -> Iterator[Remark]:
     """Whether each model that has work, or may get it, has a worker."""
     listed = [model.name for model in get_catalog().models]
     with connect_once(settings.redis_url) as redis:
-        seen = look(Backlog(redis, settings), listed)
-    for model in seen.models:
-        states = Counter(worker.state for worker in seen.workers if worker.model == model)
-        waiting = sum(seen.depths[model, lane].jobs for lane in Lane)
-        if model in listed:
-            yield _judge_workers(model, states, waiting)
-        elif waiting:
+        stats = read_stats(Backlog(redis, settings), listed)
+    for model in stats.models:
+        if model.name in listed:
+            yield _judge_workers(model)
+        elif model.waiting.jobs:
             yield wrong(
-                f"{model}: {waiting} job(s) wait, and models.yaml does not name it",
+                f"{model.name}: {model.waiting.jobs} job(s) wait, and models.yaml does not name it",
                 "name it there and start a worker, or cancel them (`sluice jobs`, `sluice cancel`)",
             )
 
 
-def _judge_workers(model: str, states: Counter[WorkerState], waiting: int) -> Remark:
-    number = ", ".join(f"{states[state]} {state}" for state in WorkerState if states[state])
-    found = f"{model}: {number or 'no'} worker(s), {waiting} job(s) wait"
-    if states[WorkerState.SERVING]:
+def _judge_workers(model: ModelStats) -> Remark:
+    states = {"serving": model.serving, "draining": model.draining}
+    number = ", ".join(f"{number} {state}" for state, number in states.items() if number)
+    found = f"{model.name}: {number or 'no'} worker(s), {model.waiting.jobs} job(s) wait"
+    if model.serving:
         return ok(found)
-    do = f"start one: `sluice worker --model {model}`; if it ran before, its log tells why it ended"
-    return wrong(found, do) if waiting else warning(found, do)
+    do = (
+        f"start one: `sluice worker --model {model.name}`; if it ran before, its log tells why it "
+        "ended"
+    )
+    return wrong(found, do) if model.waiting.jobs else warning(found, do)
 
 
 def check_maintenance(settings: Settings) -> Iterator[Remark]:

@@ -19,10 +19,8 @@ from tasks.contract import keys
 from tasks.contract.job import Lane
 from tasks.contract.models import Catalog
 from tasks.contract.settings import Settings
-from tasks.queue import statistics as vitals
 from tasks.queue.backlog import Backlog
-from tasks.queue.control import WorkerState
-from tasks.queue.statistics import Vitals
+from tasks.queue.statistics import QueueStats, read_stats
 
 log = logging.getLogger(__name__)
 
@@ -76,23 +74,22 @@ class Alert:
         }
 
 
-def conditions(seen: Vitals, settings: Settings, now_s: float) -> Iterator[Alert]:
+def conditions(stats: QueueStats, settings: Settings, now_s: float) -> Iterator[Alert]:
     """What holds now and should not."""
-    serving = {w.model for w in seen.workers if w.state is WorkerState.SERVING}
-    for model in seen.models:
-        jobs = sum(seen.depths[model, lane].jobs for lane in Lane)
+    for model in stats.models:
+        name, jobs = model.name, model.waiting.jobs
         # Batch jobs may wait for hours.
-        oldest_s = seen.depths[model, Lane.INTERACTIVE].oldest_age_s
+        oldest_s = model.depth[Lane.INTERACTIVE].oldest_age_s
         if jobs > settings.alert_depth:
-            what = f"{jobs} jobs wait for {model}; the limit is {settings.alert_depth}."
-            yield Alert("SluiceQueueDeep", model, "warning", what, now_s)
-        if oldest_s > settings.alert_oldest_s and model not in seen.paused:
+            what = f"{jobs} jobs wait for {name}; the limit is {settings.alert_depth}."
+            yield Alert("SluiceQueueDeep", name, "warning", what, now_s)
+        if oldest_s > settings.alert_oldest_s and not model.is_paused:
             limit = f"the limit is {settings.alert_oldest_s:g} s"
-            what = f"An interactive job for {model} has waited for {oldest_s:.0f} s; {limit}."
-            yield Alert("SluiceQueueOld", model, "critical", what, now_s)
-        if jobs and model not in serving:
-            what = f"{jobs} jobs wait for {model}, and no worker serves it."
-            yield Alert("SluiceNoWorker", model, "critical", what, now_s)
+            what = f"An interactive job for {name} has waited for {oldest_s:.0f} s; {limit}."
+            yield Alert("SluiceQueueOld", name, "critical", what, now_s)
+        if jobs and not model.serving:
+            what = f"{jobs} jobs wait for {name}, and no worker serves it."
+            yield Alert("SluiceNoWorker", name, "critical", what, now_s)
 
 
 class Alerter:
@@ -120,9 +117,9 @@ class Alerter:
 
     def _look(self) -> None:
         now_s = float(self._redis.time()[0])
-        seen = vitals.look(self._backlog, self._models)
+        stats = read_stats(self._backlog, self._models)
         alerts = self._known()
-        holding = {alert.key: alert for alert in conditions(seen, self._settings, now_s)}
+        holding = {alert.key: alert for alert in conditions(stats, self._settings, now_s)}
         for key, alert in alerts.items():
             if key not in holding and not alert.ended_s:
                 alert.ended_s = now_s
