@@ -17,16 +17,16 @@ from rich.text import Text
 
 from deploy.job_text import make_console
 from deploy.operate import queue
-from tasks.contract.job import Lane, State
+from tasks.contract.job import State
 from tasks.contract.models import get_catalog
 from tasks.contract.settings import get_settings
 from tasks.contract.trouble import redis_trouble
 from tasks.queue.control import WorkerState, WorkerView
 from tasks.queue.counts import Counted
+from tasks.queue.problems import KV_CACHE_FULL, Problem, Severity, find_problems
 from tasks.queue.statistics import ModelStats, QueueStats, read_stats
 
 REFRESH_S = 1.0
-KV_CACHE_FULL = 0.95
 
 BAD, NOTABLE = "bold red", "yellow"
 NOT_KNOWN = "-"
@@ -51,6 +51,7 @@ class Status:
     stats: QueueStats
     rates_per_s: dict[str, Rates]
     """Of each model."""
+    problems: list[Problem]
 
     @property
     def models(self) -> list[ModelStats]:
@@ -61,22 +62,14 @@ class Status:
             if model.name in self.stats.listed or model.waiting.jobs or model.has_workers
         ]
 
-    @property
-    def dead_letters(self) -> int:
-        """Since Redis began; `sluice dead list` shows those that are left."""
-        return self.stats.total(Counted.DEAD)
-
     def as_json(self) -> dict[str, Any]:
         stats = self.stats
         return {
-            "models": [
-                asdict(model) | {"rates_per_s": self.rates_per_s[model.name]}
-                for model in self.models
-            ],
+            "models": [asdict(m) | {"rates_per_s": self.rates_per_s[m.name]} for m in self.models],
             "workers": [worker._asdict() for worker in stats.workers],
             "leases": stats.leases,
             "delayed": stats.delayed,
-            "dead_letters": self.dead_letters,
+            "dead_letters": stats.total(Counted.DEAD),
             "ledger_records": stats.ledger_records,
             "maintenance": stats.maintenance,
         }
@@ -100,10 +93,8 @@ class Observer:
         stats, now_s = read_stats(self._backlog, self._listed), time.monotonic()
         last, interval_s = self._last, now_s - self._last_s
         self._last, self._last_s = stats, now_s
-        return Status(
-            stats,
-            {model.name: _rates(model.name, stats, last, interval_s) for model in stats.models},
-        )
+        rates = {model.name: _rates(model.name, stats, last, interval_s) for model in stats.models}
+        return Status(stats, rates, find_problems(stats, get_settings()))
 
 
 def _rates(model: str, stats: QueueStats, last: QueueStats | None, interval_s: float) -> Rates:
@@ -150,20 +141,22 @@ def _watch(console: Console, observer: Observer, status: Status) -> NoReturn:
 
 
 def render(status: Status) -> Group:
-    """The totals first: a small terminal cuts the end off."""
+    """The totals and what is wrong first: a small terminal cuts the end off."""
     tables = _queues(status), _engines(status.models), _workers(status.stats.workers)
-    return Group(_totals(status), *(part for table in tables for part in (Text(), table)))
+    parts = [part for table in tables for part in (Text(), table)]
+    return Group(_totals(status), *map(_problem, status.problems), *parts)
 
 
 def _queues(status: Status) -> Table:
     numbers = "interactive", "batch", "oldest", "accepted/s", "completed/s", "failed/s"
     table = _table(["model"], numbers)
+    old = {problem.model for problem in status.problems if problem.name == "SluiceQueueOld"}
     for model in status.models:
         rates = status.rates_per_s[model.name]
         table.add_row(
             Text(f"{model.name} (paused)", NOTABLE) if model.is_paused else Text(model.name),
             *(str(waiting.jobs) for waiting in model.depth.values()),
-            _oldest(model),
+            Text(_oldest(model), BAD if model.name in old else ""),
             *map(_rate, (rates.accepted, rates.completed)),
             Text(_rate(rates.failed), BAD if rates.failed else ""),
         )
@@ -212,25 +205,25 @@ def _table(names: Iterable[str], numbers: Iterable[str]) -> Table:
     return table
 
 
-def _oldest(model: ModelStats) -> Text:
-    """The age of the oldest job; what alerts is bad: batch jobs may wait."""
-    text = f"{model.waiting.oldest_age_s:.0f} s" if model.waiting.jobs else NOT_KNOWN
-    is_bad = model.depth[Lane.INTERACTIVE].oldest_age_s > get_settings().alert_oldest_s
-    return Text(text, BAD if is_bad else "")
+def _oldest(model: ModelStats) -> str:
+    return f"{model.waiting.oldest_age_s:.0f} s" if model.waiting.jobs else NOT_KNOWN
 
 
 def _totals(status: Status) -> Text:
     """One line; what a person should look at has a colour."""
-    stats, dead_letters = status.stats, status.dead_letters
+    stats, dead_letters = status.stats, status.stats.total(Counted.DEAD)
     totals = [
         Text(f"leases {stats.leases}"),
         Text(f"delayed {stats.delayed}", NOTABLE if stats.delayed else ""),
         Text(f"dead letters {dead_letters}", NOTABLE if dead_letters else ""),
         Text(f"records not in SQL yet {stats.ledger_records}"),
     ]
-    if stats.maintenance is None:
-        totals.append(Text("no maintenance lives", BAD))
     return Text(" · ").join(totals)
+
+
+def _problem(problem: Problem) -> Text:
+    is_bad = problem.severity is Severity.CRITICAL
+    return Text(f"{problem.severity}: {problem.what}", BAD if is_bad else NOTABLE)
 
 
 def _rate(per_s: float | None) -> str:

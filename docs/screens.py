@@ -23,7 +23,7 @@ COLUMNS = 88
 
 def _model(name: str, interactive: int, batch: int, oldest_s: float) -> ModelStats:
     depth = {Lane.INTERACTIVE: Depth(interactive, 1.0), Lane.BATCH: Depth(batch, oldest_s)}
-    return ModelStats.of(name, depth, WORKERS)
+    return ModelStats.of(name, depth, WORKERS, set())
 
 
 def _worker(name: str, model: str, running: int, kv_cache: float, ttft_ms: float) -> WorkerView:
@@ -51,7 +51,7 @@ STATS = QueueStats(
     memory=RedisMemory(0, 0, 0),
 )
 RATES = {"qwen3-8b": Rates(21.4, 20.9, 0.0), "llama-3.1-8b": Rates(6.0, 6.0, 0.0)}
-EXAMPLE = Status(STATS, RATES)
+EXAMPLE = Status(STATS, RATES, problems=[])
 
 
 def screen() -> str:

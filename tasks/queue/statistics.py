@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from redis import Redis
 
@@ -11,7 +11,7 @@ from tasks.contract import keys
 from tasks.contract.job import LOWEST_PRIORITY, ONE_PRIORITY, Lane, State
 from tasks.queue import counts
 from tasks.queue.backlog import Backlog, load_script
-from tasks.queue.control import WorkerState, WorkerView, maintenance, workers
+from tasks.queue.control import WorkerState, WorkerView, workers
 from tasks.queue.counts import Counted, Happening
 
 
@@ -23,9 +23,13 @@ class Depth:
     oldest_age_s: float
 
     @classmethod
-    def total(cls, lanes: Collection["Depth"]) -> "Depth":
+    def total(cls, lanes: Collection["Depth"]) -> Self:
         """Of these lanes together."""
         return cls(sum(lane.jobs for lane in lanes), max(lane.oldest_age_s for lane in lanes))
+
+
+Depths = dict[Lane, Depth]
+"""Of each lane of a model."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class ModelStats:
 
     name: str
     is_paused: bool
-    depth: dict[Lane, Depth]
+    depth: Depths
     serving: int
     draining: int
     slots: int
@@ -48,13 +52,7 @@ class ModelStats:
     ttft_p95_ms: float | None
 
     @classmethod
-    def of(
-        cls,
-        name: str,
-        depth: dict[Lane, Depth],
-        alive: Iterable[WorkerView],
-        paused: Collection[str] = (),
-    ) -> "ModelStats":
+    def of(cls, name: str, depth: Depths, alive: list[WorkerView], paused: set[str]) -> Self:
         """Of the model of that name, from all workers and all paused models."""
         own = [worker for worker in alive if worker.model == name]
         serving = [worker for worker in own if worker.state is WorkerState.SERVING]
@@ -102,8 +100,13 @@ class RedisMemory(NamedTuple):
 
     @property
     def limit_bytes(self) -> int:
-        """Its maxmemory, or what its machine has; 0: not known."""
         return self.max_bytes or self.machine_bytes
+
+    def __str__(self) -> str:
+        used = f"{self.used_bytes / 2**20:.0f}"
+        if not self.max_bytes:
+            return f"{used} MiB in use, no maxmemory is set"
+        return f"{used} of {self.max_bytes / 2**20:.0f} MiB in use"
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,8 @@ def read_stats(backlog: Backlog, models: Sequence[str] = ()) -> QueueStats:
     moment.hgetall(keys.COUNTS)
     moment.xlen(keys.LEDGER)
     moment.hgetall(keys.BODY_BYTES)
-    waiting, leases, delayed, counted, records, body_bytes = moment.execute()
+    moment.get(keys.MAINTENANCE)
+    waiting, leases, delayed, counted, records, body_bytes, process = moment.execute()
     memory: Any = redis.info("memory")
     found = _read_depths(names, waiting)
     return QueueStats(
@@ -163,13 +167,13 @@ def read_stats(backlog: Backlog, models: Sequence[str] = ()) -> QueueStats:
         counts=counts.read(counted),
         body_bytes={model.decode(): int(size) for model, size in body_bytes.items()},
         workers=alive,
-        maintenance=maintenance(redis),
+        maintenance=process.decode() if process else None,
         ledger_records=records,
         memory=RedisMemory.decode(memory),
     )
 
 
-def read_depths(redis: Redis, models: Iterable[str]) -> dict[str, dict[Lane, Depth]]:
+def read_depths(redis: Redis, models: Iterable[str]) -> dict[str, Depths]:
     """What waits in each lane of the models, all at one moment."""
     names = list(models)
     return _read_depths(names, _ask_depths(redis, names))
@@ -182,7 +186,7 @@ def _ask_depths(redis: Any, models: Sequence[str]) -> Any:
     return script(args=[LOWEST_PRIORITY, int(ONE_PRIORITY), *lanes])
 
 
-def _read_depths(models: Sequence[str], reply: Sequence[int]) -> dict[str, dict[Lane, Depth]]:
+def _read_depths(models: Sequence[str], reply: Sequence[int]) -> dict[str, Depths]:
     answers = zip(reply[::2], reply[1::2], strict=True)
     found = (Depth(jobs, max(age_ms, 0) / 1000) for jobs, age_ms in answers)
     return {model: {lane: next(found) for lane in Lane} for model in models}
