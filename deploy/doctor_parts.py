@@ -2,8 +2,7 @@
 
 import os
 import resource
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,19 +10,19 @@ from urllib.parse import urlsplit
 import httpx
 
 from deploy.checks import listener
+from deploy.doctor_servers import judge
 from deploy.findings import Remark, UnusableError, ok, warning, wrong
 from deploy.install import WITHOUT_VLLM
 from gpu_worker.engines.sources import refuse_missing
 from tasks.contract import keys, running
 from tasks.contract.connections import connect_once
 from tasks.contract.errors import NoWorkerError, SluiceError
-from tasks.contract.job import Lane
 from tasks.contract.models import BUILT_IN, get_catalog
 from tasks.contract.settings import PREFIX, Settings, without_password
 from tasks.contract.trouble import MAKE_ROOM, explain, free_bytes
 from tasks.queue.backlog import Backlog
-from tasks.queue.control import WorkerState, maintenance
-from tasks.queue.statistics import look
+from tasks.queue.problems import Problem, find_problems, start_worker
+from tasks.queue.statistics import ModelStats, QueueStats, read_stats
 
 API_TIMEOUT_S = 3.0
 # A record may wait for 30 s for the end of its job's log (tasks/maintenance/ledger.py).
@@ -56,43 +55,46 @@ def check_models(settings: Settings) -> Iterator[Remark]:
     yield ok(f"{path}: {names}")
 
 
-def check_workers(settings: Settings) -> Iterator[Remark]:
-    """Whether each model that has work, or may get it, has a worker."""
-    listed = [model.name for model in get_catalog().models]
+def _look(settings: Settings, listed: Sequence[str] = ()) -> tuple[QueueStats, list[Problem]]:
     with connect_once(settings.redis_url) as redis:
-        seen = look(Backlog(redis, settings), listed)
-    for model in seen.models:
-        states = Counter(worker.state for worker in seen.workers if worker.model == model)
-        waiting = sum(seen.depths[model, lane].jobs for lane in Lane)
-        if model in listed:
-            yield _judge_workers(model, states, waiting)
-        elif waiting:
-            yield wrong(
-                f"{model}: {waiting} job(s) wait, and models.yaml does not name it",
-                "name it there and start a worker, or cancel them (`sluice jobs`, `sluice cancel`)",
-            )
+        stats = read_stats(Backlog(redis, settings), listed)
+    return stats, find_problems(stats, settings)
 
 
-def _judge_workers(model: str, states: Counter[WorkerState], waiting: int) -> Remark:
-    number = ", ".join(f"{states[state]} {state}" for state in WorkerState if states[state])
-    found = f"{model}: {number or 'no'} worker(s), {waiting} job(s) wait"
-    if states[WorkerState.SERVING]:
-        return ok(found)
-    do = f"start one: `sluice worker --model {model}`; if it ran before, its log tells why it ended"
-    return wrong(found, do) if waiting else warning(found, do)
+def _judge_all(problems: list[Problem], *names: str) -> list[Remark]:
+    return [judge(problem) for problem in problems if problem.name in names]
+
+
+def check_workers(settings: Settings) -> Iterator[Remark]:
+    """Whether each model that has work, or may get it, has a worker, and the workers suffice."""
+    stats, problems = _look(settings, [model.name for model in get_catalog().models])
+    without = {problem.model for problem in problems if problem.name == "SluiceNoWorker"}
+    for model in stats.models:
+        if model.name in stats.listed:
+            yield _judge_workers(model, wrong if model.name in without else warning)
+    names = "SluiceUnlistedModel", "SluiceQueueDeep", "SluiceKvCacheFull"
+    yield from _judge_all(problems, *names)
+
+
+def _judge_workers(model: ModelStats, judge_none: Callable[[str, str], Remark]) -> Remark:
+    states = {"serving": model.serving, "draining": model.draining}
+    number = ", ".join(f"{number} {state}" for state, number in states.items() if number)
+    found = f"{model.name}: {number or 'no'} worker(s), {model.waiting.jobs} job(s) wait"
+    return ok(found) if model.serving else judge_none(found, start_worker(model.name))
 
 
 def check_maintenance(settings: Settings) -> Iterator[Remark]:
-    """Whether the reaper ran lately."""
-    with connect_once(settings.redis_url) as redis:
-        process = maintenance(redis)
-    if process is None:
-        yield wrong(
-            "no maintenance lives: jobs of dead workers and the ledger wait for it",
-            "start it: `sluice maintenance`; if it ran before, its log tells why it ended",
-        )
-        return
-    yield ok(f"{process} lives")
+    """Whether the reaper ran lately, and had anything to mend."""
+    stats, problems = _look(settings)
+    if stats.maintenance:
+        yield ok(f"{stats.maintenance} lives")
+    yield from _judge_all(problems, "SluiceNoMaintenance", "SluiceRepairs")
+
+
+def check_pauses(settings: Settings) -> Iterator[Remark]:
+    """Models that somebody has paused."""
+    _, problems = _look(settings)
+    yield from _judge_all(problems, "SluiceQueuePaused") or [ok("no model is paused")]
 
 
 def check_ledger(settings: Settings) -> Iterator[Remark]:
@@ -110,16 +112,6 @@ def check_ledger(settings: Settings) -> Iterator[Remark]:
         )
         return
     yield ok(found)
-
-
-def check_pauses(settings: Settings) -> Iterator[Remark]:
-    """Models that somebody has paused."""
-    with connect_once(settings.redis_url) as redis:
-        paused = sorted(Backlog(redis, settings).paused())
-    for model in paused:
-        yield warning(f"{model} is paused", f"`sluice resume {model}` ends that")
-    if not paused:
-        yield ok("no model is paused")
 
 
 def check_model_files(_settings: Settings) -> Iterator[Remark]:

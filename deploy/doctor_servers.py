@@ -1,6 +1,5 @@
 """Checks of the servers that Sluice stands on: Redis, the bus and the database."""
 
-import math
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -19,12 +18,12 @@ from db.session import database_now, parse
 from deploy.findings import Remark, UnusableError, ok, warning, wrong
 from tasks.contract.connections import connect_once
 from tasks.contract.settings import Settings, without_password
-from tasks.contract.trouble import MORE_MEMORY, SAME_HOME, ask_redis, judge_redis
+from tasks.contract.trouble import SAME_HOME, ask_redis, judge_redis
+from tasks.queue.problems import Problem, Severity, find_memory_problem
+from tasks.queue.statistics import RedisMemory
 
 # The first with all commands that tasks/ uses.
 LEAST_REDIS = (7, 0)
-MEMORY_HIGH = 0.8
-MEMORY_FULL = 0.95
 CLOCK_APART_S = 2.0
 
 NTP = "have NTP set both clocks (`timedatectl`): times in lists are wrong; leases do not mind"
@@ -104,16 +103,15 @@ def _judge_eviction(info: dict[str, Any]) -> Remark:
 
 
 def _judge_memory(info: dict[str, Any]) -> Remark:
-    used, limit = info["used_memory"], info["maxmemory"]
-    found = f"{used / 2**20:.0f} of {limit / 2**20:.0f} MiB in use"
-    do = MORE_MEMORY
-    if not limit:
-        limit = info.get("total_system_memory", math.inf)
-        found = f"{used / 2**20:.0f} MiB in use, no maxmemory is set"
-        do = "set a maxmemory: its machine's memory is nearly full, and the kernel may kill it"
-    if used > MEMORY_FULL * limit:
-        return wrong(f"{found}: when it is full, requests get 503", do)
-    return warning(found, do) if used > MEMORY_HIGH * limit else ok(found)
+    memory = RedisMemory.decode(info)
+    problem = find_memory_problem(memory)
+    return judge(problem) if problem else ok(str(memory))
+
+
+def judge(problem: Problem) -> Remark:
+    """The remark about a problem of the queue."""
+    say = wrong if problem.severity is Severity.CRITICAL else warning
+    return say(problem.what, problem.remedy)
 
 
 def check_database(settings: Settings) -> Iterator[Remark]:

@@ -17,17 +17,16 @@ from rich.text import Text
 
 from deploy.job_text import make_console
 from deploy.operate import queue
-from tasks.contract.job import Lane, State
+from tasks.contract.job import State
 from tasks.contract.models import get_catalog
 from tasks.contract.settings import get_settings
 from tasks.contract.trouble import redis_trouble
 from tasks.queue.control import WorkerState, WorkerView
-from tasks.queue.counts import Counted, Happening
-from tasks.queue.depth import Depth
-from tasks.queue.statistics import Vitals, look
+from tasks.queue.counts import Counted
+from tasks.queue.problems import KV_CACHE_FULL, Problem, Severity, find_problems
+from tasks.queue.statistics import ModelStats, QueueStats, read_stats
 
 REFRESH_S = 1.0
-KV_CACHE_FULL = 0.95
 
 BAD, NOTABLE = "bold red", "yellow"
 NOT_KNOWN = "-"
@@ -46,42 +45,34 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class ModelStatus:
-    """One model: what waits for it, and its workers together."""
-
-    name: str
-    is_paused: bool
-    depth: dict[Lane, Depth]
-    serving: int
-    draining: int
-    slots: int
-    """Of the serving workers, as the next ones."""
-    slots_used: int
-    """Requests inside the engines of all workers, running or waiting there."""
-    engine_waiting: int
-    kv_cache_usage: float
-    """0 to 1, of the fullest worker; the next ones of the slowest."""
-    ttft_p50_ms: float | None
-    ttft_p95_ms: float | None
-    rates_per_s: Rates
-
-
-@dataclass(frozen=True)
 class Status:
     """All that is shown."""
 
-    models: list[ModelStatus]
-    workers: list[WorkerView]
-    leases: int
-    delayed: int
-    dead_letters: int
-    """Since Redis began; `sluice dead list` shows those that are left."""
-    ledger_records: int
-    maintenance: str | None
-    """None: no maintenance process lives."""
+    stats: QueueStats
+    rates_per_s: dict[str, Rates]
+    """Of each model."""
+    problems: list[Problem]
+
+    @property
+    def models(self) -> list[ModelStats]:
+        """Those of models.yaml, then those that have jobs or workers all the same."""
+        return [
+            model
+            for model in self.stats.models
+            if model.name in self.stats.listed or model.waiting.jobs or model.has_workers
+        ]
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"workers": [worker._asdict() for worker in self.workers]}
+        stats = self.stats
+        return {
+            "models": [asdict(m) | {"rates_per_s": self.rates_per_s[m.name]} for m in self.models],
+            "workers": [worker._asdict() for worker in stats.workers],
+            "leases": stats.leases,
+            "delayed": stats.delayed,
+            "dead_letters": stats.total(Counted.DEAD),
+            "ledger_records": stats.ledger_records,
+            "maintenance": stats.maintenance,
+        }
 
 
 class Observer:
@@ -90,7 +81,7 @@ class Observer:
     def __init__(self) -> None:
         self._listed = [model.name for model in get_catalog().models]
         self._backlog = queue().backlog
-        self._last: Vitals | None = None
+        self._last: QueueStats | None = None
         self._last_s = 0.0
 
     def look(self) -> Status:
@@ -99,59 +90,21 @@ class Observer:
         Raises:
             RedisError: Redis does not answer, or is full.
         """
-        seen, now_s = look(self._backlog, self._listed), time.monotonic()
+        stats, now_s = read_stats(self._backlog, self._listed), time.monotonic()
         last, interval_s = self._last, now_s - self._last_s
-        self._last, self._last_s = seen, now_s
-        return Status(
-            models=[self._model(name, seen, last, interval_s) for name in self._names(seen)],
-            workers=seen.workers,
-            leases=seen.leases,
-            delayed=seen.delayed,
-            dead_letters=sum(n for what, n in seen.counts.items() if what.what is Counted.DEAD),
-            ledger_records=seen.ledger_records,
-            maintenance=seen.maintenance,
-        )
-
-    def _names(self, seen: Vitals) -> list[str]:
-        """The models of models.yaml, then those that have jobs or workers all the same."""
-        busy = [model for (model, _), waiting in seen.depths.items() if waiting.jobs]
-        served = [worker.model for worker in seen.workers]
-        return list(dict.fromkeys([*self._listed, *busy, *served]))
-
-    def _model(
-        self, name: str, seen: Vitals, last: Vitals | None, interval_s: float
-    ) -> ModelStatus:
-        workers = [worker for worker in seen.workers if worker.model == name]
-        serving = [worker for worker in workers if worker.state is WorkerState.SERVING]
-
-        def rate(state: State) -> float | None:
-            if last is None:
-                return None
-            happened = _count(seen, name, state) - _count(last, name, state)
-            return max(happened, 0) / interval_s  # a Redis that lost its data begins at 0
-
-        return ModelStatus(
-            name=name,
-            is_paused=name in seen.paused,
-            depth={lane: seen.depths.get((name, lane), Depth(0, 0.0)) for lane in Lane},
-            serving=len(serving),
-            draining=len(workers) - len(serving),
-            slots=sum(worker.slots for worker in serving),
-            slots_used=sum(worker.running + worker.waiting for worker in workers),
-            engine_waiting=sum(worker.waiting for worker in workers),
-            kv_cache_usage=max((worker.kv_cache_usage for worker in workers), default=0.0),
-            ttft_p50_ms=_slowest(worker.ttft_p50_ms for worker in workers),
-            ttft_p95_ms=_slowest(worker.ttft_p95_ms for worker in workers),
-            rates_per_s=Rates(rate(State.QUEUED), rate(State.COMPLETED), rate(State.FAILED)),
-        )
+        self._last, self._last_s = stats, now_s
+        rates = {model.name: _rates(model.name, stats, last, interval_s) for model in stats.models}
+        return Status(stats, rates, find_problems(stats, get_settings()))
 
 
-def _count(seen: Vitals, model: str, state: State) -> int:
-    return sum(seen.counts[Happening(Counted.JOBS, state, model, lane)] for lane in Lane)
+def _rates(model: str, stats: QueueStats, last: QueueStats | None, interval_s: float) -> Rates:
+    def per_s(state: State) -> float | None:
+        if last is None:
+            return None
+        happened = stats.total_jobs(model, state) - last.total_jobs(model, state)
+        return max(happened, 0) / interval_s  # a Redis that lost its data begins at 0
 
-
-def _slowest(times_ms: Iterable[float | None]) -> float | None:
-    return max((time_ms for time_ms in times_ms if time_ms is not None), default=None)
+    return Rates(per_s(State.QUEUED), per_s(State.COMPLETED), per_s(State.FAILED))
 
 
 def run(*, once: bool, as_json: bool) -> None:
@@ -188,27 +141,29 @@ def _watch(console: Console, observer: Observer, status: Status) -> NoReturn:
 
 
 def render(status: Status) -> Group:
-    """The totals first: a small terminal cuts the end off."""
-    tables = _queues(status.models), _engines(status.models), _workers(status.workers)
-    return Group(_totals(status), *(part for table in tables for part in (Text(), table)))
+    """The totals and what is wrong first: a small terminal cuts the end off."""
+    tables = _queues(status), _engines(status.models), _workers(status.stats.workers)
+    parts = [part for table in tables for part in (Text(), table)]
+    return Group(_totals(status), *map(_problem, status.problems), *parts)
 
 
-def _queues(models: list[ModelStatus]) -> Table:
+def _queues(status: Status) -> Table:
     numbers = "interactive", "batch", "oldest", "accepted/s", "completed/s", "failed/s"
     table = _table(["model"], numbers)
-    for model in models:
-        rates = model.rates_per_s
+    old = {problem.model for problem in status.problems if problem.name == "SluiceQueueOld"}
+    for model in status.models:
+        rates = status.rates_per_s[model.name]
         table.add_row(
             Text(f"{model.name} (paused)", NOTABLE) if model.is_paused else Text(model.name),
             *(str(waiting.jobs) for waiting in model.depth.values()),
-            _oldest(model),
+            Text(_oldest(model), BAD if model.name in old else ""),
             *map(_rate, (rates.accepted, rates.completed)),
             Text(_rate(rates.failed), BAD if rates.failed else ""),
         )
     return table
 
 
-def _engines(models: list[ModelStatus]) -> Table:
+def _engines(models: list[ModelStats]) -> Table:
     table = _table(["model"], ["serving", "draining", *LOAD])
     for model in models:
         table.add_row(
@@ -231,7 +186,7 @@ def _workers(workers: list[WorkerView]) -> Table:
     return table
 
 
-def _load(seen: ModelStatus | WorkerView, used: int, waiting: int) -> Iterator[str | Text]:
+def _load(seen: ModelStats | WorkerView, used: int, waiting: int) -> Iterator[str | Text]:
     """The cells of LOAD."""
     yield f"{used}/{seen.slots}"
     yield str(waiting)
@@ -250,25 +205,25 @@ def _table(names: Iterable[str], numbers: Iterable[str]) -> Table:
     return table
 
 
-def _oldest(model: ModelStatus) -> Text:
-    """The age of the oldest job; what alerts is bad: batch jobs may wait."""
-    age_s = max(waiting.oldest_age_s for waiting in model.depth.values())
-    text = f"{age_s:.0f} s" if any(waiting.jobs for waiting in model.depth.values()) else NOT_KNOWN
-    is_bad = model.depth[Lane.INTERACTIVE].oldest_age_s > get_settings().alert_oldest_s
-    return Text(text, BAD if is_bad else "")
+def _oldest(model: ModelStats) -> str:
+    return f"{model.waiting.oldest_age_s:.0f} s" if model.waiting.jobs else NOT_KNOWN
 
 
 def _totals(status: Status) -> Text:
     """One line; what a person should look at has a colour."""
+    stats, dead_letters = status.stats, status.stats.total(Counted.DEAD)
     totals = [
-        Text(f"leases {status.leases}"),
-        Text(f"delayed {status.delayed}", NOTABLE if status.delayed else ""),
-        Text(f"dead letters {status.dead_letters}", NOTABLE if status.dead_letters else ""),
-        Text(f"records not in SQL yet {status.ledger_records}"),
+        Text(f"leases {stats.leases}"),
+        Text(f"delayed {stats.delayed}", NOTABLE if stats.delayed else ""),
+        Text(f"dead letters {dead_letters}", NOTABLE if dead_letters else ""),
+        Text(f"records not in SQL yet {stats.ledger_records}"),
     ]
-    if status.maintenance is None:
-        totals.append(Text("no maintenance lives", BAD))
     return Text(" · ").join(totals)
+
+
+def _problem(problem: Problem) -> Text:
+    is_bad = problem.severity is Severity.CRITICAL
+    return Text(f"{problem.severity}: {problem.what}", BAD if is_bad else NOTABLE)
 
 
 def _rate(per_s: float | None) -> str:

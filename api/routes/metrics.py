@@ -15,7 +15,7 @@ from redis.exceptions import RedisError
 from api.openapi import Given, operation
 from api.queue_metrics import families, redis_up
 from api.services import Services, get_services
-from tasks.queue import statistics as vitals
+from tasks.queue.statistics import read_stats
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +32,13 @@ class _Queue(Collector):
     def collect(self) -> Iterator[Metric]:
         models = [model.name for model in self._services.catalog.models]
         try:
-            seen = vitals.look(self._services.jobs.backlog, models)
+            stats = read_stats(self._services.jobs.backlog, models)
         except RedisError as away:
             log.warning("metrics without the queue: %s", away)
             yield redis_up(False)
             return
         yield redis_up(True)
-        yield from families(seen)
+        yield from families(stats)
 
 
 @blueprint.get(

@@ -7,7 +7,6 @@ https://prometheus.io/docs/alerting/latest/configuration/#webhook_config. The ru
 
 import hashlib
 import logging
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -16,16 +15,16 @@ import httpx
 import orjson
 
 from tasks.contract import keys
-from tasks.contract.job import Lane
 from tasks.contract.models import Catalog
 from tasks.contract.settings import Settings
-from tasks.queue import statistics as vitals
 from tasks.queue.backlog import Backlog
-from tasks.queue.control import WorkerState
-from tasks.queue.statistics import Vitals
+from tasks.queue.problems import find_problems
+from tasks.queue.statistics import read_stats
 
 log = logging.getLogger(__name__)
 
+# The problems that are sent, as docs/operations.md promises.
+SENT = "SluiceQueueDeep", "SluiceQueueOld", "SluiceNoWorker"
 # A condition that is over sooner wakes nobody.
 HOLD_S = 10
 REPEAT_S = 4 * 3600
@@ -76,25 +75,6 @@ class Alert:
         }
 
 
-def conditions(seen: Vitals, settings: Settings, now_s: float) -> Iterator[Alert]:
-    """What holds now and should not."""
-    serving = {w.model for w in seen.workers if w.state is WorkerState.SERVING}
-    for model in seen.models:
-        jobs = sum(seen.depths[model, lane].jobs for lane in Lane)
-        # Batch jobs may wait for hours.
-        oldest_s = seen.depths[model, Lane.INTERACTIVE].oldest_age_s
-        if jobs > settings.alert_depth:
-            what = f"{jobs} jobs wait for {model}; the limit is {settings.alert_depth}."
-            yield Alert("SluiceQueueDeep", model, "warning", what, now_s)
-        if oldest_s > settings.alert_oldest_s and model not in seen.paused:
-            limit = f"the limit is {settings.alert_oldest_s:g} s"
-            what = f"An interactive job for {model} has waited for {oldest_s:.0f} s; {limit}."
-            yield Alert("SluiceQueueOld", model, "critical", what, now_s)
-        if jobs and model not in serving:
-            what = f"{jobs} jobs wait for {model}, and no worker serves it."
-            yield Alert("SluiceNoWorker", model, "critical", what, now_s)
-
-
 class Alerter:
     """Looks, remembers in Redis, tells; of several processes one does so at a time."""
 
@@ -120,9 +100,11 @@ class Alerter:
 
     def _look(self) -> None:
         now_s = float(self._redis.time()[0])
-        seen = vitals.look(self._backlog, self._models)
+        stats = read_stats(self._backlog, self._models)
         alerts = self._known()
-        holding = {alert.key: alert for alert in conditions(seen, self._settings, now_s)}
+        problems = find_problems(stats, self._settings)
+        told = [Alert(p.name, p.model, p.severity, f"{p.what}.", now_s) for p in problems]
+        holding = {alert.key: alert for alert in told if alert.name in SENT}
         for key, alert in alerts.items():
             if key not in holding and not alert.ended_s:
                 alert.ended_s = now_s

@@ -1,6 +1,6 @@
 """The life of a job in Redis: submit, claim, renew, finish, cancel, reap. Each step is one script.
 
-What waits, where and for how long is in depth.py.
+What waits, where and for how long is in statistics.py and depth.py.
 
 The scripts in lua/ make every step atomic, and take the time from Redis, never from a host's clock.
 """

@@ -72,12 +72,6 @@ def workers(redis: Redis) -> list[WorkerView]:
     return [WorkerView.decode(*worker) for worker in alive.items()]
 
 
-def maintenance(redis: Redis) -> str | None:
-    """The maintenance process that reaped last; None: none has for a while."""
-    process: Any = redis.get(keys.MAINTENANCE)
-    return None if process is None else str(process.decode())
-
-
 def drain(redis: Redis, bus: Redis, worker_id: str) -> None:
     """Has a worker take no more jobs, finish what it can, hand on the rest, and end.
 
