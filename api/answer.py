@@ -10,7 +10,8 @@ from api.errors import respond_again
 from api.job_stream import ClientGoneError, JobStream, ServerStoppingError
 from api.services import Services
 from tasks.contract.errors import RequestTimeoutError, StreamBrokenError
-from tasks.contract.events import End, Entry, Kind, Start
+from tasks.contract.events import End, Entry, Start
+from tasks.contract.response import Chunk, Finish, read, split_events
 
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -55,8 +56,7 @@ class Answer:
         while self.end is None:
             piece, _ = self._take(self._settings.keep_alive_s)
             if self.head and self.head.is_event_stream:
-                events = (event.removeprefix(b"data: ") for event in piece.split(b"\n\n"))
-                yield from (data for data in events if data and data != b"[DONE]")
+                yield from split_events(piece)
             else:
                 body += piece
         if self.end.error:
@@ -170,15 +170,15 @@ class Answer:
     def _absorb(self, entries: list[Entry]) -> bytes:
         """Notes heads and ends; returns the pieces of the body."""
         pieces = []
-        for entry in entries:
-            if entry.kind is Kind.BODY:
-                pieces.append(entry.data)
-            elif entry.kind is Kind.END:
-                self.end = End.decode(entry.data)
-            elif entry.kind is Kind.START and self.head is None:
-                self.head = Start.decode(entry.data)
-            elif entry.kind is Kind.START:
-                # A later attempt begins anew: Redis has lost what this client has.
+        for part in read(entries):
+            if isinstance(part, Chunk):
+                pieces.append(part.data)
+            elif isinstance(part, Finish):
+                self.end = part.end
+            elif self.head is None:
+                self.head = part.start
+            else:
+                # Redis has lost what this client has.
                 self.end = End.failed(StreamBrokenError())
                 break
         return b"".join(pieces)

@@ -16,8 +16,8 @@ from api.job_view import describe, find_queued, places_of
 from api.schemas import EVENT_ID
 from api.services import TENANT, Services
 from tasks.contract.errors import InvalidRequestError, StreamBrokenError
-from tasks.contract.events import End, Entry, Kind, Position, Start
-from tasks.contract.response import DONE
+from tasks.contract.events import End, Kind, Position, Start
+from tasks.contract.response import DONE, Finish, Head, Part, read
 from tasks.queue.depth import Place
 
 # A log begins with its head, after the takeovers of attempts that got no further.
@@ -76,35 +76,32 @@ class JobEvents:
                 try:
                     entries = self._stream.take(keep_alive_s)
                 except StreamBrokenError as broken:
-                    yield from self._read_end("", End.failed(broken))
+                    yield from self._encode_end("", End.failed(broken))
                     return
                 moved = queue.take()
                 if moved and not entries and self._head is None:
                     yield _place_event(moved)
                 elif not entries and (end := self._vanished()):
-                    yield from self._read_end("", end)
+                    yield from self._encode_end("", end)
                 elif not entries:
                     yield KEEP_ALIVE
-                for entry in entries:
-                    yield from self._read(entry)
+                for part in read(entries):
+                    yield from self._encode(part)
 
     def _vanished(self) -> End | None:
         return self._services.jobs.end_without_log(self._stream.job_id)
 
-    def _read(self, entry: Entry) -> Iterator[Event]:
-        if entry.kind is Kind.START:
-            self._head = Start.decode(entry.data)
-        elif entry.kind is Kind.END:
-            yield from self._read_end(str(entry.position), End.decode(entry.data))
-        elif entry.kind is Kind.TAKEOVER:
-            return
+    def _encode(self, part: Part) -> Iterator[Event]:
+        if isinstance(part, Head):
+            self._head = part.start
+        elif isinstance(part, Finish):
+            yield from self._encode_end(str(part.position), part.end)
         elif self._head and self._head.is_event_stream:
-            data = entry.data.removeprefix(b"data: ").removesuffix(b"\n\n")
-            yield Event(str(entry.position), "", data)
+            yield Event(str(part.position), "", part.event_data)
         else:
-            self._body.append(entry.data)
+            self._body.append(part.data)
 
-    def _read_end(self, position: str, end: End) -> Iterator[Event]:
+    def _encode_end(self, position: str, end: End) -> Iterator[Event]:
         self._has_ended = True
         if end.error:
             yield Event(position, "", orjson.dumps(end.error))
@@ -170,8 +167,8 @@ class Follower:
         if self._after is None:
             return None
         entries = self._services.jobs.log.read_after(self._job_id, None, HEAD_WITHIN)
-        starts = [Start.decode(entry.data) for entry in entries if entry.kind is Kind.START]
-        return starts[-1] if starts else None
+        heads = [part.start for part in read(entries) if isinstance(part, Head)]
+        return heads[-1] if heads else None
 
 
 def _read_position(text: str) -> Position:

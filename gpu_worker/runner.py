@@ -15,6 +15,7 @@ from gpu_worker.replay_log import Tape, current_tape
 from tasks.contract.errors import JobFailedError, StreamBrokenError
 from tasks.contract.events import Attempt, End, Entry, Kind, Start
 from tasks.contract.job import Claim, State
+from tasks.contract.response import Chunk, Finish, Head, read
 
 log = logging.getLogger(__name__)
 
@@ -54,15 +55,13 @@ class History:
 
     @classmethod
     def read(cls, entries: Sequence[Entry]) -> "History":
-        by_kind: dict[Kind, list[Entry]] = {kind: [] for kind in Kind}
-        for entry in entries:
-            by_kind[entry.kind].append(entry)
-        starts, ends = by_kind[Kind.START], by_kind[Kind.END]
+        parts = list(read(entries))
+        chunks = [part for part in parts if isinstance(part, Chunk)]
         return cls(
-            Start.decode(starts[0].data) if starts else None,
-            [entry.data for entry in by_kind[Kind.BODY]],
-            [entry.record for entry in entries if entry.record],
-            End.decode(ends[0].data) if ends else None,
+            next((part.start for part in parts if isinstance(part, Head)), None),
+            [chunk.data for chunk in chunks],
+            [chunk.record for chunk in chunks if chunk.record],
+            next((part.end for part in parts if isinstance(part, Finish)), None),
             entries[-1].data if entries[-1].kind is Kind.TAKEOVER else b"",
         )
 

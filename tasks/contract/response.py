@@ -1,17 +1,67 @@
-"""What a job answered, put together from its token log: for polling, and for SQL."""
+"""What a job answered, read from its token log: part by part, or put together as a whole.
+
+`read` is the one reader of a log: the API's answers, the jobs' events, the ledger and the replay of
+an earlier attempt differ only in what they make of its parts.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
-from tasks.contract.events import End, Entry, Kind, Start
+from tasks.contract.events import End, Entry, Kind, Position, Start
 from tasks.contract.job import State
 
 DONE = b"[DONE]"
 # Parts of a delta that name something; all other text is a piece of a longer one.
 _NAMES = {"role", "type", "id", "index"}
+
+
+class Head(NamedTuple):
+    """An answer begins. A second head is that of a later attempt, which begins anew."""
+
+    position: Position
+    start: Start
+
+
+class Chunk(NamedTuple):
+    """It goes on: an event of a stream, or a piece of a whole body."""
+
+    position: Position
+    data: bytes
+    record: bytes
+    """For the next attempt; b"" for none."""
+
+    @property
+    def event_data(self) -> bytes:
+        """Of an event of a stream: what it says, without the frame of its protocol."""
+        return self.data.removeprefix(b"data: ").removesuffix(b"\n\n")
+
+
+class Finish(NamedTuple):
+    """The job has ended."""
+
+    position: Position
+    end: End
+
+
+Part = Head | Chunk | Finish
+
+
+def read(entries: Iterable[Entry]) -> Iterator[Part]:
+    """What the entries of a log say, in their order; takeovers say nothing of the answer.
+
+    Raises:
+        DecodeError: one of them cannot be read.
+    """
+    for _, position, kind, data, record in entries:
+        if kind is Kind.BODY:
+            yield Chunk(position, data, record)
+        elif kind is Kind.START:
+            yield Head(position, Start.decode(data))
+        elif kind is Kind.END:
+            yield Finish(position, End.decode(data))
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,15 +79,16 @@ class Outcome:
 
 def assemble(entries: Sequence[Entry]) -> Outcome | None:
     """The outcome that a whole log tells; None when it has no end yet."""
-    if not entries or entries[-1].kind is not Kind.END:
+    parts = list(read(entries))
+    if not parts or not isinstance(parts[-1], Finish):
         return None
-    end = End.decode(entries[-1].data)
-    start = next((Start.decode(e.data) for e in entries if e.kind is Kind.START), None)
+    end = parts[-1].end
+    start = next((part.start for part in parts if isinstance(part, Head)), None)
     if end.error or start is None:
         return Outcome(end.state, error=end.error.get("error"))
-    body = b"".join(entry.data for entry in entries if entry.kind is Kind.BODY)
+    body = b"".join(part.data for part in parts if isinstance(part, Chunk))
     if start.is_event_stream:
-        document = fold(_chunks(body))
+        document = fold(map(read_object, split_events(body)))
         if end.usage:
             document.setdefault("usage", end.usage)
         body = orjson.dumps(document)
@@ -57,11 +108,12 @@ def read_object(body: bytes) -> dict[str, Any]:
     return document if isinstance(document, dict) else {}
 
 
-def _chunks(events: bytes) -> Iterator[dict[str, Any]]:
+def split_events(events: bytes) -> Iterator[bytes]:
+    """What the events of a stream say, one after the other, but for the last one, `[DONE]`."""
     for event in events.split(b"\n\n"):
         data = event.removeprefix(b"data: ").strip()
         if data and data != DONE:
-            yield read_object(data)
+            yield data
 
 
 def fold(chunks: Iterable[dict[str, Any]]) -> dict[str, Any]:
