@@ -7,7 +7,7 @@ import orjson
 from flask import Response
 
 from api.errors import respond_again
-from api.job_stream import ClientGoneError, JobStream, ServerStoppingError
+from api.job_stream import ClientDisconnectedError, JobStream, ServerStoppingError
 from api.services import Services
 from tasks.contract.errors import RequestTimeoutError, StreamBrokenError
 from tasks.contract.events import End, Entry, Start
@@ -40,7 +40,7 @@ class Answer:
 
         Raises:
             RequestTimeoutError: no answer came within the time limit.
-            ClientGoneError: the client left.
+            ClientDisconnectedError: the client left.
         """
         response = self._respond(wants_stream)
         response.headers.extend(self._headers())
@@ -50,7 +50,7 @@ class Answer:
         """Each chunk's JSON, or the body's when it is not streamed; an error is one more.
 
         Raises:
-            ClientGoneError: the client left.
+            ClientDisconnectedError: the client left.
         """
         body = b""
         while self.end is None:
@@ -131,7 +131,7 @@ class Answer:
                     yield piece
                 elif is_idle and self.end is None:
                     yield KEEP_ALIVE
-        except ClientGoneError:
+        except ClientDisconnectedError:
             return
         except ServerStoppingError as stopping:
             self.end = End.failed(stopping)
@@ -151,7 +151,7 @@ class Answer:
                 yield from self._events(first)
             else:
                 yield error_event(first + self._rest())
-        except ClientGoneError:
+        except ClientDisconnectedError:
             return
         except (RequestTimeoutError, ServerStoppingError) as late:
             yield error_event(orjson.dumps(late.body()))

@@ -16,7 +16,7 @@ from gevent.socket import wait_read
 from api.answer import Answer
 from api.call import Call
 from api.cancellation import cancel
-from api.job_stream import ClientGoneError, JobStream
+from api.job_stream import ClientDisconnectedError, JobStream
 from api.services import Services
 
 CLIENT_CLOSED_REQUEST = 499
@@ -84,7 +84,7 @@ class Generation:
         """
         try:
             response = self.answer.respond(wants_stream)
-        except ClientGoneError:
+        except ClientDisconnectedError:
             self.close()
             return Response(status=CLIENT_CLOSED_REQUEST)
         except BaseException:
@@ -106,4 +106,4 @@ def _watch(client_socket: Any, stream: JobStream) -> None:
             return
     except OSError:
         pass
-    stream.hang_up()
+    stream.client_disconnected()

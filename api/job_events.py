@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import orjson
 
 from api.cancellation import cancel
-from api.job_stream import ClientGoneError, JobStream, ServerStoppingError
-from api.job_view import describe, find_queued, places_of
+from api.job_stream import ClientDisconnectedError, JobStream, ServerStoppingError
+from api.job_view import describe, find_queued, positions_of
 from api.schemas import EVENT_ID
 from api.services import TENANT, Services
 from tasks.contract.errors import InvalidRequestError, StreamBrokenError
 from tasks.contract.events import End, Kind, Position, Start
 from tasks.contract.response import DONE, Finish, Head, Part, read
-from tasks.queue.depth import Place
+from tasks.queue.depth import QueuePosition
 
 # A log begins with its head, after the takeovers of attempts that got no further.
 HEAD_WITHIN = 50
@@ -62,16 +62,16 @@ class JobEvents:
         self._has_ended = False
         self._body: list[bytes] = []
 
-    def follow(self, place: Place | None) -> Iterator[Event]:
+    def follow(self, place: QueuePosition | None) -> Iterator[Event]:
         """The events as they come, KEEP_ALIVE where nothing has come for long; ends with the job.
 
         Raises:
-            ClientGoneError: the client has left.
+            ClientDisconnectedError: the client has left.
         """
         keep_alive_s = self._services.settings.keep_alive_s
-        with self._services.places.watching(self._stream) as queue:
+        with self._services.queue_positions.watching(self._stream) as queue:
             if place:
-                yield _place_event(place)
+                yield _position_event(place)
             while not self._has_ended:
                 try:
                     entries = self._stream.take(keep_alive_s)
@@ -80,7 +80,7 @@ class JobEvents:
                     return
                 moved = queue.take()
                 if moved and not entries and self._head is None:
-                    yield _place_event(moved)
+                    yield _position_event(moved)
                 elif not entries and (end := self._vanished()):
                     yield from self._encode_end("", end)
                 elif not entries:
@@ -142,10 +142,10 @@ class Follower:
         if self._job:
             cancel(self._services, self._job_id, self._job.model)
 
-    def hang_up(self) -> None:
+    def client_disconnected(self) -> None:
         """The client is gone: ends `events`."""
         if self.stream:
-            self.stream.hang_up()
+            self.stream.client_disconnected()
 
     def events(self) -> Iterator[Event]:
         """The events; closing the iterator lets go of the job."""
@@ -159,7 +159,7 @@ class Follower:
             after = None
         with self._services.relay.follow(self._job_id, after) as stream:
             self.stream = stream
-            (place,) = places_of(self._services, [self._job])
+            (place,) = positions_of(self._services, [self._job])
             yield from JobEvents(self._services, stream, head).follow(place)
 
     def _head(self) -> Start | None:
@@ -185,7 +185,7 @@ def _stored_answer(job: dict[str, Any]) -> bytes:
     return orjson.dumps({"error": job["error"]})
 
 
-def _place_event(place: Place) -> Event:
+def _position_event(place: QueuePosition) -> Event:
     return Event("", "queue", orjson.dumps(place._asdict()))
 
 
@@ -194,7 +194,7 @@ def encode(events: Iterator[Event]) -> Iterator[bytes]:
     try:
         for event in events:
             yield b": keep-alive\n\n" if event is KEEP_ALIVE else event.encode()
-    except ClientGoneError:
+    except ClientDisconnectedError:
         return
     except ServerStoppingError:
         yield b"retry: 500\n\n"

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 ENTRIES_AT_ONCE = 500
 
 
-class ClientGoneError(Exception):
+class ClientDisconnectedError(Exception):
     """The client closed its connection, or has stopped reading."""
 
 
@@ -46,10 +46,10 @@ class JobStream:
         self._ready: list[Entry] = []
         self._wake = Event()
         self._is_behind = False
-        self._is_gone = False
-        self._is_left = False
+        self._is_disconnected = False
+        self._is_stopping = False
         self._is_broken = False
-        self._is_nudged = False
+        self._is_woken = False
 
     @property
     def is_fed(self) -> bool:
@@ -79,19 +79,19 @@ class JobStream:
         self._is_behind = True
         self._wake.set()
 
-    def nudge(self) -> None:
+    def wake_up(self) -> None:
         """Ends the wait of `take`: its caller has something else to tell."""
-        self._is_nudged = True
+        self._is_woken = True
         self._wake.set()
 
-    def hang_up(self) -> None:
+    def client_disconnected(self) -> None:
         """The client is gone: ends the wait of `take`."""
-        self._is_gone = True
+        self._is_disconnected = True
         self._wake.set()
 
-    def leave(self) -> None:
+    def server_stopping(self) -> None:
         """The process is about to end: ends the wait of `take`."""
-        self._is_left = True
+        self._is_stopping = True
         self._wake.set()
 
     def break_off(self) -> None:
@@ -100,10 +100,10 @@ class JobStream:
         self._wake.set()
 
     def take(self, timeout_s: float) -> list[Entry]:
-        """Everything that came since the last call; [] after that time without any, or a nudge.
+        """Everything that came since the last call; [] after that time without any, or a wake_up.
 
         Raises:
-            ClientGoneError: the client closed its connection.
+            ClientDisconnectedError: the client closed its connection.
             ServerStoppingError: the process is about to end.
             StreamBrokenError: what comes next is not what follows.
         """
@@ -114,18 +114,18 @@ class JobStream:
                 # Nothing for so long: look whether it was the last message that got lost.
                 self._is_behind = True
             self._wake.clear()
-            if self._is_gone:
-                raise ClientGoneError
-            if self._is_left:
+            if self._is_disconnected:
+                raise ClientDisconnectedError
+            if self._is_stopping:
                 raise ServerStoppingError
             self._catch_up()
             if self._is_broken and not self._ready:
                 raise StreamBrokenError
-            if self._ready or self._is_nudged or not is_awake:
+            if self._ready or self._is_woken or not is_awake:
                 break
         if self._is_broken:
             self._wake.set()
-        self._is_nudged = False
+        self._is_woken = False
         taken, self._ready = self._ready, []
         return taken
 

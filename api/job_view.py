@@ -17,7 +17,7 @@ from tasks.contract.errors import JobNotFoundError, SluiceError
 from tasks.contract.events import Kind
 from tasks.contract.job import Lane, Snapshot, State
 from tasks.contract.response import Outcome, assemble
-from tasks.queue.depth import Place, places
+from tasks.queue.depth import QueuePosition, places
 
 
 def describe(services: Services, tenant: str, job_id: str) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def describe(services: Services, tenant: str, job_id: str) -> dict[str, Any]:
     """
     seen = find_queued(services, tenant, job_id)
     if seen is not None and not seen.state.is_final:
-        return _of_snapshot(seen, *places_of(services, [seen]))
+        return _of_snapshot(seen, *positions_of(services, [seen]))
     found = jobs.get(services.settings.database_url, tenant, job_id)
     if found is not None and found[0].completed_at is not None and (seen is None or found[1]):
         return of_record(*found)
@@ -54,7 +54,7 @@ def find_queued(services: Services, tenant: str, job_id: str) -> Snapshot | None
     return seen
 
 
-def places_of(services: Services, found: Sequence[Snapshot]) -> list[Place | None]:
+def positions_of(services: Services, found: Sequence[Snapshot]) -> list[QueuePosition | None]:
     """Where the queued ones of these jobs stand."""
     queued = [seen.job for seen in found if seen.state is State.QUEUED]
     at = dict(zip((job.id for job in queued), places(services.redis, queued), strict=True))
@@ -120,7 +120,7 @@ def describe_all(
     shown = [row for row, state in states if status in (None, state)][:most]
     live = [at[job.id] for job, _ in shown if job.id in at]
     views = {}
-    for seen, place in zip(live, places_of(services, live), strict=True):
+    for seen, place in zip(live, positions_of(services, live), strict=True):
         outcome = _outcome(services, seen.job.id) if seen.state.is_final else None
         views[seen.job.id] = _of_snapshot(seen, place) | (_of_outcome(outcome) if outcome else {})
     return [views.get(job.id) or of_record(job, result) for job, result in shown]
@@ -143,7 +143,7 @@ def _outcome(services: Services, job_id: str) -> Outcome | None:
     return outcome
 
 
-def _of_snapshot(seen: Snapshot, place: Place | None = None) -> dict[str, Any]:
+def _of_snapshot(seen: Snapshot, place: QueuePosition | None = None) -> dict[str, Any]:
     job = seen.job
     return {
         "id": job.id,

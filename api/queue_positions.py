@@ -11,19 +11,19 @@ from redis.exceptions import RedisError
 from api.job_stream import JobStream
 from tasks.contract.job import State
 from tasks.queue.backlog import Backlog
-from tasks.queue.depth import Place, places
+from tasks.queue.depth import QueuePosition, places
 
 log = logging.getLogger(__name__)
 
 INTERVAL_S = 2.0
 
 
-class Watched:
+class PositionWatcher:
     """A watched job's last known place, and whether its watcher has been told."""
 
     def __init__(self, stream: JobStream) -> None:
         self._stream = stream
-        self._place: Place | None = None
+        self._place: QueuePosition | None = None
         self._is_news = False
 
     @property
@@ -34,34 +34,34 @@ class Watched:
     def has_nothing(self) -> bool:
         return self._stream.position is None
 
-    def put(self, place: Place | None) -> None:
+    def put(self, place: QueuePosition | None) -> None:
         """Wakes the watcher when the job has moved."""
         if place is not None and place != self._place:
             self._place, self._is_news = place, True
-            self._stream.nudge()
+            self._stream.wake_up()
 
-    def take(self) -> Place | None:
+    def take(self) -> QueuePosition | None:
         """The place, once after each change."""
         self._is_news, is_news = False, self._is_news
         return self._place if is_news else None
 
 
-class Places:
+class QueuePositions:
     """All watched jobs of an API process."""
 
     def __init__(self, redis: Redis, backlog: Backlog) -> None:
         self._redis = redis
         self._backlog = backlog
-        self._watched: set[Watched] = set()
+        self._watched: set[PositionWatcher] = set()
 
     def start(self) -> None:
         """Starts looking."""
         gevent.spawn(self._look_for_ever)
 
     @contextmanager
-    def watching(self, stream: JobStream) -> Iterator[Watched]:
+    def watching(self, stream: JobStream) -> Iterator[PositionWatcher]:
         """The job's place, kept up to date until exit; the stream is woken when it changes."""
-        watched = Watched(stream)
+        watched = PositionWatcher(stream)
         self._watched.add(watched)
         try:
             yield watched

@@ -72,7 +72,7 @@ class Relay:
     def stop(self) -> None:
         """Tells who follows a job that this process ends; the job goes on."""
         for stream in list(self._followed):
-            stream.leave()
+            stream.server_stopping()
 
     def start(self) -> None:
         """Starts feeding the streams."""

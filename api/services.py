@@ -7,7 +7,7 @@ from flask import current_app
 from redis import Redis
 
 from api.acceptance import Acceptance
-from api.queue_positions import Places
+from api.queue_positions import QueuePositions
 from api.relay import Relay
 from tasks.contract.connections import connect
 from tasks.contract.models import Catalog, get_catalog
@@ -27,7 +27,7 @@ class Services:
     redis: Redis
     jobs: Jobs
     relay: Relay
-    places: Places
+    queue_positions: QueuePositions
     acceptance: Acceptance
     started_s: int
 
@@ -38,12 +38,12 @@ class Services:
         redis = connect(settings.redis_url)
         jobs = Jobs(redis, connect(settings.bus_url))
         relay = Relay(settings.bus_url, jobs.log)
-        places = Places(redis, jobs.backlog)
+        queue_positions = QueuePositions(redis, jobs.backlog)
         acceptance = Acceptance(jobs, settings.database_url)
-        for part in (relay, places, acceptance):
+        for part in (relay, queue_positions, acceptance):
             part.start()
         now_s = int(time.time())
-        return cls(settings, get_catalog(), redis, jobs, relay, places, acceptance, now_s)
+        return cls(settings, get_catalog(), redis, jobs, relay, queue_positions, acceptance, now_s)
 
 
 def get_services() -> Services:

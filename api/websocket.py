@@ -22,7 +22,7 @@ from api import schemas
 from api.call import Call
 from api.generation import AnsweredError, Generation
 from api.job_events import KEEP_ALIVE, Follower
-from api.job_stream import ClientGoneError, ServerStoppingError
+from api.job_stream import ClientDisconnectedError, ServerStoppingError
 from api.job_view import stored_response
 from api.services import TENANT, Services, get_services
 from tasks.contract.errors import QueueUnavailableError, SluiceError
@@ -99,7 +99,7 @@ class Conversation:
         self._waiting_bytes = 0
         self._requests: Queue[str | bytes | None] = Queue()
         self.on_cancel: Callable[[], object] | None = None
-        self.on_gone: Callable[[], object] | None = None
+        self.on_disconnect: Callable[[], object] | None = None
         gevent.spawn(self._read)
 
     def requests(self) -> Iterator[str | bytes]:
@@ -112,12 +112,12 @@ class Conversation:
         """Sends a text frame; waits while the client reads slowly.
 
         Raises:
-            ClientGoneError: the client is gone or has stalled.
+            ClientDisconnectedError: the client is gone or has stalled.
         """
         try:
             self._ws.send(frame)
         except (ConnectionClosed, OSError):
-            raise ClientGoneError from None
+            raise ClientDisconnectedError from None
 
     def refuse(self, error: SluiceError) -> None:
         """Tells an error, and closes when trying again later may help."""
@@ -135,8 +135,8 @@ class Conversation:
             pass
         finally:
             self._requests.put(None)
-            if self.on_gone:
-                self.on_gone()
+            if self.on_disconnect:
+                self.on_disconnect()
 
     def _take_frames(self) -> None:
         while (frame := self._ws.receive()) is not None:
@@ -170,7 +170,7 @@ def _generations(endpoint: str) -> Callable[[Any], None]:
         for frame in conversation.requests():
             try:
                 _serve(services, conversation, endpoint, frame)
-            except ClientGoneError:
+            except ClientDisconnectedError:
                 return
 
     return serve
@@ -194,13 +194,13 @@ def _serve(
         conversation.refuse(QueueUnavailableError())
         return
     conversation.on_cancel = generation.cancel
-    conversation.on_gone = generation.stream.hang_up
+    conversation.on_disconnect = generation.stream.client_disconnected
     try:
         for chunk in generation.answer.chunks():
             conversation.send(chunk.decode())
         conversation.send(DONE)
     finally:
-        conversation.on_cancel = conversation.on_gone = None
+        conversation.on_cancel = conversation.on_disconnect = None
         generation.close()
 
 
@@ -211,14 +211,14 @@ def _job_events(ws: Any, job_id: str) -> None:
         path = schemas.check(schemas.JobPath, {"job_id": job_id})
         follower = Follower(services, path.job_id, request.args.get("starting_after"))
         conversation.on_cancel = follower.cancel
-        conversation.on_gone = follower.hang_up
+        conversation.on_disconnect = follower.client_disconnected
         for event in follower.events():
             if event is not KEEP_ALIVE:
                 conversation.send(event.encode_frame())
-    except ClientGoneError:
+    except ClientDisconnectedError:
         return
     except ServerStoppingError:
         ws.close(TRY_AGAIN_LATER, "this server restarts; go on after the last id")
     except SluiceError as error:
-        with contextlib.suppress(ClientGoneError):
+        with contextlib.suppress(ClientDisconnectedError):
             conversation.refuse(error)

@@ -42,10 +42,10 @@ COPIES = {
             "local function count(what, value, job)",
             "local function count(what, value, job) if true then return end",
         ),
-        ("gpu_worker/runner.py", "self.meter.output(self.tape.output_tokens)", "pass"),
+        ("gpu_worker/runner.py", "self.meter.output(self.replay_log.output_tokens)", "pass"),
         (
             "gpu_worker/runner.py",
-            "self.meter.end(self.tape.input_tokens, self.tape.output_tokens)",
+            "self.meter.end(self.replay_log.input_tokens, self.replay_log.output_tokens)",
             "pass",
         ),
         ("api/instruments.py", "app.after_request(_note_answer)", "pass"),

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 RECONNECT_S = 0.5
 
 
-def keep(worker: "Worker", engine: Engine, closing: threading.Event) -> None:
+def run(worker: "Worker", engine: Engine, closing: threading.Event) -> None:
     """Until `closing`: renews all leases in one command, three times a lease, and beats.
 
     Jobs that turn out to be no longer held are stopped.
@@ -34,7 +34,7 @@ def keep(worker: "Worker", engine: Engine, closing: threading.Event) -> None:
     interval_s = get_settings().lease_s / 3
     while True:
         try:
-            if beat(worker.backlog.redis, worker, engine):
+            if send_heartbeat(worker.backlog.redis, worker, engine):
                 worker.drain()
             for lost in worker.backlog.renew(worker.claims.held()):
                 worker.stop_job(Attempt.of(lost))
@@ -46,7 +46,7 @@ def keep(worker: "Worker", engine: Engine, closing: threading.Event) -> None:
             return
 
 
-def beat(redis: Redis, worker: "Worker", engine: Engine) -> bool:
+def send_heartbeat(redis: Redis, worker: "Worker", engine: Engine) -> bool:
     """Writes the worker's heartbeat, which lasts as long as a lease; whether it is to drain."""
     key = keys.worker(worker.id)
     told = engine.load()._asdict() | recent_ttft()._asdict()
@@ -65,7 +65,7 @@ def beat(redis: Redis, worker: "Worker", engine: Engine) -> bool:
     return pipeline.execute()[-1] is not None
 
 
-def leave(redis: Redis, worker_id: str) -> None:
+def deregister(redis: Redis, worker_id: str) -> None:
     """Takes the worker off the list; without Redis its heartbeat runs out by itself."""
     try:
         redis.delete(keys.worker(worker_id))
@@ -74,7 +74,9 @@ def leave(redis: Redis, worker_id: str) -> None:
         log.warning("the worker is still listed for the length of a lease: %s", failure)
 
 
-def hear(worker_id: str, stop_job: Callable[[Attempt], None], drain: Callable[[], None]) -> None:
+def listen_for_commands(
+    worker_id: str, stop_job: Callable[[Attempt], None], drain: Callable[[], None]
+) -> None:
     """For ever: stops the attempts that the control channel names, and drains when told.
 
     What a broken connection loses, the next heartbeat and renewal of the leases find.

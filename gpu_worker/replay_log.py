@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 
-class Tape:
+class ReplayLog:
     """The notes of one job; each is a JSON value."""
 
     def __init__(self, records: Iterable[bytes] = ()) -> None:
@@ -52,9 +52,9 @@ class Tape:
         return record
 
 
-current_tape: ContextVar[Tape | None] = ContextVar("current_tape", default=None)
+current_replay_log: ContextVar[ReplayLog | None] = ContextVar("current_replay_log", default=None)
 
 
-def get_tape() -> Tape:
-    """The tape of the job that the current task answers; one that nobody keeps outside of jobs."""
-    return current_tape.get() or Tape()
+def get_replay_log() -> ReplayLog:
+    """That of the job which the current task answers; one that nobody keeps outside of jobs."""
+    return current_replay_log.get() or ReplayLog()

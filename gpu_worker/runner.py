@@ -11,7 +11,7 @@ from gpu_worker.engines.engine import Engine, Message
 from gpu_worker.metrics import Meter
 from gpu_worker.publisher import Feed, Publisher, Refusal
 from gpu_worker.refusal import in_our_shape
-from gpu_worker.replay_log import Tape, current_tape
+from gpu_worker.replay_log import ReplayLog, current_replay_log
 from tasks.contract.errors import JobFailedError, StreamBrokenError
 from tasks.contract.events import Attempt, End, Entry, Kind, Start
 from tasks.contract.job import Claim, State
@@ -79,7 +79,7 @@ class Running:
     publisher: Publisher
     engine: Engine
     history: History
-    tape: Tape = field(init=False)
+    replay_log: ReplayLog = field(init=False)
     meter: Meter = field(init=False)
     feed: Feed = field(init=False)
     task: "asyncio.Task[None] | None" = None
@@ -97,7 +97,7 @@ class Running:
     _created: tuple[bytes, bytes] = (b"", b"")
 
     def __post_init__(self) -> None:
-        self.tape = Tape(self.history.records)
+        self.replay_log = ReplayLog(self.history.records)
         self.meter = Meter(self.claim)
         self.feed = Feed(self.publisher, self.claim, self.history.continued)
 
@@ -166,11 +166,11 @@ class Running:
                 head, body = in_our_shape(head, body, self.claim.job)
             self._put((Kind.START, head.encode()), *([(Kind.BODY, body)] if body else []))
         state = State.COMPLETED if status < 400 else State.FAILED
-        return await self.end(End(state, usage=self.tape.usage))
+        return await self.end(End(state, usage=self.replay_log.usage))
 
     async def end(self, end: End) -> State:
         """Ends the log. Whoever sees the job in its final state then finds the end there."""
-        self.meter.end(*self.tape.total())
+        self.meter.end(*self.replay_log.total())
         self._put((Kind.END, end.encode()))
         await self.feed.written()
         return end.state
@@ -194,13 +194,13 @@ class Running:
                 raise DivergedError
             self._repeated += 1
             return
-        self.meter.output(self.tape.output_tokens)
+        self.meter.output(self.replay_log.output_tokens)
         self._put((Kind.BODY, event))
         self.has_progressed.set()
 
     def _put(self, *pieces: tuple[Kind, bytes]) -> None:
         """Puts entries that stand in the log together or not at all."""
-        take = self.tape.take
+        take = self.replay_log.take
         self.feed.put(
             *((kind, data, take() if kind is Kind.BODY else b"") for kind, data in pieces)
         )
@@ -268,7 +268,7 @@ class Runner:
             await asyncio.to_thread(self._on_cleared, running.claim)
 
     async def _answer(self, running: Running) -> State | None:
-        current_tape.set(running.tape)
+        current_replay_log.set(running.replay_log)
         running.task = asyncio.ensure_future(
             self._engine.app(_scope(running.claim), running.receive, running.send)
         )

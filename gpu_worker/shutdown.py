@@ -40,7 +40,7 @@ def drain(worker: "Worker") -> None:
     worker.shut_down(0)
 
 
-def watch(worker: "Worker", engine: Engine) -> None:
+def watch_engine(worker: "Worker", engine: Engine) -> None:
     """Until the worker closes; a dead or hung engine ends it, and its jobs run elsewhere.
 
     A hung engine answers its health check: only that it makes no step, with work to do, tells.
@@ -52,24 +52,24 @@ def watch(worker: "Worker", engine: Engine) -> None:
         if steps is None or steps != seen:
             seen, moved_s = steps, now_s
         if engine.is_dead():
-            _abandon(worker, "the engine died", Cause.ENGINE_DIED)
+            _end_with_error(worker, "the engine died", Cause.ENGINE_DIED)
         elif now_s - moved_s > stall_s:
             reason = f"the engine made no step for {stall_s:g} s"
-            _abandon(worker, reason, Cause.ENGINE_DIED)
+            _end_with_error(worker, reason, Cause.ENGINE_DIED)
 
 
-def give_up(worker: "Worker", part: str, failure: Exception) -> None:
+def crash(worker: "Worker", part: str, failure: Exception) -> None:
     """Ends the worker, one of whose own parts has failed: one of its jobs may be the reason."""
     log.error("%s failed", part, exc_info=failure)
-    _abandon(worker, f"{part} failed", Cause.WORKER_FAILED)
+    _end_with_error(worker, f"{part} failed", Cause.WORKER_FAILED)
 
 
-def _abandon(worker: "Worker", reason: str, cause: Cause) -> None:
+def _end_with_error(worker: "Worker", reason: str, cause: Cause) -> None:
     """Ends the worker with an error, after handing on its jobs."""
     log.error("%s; the worker ends and its jobs run elsewhere", reason)
     worker.state = WorkerState.DRAINING
     worker.stop_consuming()
-    threading.Thread(target=_end_at_last, daemon=True).start()
+    threading.Thread(target=_force_exit, daemon=True).start()
     for claim in worker.claims.give_up():
         worker.hand_back(claim, cause, reason)
     worker.loop.call_soon_threadsafe(worker.runner.stop_all)
@@ -86,7 +86,7 @@ def _kill_children() -> None:
             continue
 
 
-def _end_at_last() -> None:
+def _force_exit() -> None:
     """Ends this process when it cannot end by itself."""
     time.sleep(LAST_MOMENT_S)
     log.error("the worker does not end by itself")

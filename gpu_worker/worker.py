@@ -1,9 +1,9 @@
 """A worker: one engine on an event loop of its own, and a Celery worker whose threads wait for it.
 
 Celery thread            engine's loop                      other threads
-ticket -> claim job -->  run the job on the engine          renew leases, beat (keeper)
-(waits)                  pieces -> publisher -> Redis       hear cancellations (keeper)
-finish, claim next  <--  state                              watch the engine, drain (guard)
+ticket -> claim job -->  run the job on the engine          renew leases (heartbeat.py)
+(waits)                  pieces -> publisher -> Redis       listen for commands
+finish, claim next  <--  state                              watch engine (shutdown.py)
 """
 
 import asyncio
@@ -24,9 +24,7 @@ from uuid import uuid4
 import uvloop
 from redis.exceptions import RedisError
 
-from gpu_worker import heartbeat as keeper
-from gpu_worker import metrics, orphans
-from gpu_worker import shutdown as guard
+from gpu_worker import heartbeat, metrics, orphans, shutdown
 from gpu_worker.claims import Claims
 from gpu_worker.engines.engine import Engine, open_engine
 from gpu_worker.publisher import Publisher
@@ -114,7 +112,7 @@ class Worker:
         self.closing.set()
         self.loop.call_soon_threadsafe(self._stop_engine.set)
         engine_thread.join()
-        keeper.leave(self.backlog.redis, self.id)
+        heartbeat.deregister(self.backlog.redis, self.id)
         return self._exit_code
 
     def serve_ticket(self, _model_name: str) -> None:
@@ -220,7 +218,7 @@ class Worker:
         """Takes no more jobs, lets running ones finish up to the limit, and ends the worker."""
         if self.state is WorkerState.SERVING:
             self.state = WorkerState.DRAINING
-            self._start_part("the drain", lambda: guard.drain(self))
+            self._start_part("the drain", lambda: shutdown.drain(self))
 
     def stop_consuming(self) -> None:
         """Takes no more tickets."""
@@ -261,8 +259,8 @@ class Worker:
                 self.runner = Runner(engine, publisher, self._clear)
                 publishing = asyncio.ensure_future(self._publish(publisher))
                 # The engine's libraries have set up loggers of their own.
-                logs.adopt()
-                self._start_keepers(engine)
+                logs.take_over_loggers()
+                self._start_parts(engine)
                 self._loaded.set()
                 await self._stop_engine.wait()
                 publishing.cancel()
@@ -271,13 +269,14 @@ class Worker:
         try:
             await publisher.run()
         except Exception as failure:  # noqa: BLE001 (a part's boundary, as in _start_part)
-            part = functools.partial(guard.give_up, self, "the publisher", failure)
+            part = functools.partial(shutdown.crash, self, "the publisher", failure)
             self._start(part, "publisher failed")
 
-    def _start_keepers(self, engine: Engine) -> None:
-        self._start_part("the keeper", lambda: keeper.keep(self, engine, self.closing))
-        self._start_part("the listener", lambda: keeper.hear(self.id, self.stop_job, self.drain))
-        self._start_part("the guard", lambda: guard.watch(self, engine))
+    def _start_parts(self, engine: Engine) -> None:
+        self._start_part("the heartbeat", lambda: heartbeat.run(self, engine, self.closing))
+        listen = lambda: heartbeat.listen_for_commands(self.id, self.stop_job, self.drain)
+        self._start_part("the listener", listen)
+        self._start_part("the watch of the engine", lambda: shutdown.watch_engine(self, engine))
 
     def _start_part(self, name: str, run: Callable[[], None]) -> None:
         """Runs in a thread what the worker cannot do without: if it fails, the worker ends."""
@@ -286,7 +285,7 @@ class Worker:
             try:
                 run()
             except Exception as failure:  # noqa: BLE001 (a thread's boundary)
-                guard.give_up(self, name, failure)
+                shutdown.crash(self, name, failure)
 
         self._start(run_guarded, name)
 

@@ -72,7 +72,7 @@ def test_an_alert_is_tested_and_explained(name: str) -> None:
         assert f"\n### {name}\n" in RUNBOOK
 
 
-class Watched(NamedTuple):
+class PositionWatcher(NamedTuple):
     """A deployment that is watched."""
 
     stack: Stack
@@ -94,7 +94,7 @@ class Watched(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PositionWatcher]:
     """Sluice, watched as the shipped files have it; what is minutes there is seconds here."""
     home, for_prometheus, for_alertmanager = map(
         tmp_path_factory.mktemp, ("sluice", "prometheus", "alertmanager")
@@ -109,10 +109,10 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
             prometheus_config(for_prometheus, stack, "admin", alertmanager.address)
         ) as prometheus,
     ):
-        yield Watched(stack, prometheus, receiver)
+        yield PositionWatcher(stack, prometheus, receiver)
 
 
-def test_workers_are_found_through_the_api(watched: Watched) -> None:
+def test_workers_are_found_through_the_api(watched: PositionWatcher) -> None:
     (worker,) = workers(watched.stack)
 
     def found() -> dict[str, str]:
@@ -122,7 +122,7 @@ def test_workers_are_found_through_the_api(watched: Watched) -> None:
     await_that(lambda: found() == {worker: "up"}, explain=found)
 
 
-def test_the_rules_ask_for_what_is_there(watched: Watched) -> None:
+def test_the_rules_ask_for_what_is_there(watched: PositionWatcher) -> None:
     """Names, labels and their values, such as the bounds of buckets, as a real Sluice has them."""
     text = "\n".join(rule["expr"] for rule in RULES)
     # No API has failed here.
@@ -141,7 +141,7 @@ def test_the_rules_ask_for_what_is_there(watched: Watched) -> None:
 
 
 @pytest.mark.parametrize("seconds", [2, 8])
-def test_the_share_of_slow_streams_is_known(watched: Watched, seconds: int) -> None:
+def test_the_share_of_slow_streams_is_known(watched: PositionWatcher, seconds: int) -> None:
     share = f"model:sluice_ttft_over_{seconds}s:ratio5m"
 
     def values() -> list[float]:
@@ -152,7 +152,7 @@ def test_the_share_of_slow_streams_is_known(watched: Watched, seconds: int) -> N
 
 
 def test_a_queue_that_nobody_serves_is_heard_of_until_it_is_served(
-    watched: Watched, report: Say
+    watched: PositionWatcher, report: Say
 ) -> None:
     stack, prometheus, _ = watched
     note = timeline(report)

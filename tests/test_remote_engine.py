@@ -12,7 +12,7 @@ import pytest
 
 from gpu_worker.engines.engine import Load, Message
 from gpu_worker.engines.remote import RemoteEngine, open_engine
-from gpu_worker.replay_log import Tape, current_tape
+from gpu_worker.replay_log import ReplayLog, current_replay_log
 from tasks.contract.errors import ConfigurationError, StreamBrokenError
 from tasks.contract.models import Model
 
@@ -154,13 +154,13 @@ async def test_usage_is_asked_for_and_told_to_who_asked(
     server: Server, size: int, options: dict[str, Any], asked: dict[str, Any], is_told: bool
 ) -> None:
     server.events = [STREAMED[at : at + size] for at in range(0, len(STREAMED), size)]
-    tape = Tape()
-    current_tape.set(tape)
+    replay_log = ReplayLog()
+    current_replay_log.set(replay_log)
     async with remote(server.url) as engine:
         answer = await post(engine, json.dumps({"stream": True} | options).encode())
     assert json.loads(server.requests[0][1])["stream_options"] == asked
     assert answer.content == (STREAMED if is_told else WITHOUT_USAGE)
-    assert tape.total() == (3, 1)
+    assert replay_log.total() == (3, 1)
 
 
 async def test_a_request_that_is_cancelled_leaves_the_server_at_once(server: Server) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from gpu_worker.replay_log import get_tape
+from gpu_worker.replay_log import get_replay_log
 
 PATHS = {"/v1/chat/completions", "/v1/completions"}
 _AFTER_EVENT = re.compile(rb"(?<=\n\n)|(?<=\n\r\n)")
@@ -40,7 +40,7 @@ def usage_option(path: str, document: dict[str, Any]) -> dict[str, Any]:
 async def watched(
     response: httpx.Response, path: str, wants_no_usage: bool
 ) -> AsyncIterator[bytes]:
-    """The pieces of the answer; the usage that they tell goes on the tape.
+    """The pieces of the answer; the usage that they tell goes into the replay log.
 
     With `wants_no_usage` the event that only tells the usage is left out.
     """
@@ -74,9 +74,9 @@ def _only_tells_usage(event: bytes) -> bool:
 
 
 def _note_usage(text: bytes) -> dict[str, Any]:
-    """Puts the usage of a JSON object on the tape; returns the object, {} if it tells none."""
+    """Notes the usage of a JSON object; returns the object, {} if it tells none."""
     document = read_object(text)
     if not isinstance(document.get("usage"), dict):
         return {}
-    get_tape().usage = document["usage"]
+    get_replay_log().usage = document["usage"]
     return document

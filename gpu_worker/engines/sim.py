@@ -34,7 +34,7 @@ from gpu_worker.engines.sim_answers import (
     make_words,
     parse,
 )
-from gpu_worker.replay_log import get_tape
+from gpu_worker.replay_log import get_replay_log
 from tasks.contract.errors import HttpError, SluiceError
 from tasks.contract.models import Model
 
@@ -100,7 +100,7 @@ class SimEngine:
         async with self._in_batch():
             for number in range(answer.length):
                 await self._token(answer, failure, number)
-        get_tape().usage = answer.usage()
+        get_replay_log().usage = answer.usage()
         await _send_json(send, 200, answer.whole())
 
     async def _stream(self, answer: Answer, failure: Failure, send: Send) -> None:
@@ -111,7 +111,7 @@ class SimEngine:
                     await self._token(answer, failure, number)
                     for chunk in answer.chunks(number):
                         await _send_event(send, orjson.dumps(chunk))
-            get_tape().usage = answer.usage()
+            get_replay_log().usage = answer.usage()
         except SluiceError as died:
             await _send_event(send, orjson.dumps(died.body()))
         await _send_event(send, b"[DONE]")
@@ -133,9 +133,9 @@ class SimEngine:
 
     async def _token(self, answer: Answer, failure: Failure, number: int) -> None:
         """Returns when the token of that number is made, or fails as told."""
-        tape = get_tape()
-        tape.count(answer.prompt_tokens, len(answer.choices))
-        if number < len(tape.earlier):
+        replay_log = get_replay_log()
+        replay_log.count(answer.prompt_tokens, len(answer.choices))
+        if number < len(replay_log.earlier):
             return  # made before, by a worker that has died
         if number == 0:
             await asyncio.sleep(self._args.first_token_s)
@@ -155,7 +155,7 @@ class SimEngine:
         elif failure == "die" and number == min(FAILS_AT_TOKEN, last):
             self._death.set()
         self._steps += 1
-        tape.note(number)
+        replay_log.note(number)
         if self._death.is_set():
             raise HttpError(500, "The engine is dead")
 

@@ -20,7 +20,7 @@ from gpu_worker.engines import vllm_process as engine_process
 from gpu_worker.engines import vllm_sockets as sockets
 from gpu_worker.engines.engine import AsgiApp, Load, Message, Receive, Send
 from gpu_worker.engines.sources import refuse_missing
-from gpu_worker.replay_log import get_tape
+from gpu_worker.replay_log import get_replay_log
 from tasks.contract.errors import ConfigurationError, EngineLoadError
 from tasks.contract.models import Model
 
@@ -37,12 +37,12 @@ class VllmEngine:
         _on_each_step(client, self._count_step)
 
     async def app(self, scope: Message, receive: Receive, send: Send) -> None:
-        """One request; its usage goes on the tape, streamed or not."""
+        """One request; its usage goes into the replay log, streamed or not."""
         await self._app(scope, receive, send)
         # Where vLLM's handlers leave it for middleware.
         told = scope["state"].get("request_metadata")
         if told and told.final_usage_info:
-            get_tape().usage = told.final_usage_info.model_dump(exclude_none=True)
+            get_replay_log().usage = told.final_usage_info.model_dump(exclude_none=True)
 
     def load(self) -> Load:
         from prometheus_client import REGISTRY
@@ -102,7 +102,7 @@ async def open_engine(model: Model) -> AsyncIterator[VllmEngine]:
         os.environ["VLLM_RPC_BASE_PATH"] = directory
         args = vllm_args.parse(model)
         async with AsyncExitStack() as stack:
-            with engine_process.noted_failures(Path(directory)) as failures:
+            with engine_process.mark_worker(Path(directory)) as failures:
                 try:
                     engine = await stack.enter_async_context(_open(args))
                 except Exception as failure:  # whatever it is: vLLM's boundary

@@ -30,7 +30,7 @@ KILLED = (
 
 
 @contextmanager
-def noted_failures(directory: Path) -> Iterator[Path]:
+def mark_worker(directory: Path) -> Iterator[Path]:
     """While inside, processes that this one starts are its engine's, and note why they fail."""
     failures = directory / "failures"
     failures.touch(mode=0o600)
@@ -41,7 +41,7 @@ def noted_failures(directory: Path) -> Iterator[Path]:
         failures.unlink()
 
 
-def settle() -> None:
+def die_with_parent() -> None:
     """Ties the engine process's life to that of its parent, and by that to the worker's.
 
     A killed worker would otherwise leave the engine holding the GPU's memory: EngineCore's workers

@@ -19,7 +19,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
-from gpu_worker.replay_log import Tape, get_tape
+from gpu_worker.replay_log import ReplayLog, get_replay_log
 
 Outputs = AsyncGenerator[RequestOutput, None]
 
@@ -36,7 +36,7 @@ _restore: ContextVar[Callable[[Any, Any], None] | None] = ContextVar("_restore",
 
 
 class Note(NamedTuple):
-    """One output of the engine, as the tape keeps it."""
+    """One output of the engine, as the replay log keeps it."""
 
     token_ids: Sequence[int]
     text: str
@@ -97,10 +97,10 @@ def make_continuable(client: Any) -> None:
     """
     generate, add_request = client.generate, client.output_processor.add_request
 
-    def generate_on_tape(prompt: Any, params: Any, request_id: str, **options: Any) -> Outputs:
-        tape = get_tape()
-        tape.streams += 1
-        return _generate(generate, tape, (prompt, params, request_id), options)
+    def generate_with_replay(prompt: Any, params: Any, request_id: str, **options: Any) -> Outputs:
+        replay_log = get_replay_log()
+        replay_log.streams += 1
+        return _generate(generate, replay_log, (prompt, params, request_id), options)
 
     def add_and_restore(request: Any, *others: Any, **options: Any) -> None:
         add_request(request, *others, **options)
@@ -108,18 +108,21 @@ def make_continuable(client: Any) -> None:
             _restore.set(None)
             restore(client.output_processor, request)
 
-    client.generate = generate_on_tape
+    client.generate = generate_with_replay
     client.output_processor.add_request = add_and_restore
 
 
 async def _generate(
-    generate: Callable[..., Outputs], tape: Tape, call: tuple[Any, Any, str], options: Any
+    generate: Callable[..., Outputs],
+    replay_log: ReplayLog,
+    call: tuple[Any, Any, str],
+    options: Any,
 ) -> Outputs:
     prompt, params, request_id = call
-    is_continuable = tape.streams == 1 and _is_continuable(prompt, params)
-    known = [Note(*note) for note in tape.earlier] if is_continuable else []  # type: ignore[misc]
+    is_continuable = replay_log.streams == 1 and _is_continuable(prompt, params)
+    known = [Note(*note) for note in replay_log.earlier] if is_continuable else []  # type: ignore[misc]
     for note in known:
-        tape.count(len(prompt["prompt_token_ids"]), len(note.token_ids))
+        replay_log.count(len(prompt["prompt_token_ids"]), len(note.token_ids))
         yield note.output(prompt, request_id)
         if note.finish_reason is not None:
             return
@@ -128,9 +131,9 @@ async def _generate(
     async with aclosing(generate(*call, **options)) as outputs:
         async for output in outputs:
             if is_continuable:
-                tape.note(tuple(Note.of(output)))
+                replay_log.note(tuple(Note.of(output)))
             new_tokens = sum(len(choice.token_ids) for choice in output.outputs)
-            tape.count(len(output.prompt_token_ids or ()), new_tokens)
+            replay_log.count(len(output.prompt_token_ids or ()), new_tokens)
             yield output
 
 

@@ -43,10 +43,10 @@ def configure(settings: Settings) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for package in OURS:
         logging.getLogger(package).setLevel(logging.INFO)
-    adopt()
+    take_over_loggers()
 
 
-def adopt() -> None:
+def take_over_loggers() -> None:
     """Has the loggers that libraries have set up for themselves log like all others."""
     for logger in list(logging.root.manager.loggerDict.values()):
         if isinstance(logger, logging.Logger) and logger.handlers:

@@ -84,7 +84,7 @@ class Alerter:
         self._models = [model.name for model in catalog.models]
         self._settings = settings
 
-    def look(self) -> None:
+    def check(self) -> None:
         """One round.
 
         Raises:
@@ -94,11 +94,11 @@ class Alerter:
         if not turn.acquire():
             return
         try:
-            self._look()
+            self._check()
         finally:
             turn.release()
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         now_s = float(self._redis.time()[0])
         stats = read_stats(self._backlog, self._models)
         alerts = self._known()

@@ -136,10 +136,10 @@ def delete_old_jobs() -> None:
         log.info("deleted %d old jobs", deleted)
 
 
-def look_for_alerts() -> None:
+def check_alerts() -> None:
     """Task: tells the operator's webhook what is wrong, and when it is over."""
     if get_settings().alert_webhook:
-        _alerter().look()
+        _alerter().check()
 
 
 def run() -> int:
@@ -164,7 +164,7 @@ def run() -> int:
                 reconcile_jobs: RECONCILE_INTERVAL_S,
                 sweep_jobs: SWEEP_INTERVAL_S,
                 delete_old_jobs: RETENTION_INTERVAL_S,
-                look_for_alerts: ALERT_INTERVAL_S,
+                check_alerts: ALERT_INTERVAL_S,
             },
             THREADS,
         )

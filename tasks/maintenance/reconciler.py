@@ -42,7 +42,7 @@ class Reconciler:
         """
         known, self._redis_run = self._redis_run, ""
         run = self._run_of_redis()
-        again = self._look_on() if run == known else self._look_at_all()
+        again = self._scan_on() if run == known else self._scan_all()
         self._redis_run = run
         return again
 
@@ -51,20 +51,20 @@ class Reconciler:
         redis = self._queue.backlog.redis
         return f"{redis.info('server')['run_id']} {redis.info('replication')['master_replid']}"
 
-    def _look_on(self) -> int:
-        again, self._after = self._look(self._after)
+    def _scan_on(self) -> int:
+        again, self._after = self._scan(self._after)
         if self._after:
-            again += self._look(_id_at(YOUNG_S))[0]
+            again += self._scan(_id_at(YOUNG_S))[0]
         return again
 
-    def _look_at_all(self) -> int:
-        again, self._after = self._look("")
+    def _scan_all(self) -> int:
+        again, self._after = self._scan("")
         while self._after:
-            more, self._after = self._look(self._after)
+            more, self._after = self._scan(self._after)
             again += more
         return again
 
-    def _look(self, after: str) -> tuple[int, str]:
+    def _scan(self, after: str) -> tuple[int, str]:
         """One slice: how many were queued again, and where the next one begins ('': anew)."""
         lost, last = self.find_lost(after)
         return self.queue_again(lost), last

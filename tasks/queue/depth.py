@@ -15,7 +15,7 @@ from tasks.queue.control import workers
 from tasks.queue.statistics import Depth, ModelStats, read_depths
 
 
-class Place(NamedTuple):
+class QueuePosition(NamedTuple):
     """Where a queued job stands, in the fields that clients see."""
 
     position: int
@@ -33,7 +33,7 @@ def depth(redis: Redis, model: str) -> Depth:
     return Depth.total(read_depths(redis, [model])[model].values())
 
 
-def places(redis: Redis, queued: Sequence[Job]) -> list[Place | None]:
+def places(redis: Redis, queued: Sequence[Job]) -> list[QueuePosition | None]:
     """Where these jobs stand; None for one that waits no longer.
 
     Suspects count as the first of their lane: their score is that of their first time in it.
@@ -56,14 +56,14 @@ def places(redis: Redis, queued: Sequence[Job]) -> list[Place | None]:
     models = {name: ModelStats.of(name, lanes, alive, names) for name, lanes in waiting.items()}
     each_s = {name: _start_interval_s(redis, model) for name, model in models.items()}
 
-    def place(job: Job, rank: int | None) -> Place | None:
+    def place(job: Job, rank: int | None) -> QueuePosition | None:
         if rank is None:
             return None
         model, interval_s = models[job.model], each_s[job.model]
         interactive = model.depth[Lane.INTERACTIVE].jobs
         position = rank + 1 + (interactive if job.lane is Lane.BATCH else 0)
         eta_s = None if interval_s is None else math.ceil(position * interval_s * 10) / 10
-        return Place(position, eta_s, model.is_paused, model.serving)
+        return QueuePosition(position, eta_s, model.is_paused, model.serving)
 
     return [place(*found) for found in zip(queued, ranks, strict=True)]
 

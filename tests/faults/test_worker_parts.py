@@ -87,7 +87,9 @@ def _ends_and_loses_nothing(stack: Stack, fault: Fault, worker: Process, part: s
     if part == "the publisher":
         stack.bad_redis.lies.set()  # type: ignore[attr-defined]
     else:
-        (stack.home / {"the keeper": "load", "the guard": "progress"}[part]).touch()
+        (
+            stack.home / {"the heartbeat": "load", "the watch of the engine": "progress"}[part]
+        ).touch()
     assert worker.popen.wait(15) == 1
     assert f"{part} failed" in worker.log.read_text()
     stack.processes.remove(worker)
@@ -98,7 +100,7 @@ def _ends_and_loses_nothing(stack: Stack, fault: Fault, worker: Process, part: s
     compare(fault, clients, ask(stack, bodies), broken_s)
 
 
-@pytest.mark.parametrize("part", ["the keeper", "the guard", "the publisher"])
+@pytest.mark.parametrize("part", ["the heartbeat", "the watch of the engine", "the publisher"])
 def test_an_error_in_a_part_of_a_worker_ends_it_and_loses_nothing(
     home: Any, fault: Fault, part: str
 ) -> None:
