@@ -6,16 +6,14 @@ from collections.abc import Iterator
 import orjson
 from flask import Response
 
+from api.encoders.sse import KEEP_ALIVE, error_event, event_stream
 from api.errors import respond_again
-from api.job_stream import ClientDisconnectedError, JobStream, ServerStoppingError
+from api.relay import ClientDisconnectedError, JobStream, ServerStoppingError
 from api.services import Services
 from tasks.contract.errors import RequestTimeoutError, StreamBrokenError
 from tasks.contract.events import End, Entry, Start
 from tasks.contract.response import Chunk, Finish, read, split_events
 
-EVENT_STREAM = "text/event-stream; charset=utf-8"
-KEEP_ALIVE = b": keep-alive\n\n"
-DONE = b"data: [DONE]\n\n"
 # The connection's own, or set by this server.
 NOT_PASSED_ON = {
     *("content-length", "content-type", "transfer-encoding", "connection", "date", "server"),
@@ -182,15 +180,3 @@ class Answer:
                 self.end = End.failed(StreamBrokenError())
                 break
         return b"".join(pieces)
-
-
-def event_stream(events: Iterator[bytes]) -> Response:
-    """A response of server-sent events that no proxy holds back."""
-    response = Response(events, content_type=EVENT_STREAM)
-    response.headers["Cache-Control"] = "no-cache"
-    response.headers["X-Accel-Buffering"] = "no"
-    return response
-
-
-def error_event(error: bytes) -> bytes:
-    return b"data: " + error + b"\n\n" + DONE

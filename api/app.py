@@ -11,8 +11,9 @@ from flask import Response, request
 from flask.json.provider import JSONProvider
 from flask_openapi3 import Info, OpenAPI
 
-from api import errors, instruments, sites, websocket
+from api import errors, instruments, sites
 from api import openapi as document
+from api.encoders import websocket
 from api.routes import admin, health, jobs, metrics
 from api.routes import openai as routes
 from api.services import Services

@@ -4,6 +4,8 @@ The body goes to the engine unchanged and its response comes back unchanged, so 
 the engine knows works here.
 """
 
+import logging
+import random
 import socket
 from contextlib import ExitStack
 from dataclasses import replace
@@ -12,14 +14,18 @@ from typing import Any
 import gevent
 from flask import Response
 from gevent.socket import wait_read
+from redis.exceptions import RedisError
 
 from api.answer import Answer
-from api.call import Call
-from api.cancellation import cancel
-from api.job_stream import ClientDisconnectedError, JobStream
+from api.intake import Call
+from api.relay import ClientDisconnectedError, JobStream
 from api.services import Services
 
+log = logging.getLogger(__name__)
+
 CLIENT_CLOSED_REQUEST = 499
+# Between tries of a cancellation while Redis is away.
+CANCEL_RETRY_S = 1.0
 
 
 class AnsweredError(Exception):
@@ -107,3 +113,18 @@ def _watch(client_socket: Any, stream: JobStream) -> None:
     except OSError:
         pass
     stream.client_disconnected()
+
+
+def cancel(services: Services, job_id: str, model: str, *, unless_attached: bool = False) -> None:
+    """Cancels the job; in the background until Redis answers, for it holds slots of the engine.
+
+    With `unless_attached` a job stays that another client has asked for by its key.
+    """
+    try:
+        services.jobs.cancel(job_id, model, unless_attached=unless_attached)
+    except RedisError as away:
+        log.error("job %s: not cancelled yet: %s", job_id, away)
+        # As many as have left: not all at once.
+        wait_s = CANCEL_RETRY_S * random.uniform(1, 2)  # noqa: S311
+        again = {"unless_attached": unless_attached}
+        gevent.spawn_later(wait_s, cancel, services, job_id, model, **again)

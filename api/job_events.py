@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from api.cancellation import cancel
-from api.job_stream import ClientDisconnectedError, JobStream, ServerStoppingError
+from api.generation import cancel
 from api.job_view import describe, find_queued, positions_of
+from api.relay import ClientDisconnectedError, JobStream, ServerStoppingError
 from api.schemas import EVENT_ID
 from api.services import TENANT, Services
 from tasks.contract.errors import InvalidRequestError, StreamBrokenError

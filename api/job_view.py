@@ -9,7 +9,7 @@ import orjson
 from flask import Response
 
 from api.errors import respond_again
-from api.job_stream import ENTRIES_AT_ONCE
+from api.relay import ENTRIES_AT_ONCE
 from api.services import Services
 from db import jobs
 from db.models import JobRecord, JobResult

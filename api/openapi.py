@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, get_args
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from api.call import LONGEST_KEY
-from api.job_stream import ServerStoppingError
+from api.intake import LONGEST_KEY
+from api.relay import ServerStoppingError
 from api.replies import DOCUMENTED, Error, Job
 from api.schemas import EVENT_ID, JobRequest, engine_schemas
 from tasks.contract.errors import (

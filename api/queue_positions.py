@@ -8,7 +8,7 @@ import gevent
 from redis import Redis
 from redis.exceptions import RedisError
 
-from api.job_stream import JobStream
+from api.relay import JobStream
 from tasks.contract.job import State
 from tasks.queue.backlog import Backlog
 from tasks.queue.depth import QueuePosition, places

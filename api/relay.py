@@ -7,8 +7,9 @@ blocking read for all of them.
 """
 
 import logging
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,11 +19,10 @@ from redis.client import PubSub
 from redis.exceptions import RedisError
 
 from api.instruments import STREAMS
-from api.job_stream import ENTRIES_AT_ONCE, JobStream
 from tasks.contract import keys
 from tasks.contract.connections import connect_listener
-from tasks.contract.errors import DecodeError
-from tasks.contract.events import Entry, Position, decode_frame
+from tasks.contract.errors import DecodeError, OverloadedError, StreamBrokenError
+from tasks.contract.events import Entry, Kind, Position, decode_frame
 from tasks.queue.token_log import TokenLog
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,160 @@ log = logging.getLogger(__name__)
 RECONNECT_S = 0.25
 # A job that is newly followed joins the next blocking read.
 FOLLOW_MS = 200
+# Bounds what a client that reads slowly, or one read of a long log, takes of memory.
+ENTRIES_AT_ONCE = 500
+
+
+class ClientDisconnectedError(Exception):
+    """The client closed its connection, or has stopped reading."""
+
+
+class ServerStoppingError(OverloadedError):
+    """The server restarts; go on with the job by its id, or send the request again."""
+
+    code = "server_restarting"
+    retry_after_s = 1.0
+
+
+class JobStream:
+    """The entries of one job in order, without gaps or repetitions, as they come."""
+
+    def __init__(
+        self,
+        job_id: str,
+        token_log: TokenLog,
+        after: Position | None = None,
+        on_fed: Callable[[], object] = lambda: None,
+    ) -> None:
+        """`on_fed` is called when it has read the log to its end, and takes what comes."""
+        self.job_id = job_id
+        self.position = after
+        self._log = token_log
+        self._on_fed = on_fed
+        self._ready: list[Entry] = []
+        self._wake = Event()
+        self._is_behind = False
+        self._is_disconnected = False
+        self._is_stopping = False
+        self._is_broken = False
+        self._is_woken = False
+
+    @property
+    def is_fed(self) -> bool:
+        """Whether it takes what comes: not while its client is slow, or it reads the log itself."""
+        return not (self._is_behind or self._is_broken or len(self._ready) >= ENTRIES_AT_ONCE)
+
+    def accept(self, entry: Entry) -> None:
+        """Takes the entry if it is the next one; if entries before it are missing, notes that."""
+        if self.position is not None and entry.position <= self.position:
+            return
+        if self._is_next(entry) and self.is_fed:
+            self._take_over([entry])
+        else:
+            self._is_behind = True
+        self._wake.set()
+
+    def _is_next(self, entry: Entry) -> bool:
+        last = self.position
+        if entry.kind is Kind.TAKEOVER:
+            return entry.data.decode() == ("" if last is None else str(last))
+        if last is None:
+            return entry.kind is Kind.START and entry.position.seq == 0
+        return entry.position == (last.attempt, last.seq + 1)
+
+    def catch_up(self) -> None:
+        """Has the stream read the log: something may have been missed."""
+        self._is_behind = True
+        self._wake.set()
+
+    def wake_up(self) -> None:
+        """Ends the wait of `take`: its caller has something else to tell."""
+        self._is_woken = True
+        self._wake.set()
+
+    def client_disconnected(self) -> None:
+        """The client is gone: ends the wait of `take`."""
+        self._is_disconnected = True
+        self._wake.set()
+
+    def server_stopping(self) -> None:
+        """The process is about to end: ends the wait of `take`."""
+        self._is_stopping = True
+        self._wake.set()
+
+    def break_off(self) -> None:
+        """What is in the log cannot follow what was taken: the next `take` raises."""
+        self._is_broken = True
+        self._wake.set()
+
+    def take(self, timeout_s: float) -> list[Entry]:
+        """Everything that came since the last call; [] after that time without any, or a wake_up.
+
+        Raises:
+            ClientDisconnectedError: the client closed its connection.
+            ServerStoppingError: the process is about to end.
+            StreamBrokenError: what comes next is not what follows.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            is_awake = self._wake.wait(max(deadline_s - time.monotonic(), 0))
+            if not is_awake:
+                # Nothing for so long: look whether it was the last message that got lost.
+                self._is_behind = True
+            self._wake.clear()
+            if self._is_disconnected:
+                raise ClientDisconnectedError
+            if self._is_stopping:
+                raise ServerStoppingError
+            self._catch_up()
+            if self._is_broken and not self._ready:
+                raise StreamBrokenError
+            if self._ready or self._is_woken or not is_awake:
+                break
+        if self._is_broken:
+            self._wake.set()
+        self._is_woken = False
+        taken, self._ready = self._ready, []
+        return taken
+
+    def _catch_up(self) -> None:
+        if not self._is_behind:
+            return
+        try:
+            self._read_log()
+        except RedisError as failure:
+            # The relay has lost its connection too, and wakes all streams when it is back.
+            log.warning("job %s: log not read: %s", self.job_id, failure)
+            self._is_behind = True
+        except DecodeError as broken:
+            log.error("job %s: %s", self.job_id, broken)
+            self.break_off()
+
+    def _read_log(self) -> None:
+        """Reads on in the log; what is not read yet is left for the next call of `take`."""
+        self._is_behind = False
+        entries = self._log.read_after(self.job_id, self.position, ENTRIES_AT_ONCE)
+        # The log has no gaps but those that a later attempt left: what stands there is next.
+        self._take_over(e for e in entries if self.position is None or e.position > self.position)
+        if len(entries) == ENTRIES_AT_ONCE or self._is_behind:
+            self.catch_up()
+        else:
+            self._on_fed()
+
+    def _take_over(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
+            if self._has_more_than(entry):
+                self.break_off()
+            if self._is_broken:
+                return
+            self.position = entry.position
+            self._ready.append(entry)
+
+    def _has_more_than(self, entry: Entry) -> bool:
+        """Whether an attempt takes over from an entry before what the client has: Redis lost it."""
+        if entry.kind is not Kind.TAKEOVER or self.position is None:
+            return False
+        return not entry.data or self.position > Position.parse(entry.data)
 
 
 class Relay:

@@ -12,11 +12,9 @@ from flask_openapi3 import APIBlueprint, Tag
 from werkzeug.datastructures import Headers
 
 from api import replies, schemas
-from api.answer import event_stream
-from api.body import read_body, read_object
-from api.call import Call, Preference, fingerprint, read_key
+from api.encoders.sse import event_stream
+from api.intake import Call, Preference, fingerprint, read_body, read_key, read_object
 from api.job_events import Follower, encode
-from api.job_stream import ServerStoppingError
 from api.job_view import describe, describe_all, find_queued, of_record
 from api.openapi import (
     ACCEPTANCE_ERRORS,
@@ -34,6 +32,7 @@ from api.openapi import (
     given,
     operation,
 )
+from api.relay import ServerStoppingError
 from api.services import TENANT, Services, get_services
 from db import jobs as records
 from db.models import JobRecord

@@ -7,9 +7,8 @@ from flask_openapi3 import APIBlueprint, Tag
 from redis.exceptions import RedisError
 
 from api import replies, schemas
-from api.body import read_body
-from api.call import Call, Preference
 from api.generation import AnsweredError, Generation
+from api.intake import Call, Preference, read_body
 from api.job_view import stored_response
 from api.openapi import (
     ACCEPTANCE_ERRORS,

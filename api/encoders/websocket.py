@@ -19,11 +19,11 @@ from simple_websocket import ConnectionClosed
 from sqlalchemy.exc import SQLAlchemyError
 
 from api import schemas
-from api.call import Call
 from api.generation import AnsweredError, Generation
+from api.intake import Call
 from api.job_events import KEEP_ALIVE, Follower
-from api.job_stream import ClientDisconnectedError, ServerStoppingError
 from api.job_view import stored_response
+from api.relay import ClientDisconnectedError, ServerStoppingError
 from api.services import TENANT, Services, get_services
 from tasks.contract.errors import QueueUnavailableError, SluiceError
 

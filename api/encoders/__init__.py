@@ -1,0 +1,1 @@
+"""How an answer leaves: as server-sent events, or as frames of a WebSocket."""

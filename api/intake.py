@@ -1,0 +1,310 @@
+"""A request comes in: its body, what it asks of the engine, and how its client wants the answer.
+
+It is read within bounds of bytes, time and depth. What routing needs is checked here, the rest is
+the engine's to check, but for costs that come before it can: a schema of two megabytes is compiled
+for minutes, and nobody else's schema meanwhile.
+"""
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gevent
+import orjson
+from flask import request
+from gunicorn.http.errors import NoMoreData, ParseException
+from werkzeug.datastructures import Headers
+
+from api.services import TENANT, Services
+from tasks.contract.errors import BodyTimeoutError, BodyTooLargeError, InvalidRequestError
+from tasks.contract.job import EnqueueOptions, Job, new_id
+from tasks.contract.models import Model
+from tasks.contract.settings import get_settings
+
+PIECE_BYTES = 1 << 20
+# Tools' schemas are the deepest that anybody sends; parsers downstream give up at some hundred.
+MOST_LEVELS = 100
+
+LONGEST_WAIT_S = 60
+LONGEST_KEY = 255
+# Field of the inputs, and those that say how many sequences each of them gets.
+_SEQUENCES = {
+    "/v1/chat/completions": ("", ("n",)),
+    "/v1/completions": ("prompt", ("n", "best_of")),
+    "/v1/embeddings": ("input", ()),
+}
+_SECONDS = re.compile("[0-9]{1,9}")
+_ON_DISCONNECT = ("abort", "continue")
+# They reach into how the engine runs. A model's entry may allow them (`allow`).
+OPERATORS_FIELDS = frozenset(
+    {
+        *("kv_transfer_params", "ec_transfer_params", "vllm_xargs"),
+        *("mm_processor_kwargs", "media_io_kwargs"),
+    }
+)
+# What the answer's form is made of: schemas, grammars, regular expressions, choices, tools.
+FORM_FIELDS = ("response_format", "structured_outputs", "tools")
+MOST_TOKEN_IDS = 1_000_000
+MEDIA_ARG = "allowed-media-domains"
+
+
+def read_body() -> bytes:
+    """The request's body.
+
+    Raises:
+        InvalidRequestError: it does not say that it is JSON, or is not sent as HTTP wants it.
+        BodyTooLargeError: it is longer than the setting allows.
+        BodyTimeoutError: it does not come.
+    """
+    if request.mimetype != "application/json":
+        raise InvalidRequestError(
+            f"Content-Type must be application/json, not {request.mimetype or 'missing'!r}."
+        )
+    most_bytes = request.max_content_length or 0
+    if (request.content_length or 0) > most_bytes:
+        raise BodyTooLargeError(most_bytes)
+    try:
+        with gevent.Timeout(get_settings().body_timeout_s, BodyTimeoutError):
+            body = _read(most_bytes)
+    except (NoMoreData, ParseException) as broken:
+        raise InvalidRequestError(
+            f"The body is not sent as HTTP wants it: {type(broken).__name__}."
+        ) from None
+    if len(body) < (request.content_length or 0):
+        raise InvalidRequestError("The body is shorter than its Content-Length says.")
+    return body
+
+
+def _read(most_bytes: int) -> bytes:
+    """Not by Flask, which takes a chunked body that is too long for one that ends at the bound."""
+    pieces: list[bytes] = []
+    left = most_bytes
+    while piece := request.environ["wsgi.input"].read(min(PIECE_BYTES, left + 1)):
+        left -= len(piece)
+        if left < 0:
+            raise BodyTooLargeError(most_bytes)
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """The body as a JSON object; {} for other JSON, which the engine refuses.
+
+    Raises:
+        InvalidRequestError: it is not JSON, or nested too deep.
+    """
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError as broken:
+        raise InvalidRequestError(f"The body is not valid JSON: {broken}") from None
+    if body.count(b"[") + body.count(b"{") > MOST_LEVELS and _is_too_deep(document):
+        raise InvalidRequestError(f"The body is nested more than {MOST_LEVELS} levels deep.")
+    return document if isinstance(document, dict) else {}
+
+
+def _is_too_deep(document: Any) -> bool:
+    level: list[Any] = [document]
+    for _ in range(MOST_LEVELS + 1):
+        if not level:
+            return False
+        below = itertools.chain.from_iterable(map(_members, level))
+        level = [member for member in below if isinstance(member, (dict, list))]
+    return True
+
+
+def _members(container: Any) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request for the engine as a job, and how its client wants to have the answer."""
+
+    job: Job
+    wants_stream: bool
+    continues: bool
+    """Whether the job runs on when its client goes away."""
+
+    @classmethod
+    def read(cls, services: Services, endpoint: str, body: bytes, headers: Headers) -> "Call":
+        """Reads a body as it came.
+
+        Raises:
+            InvalidRequestError: it is not JSON, an option of ours is wrong, or it asks for more at
+                once than a worker of the model takes, or for what limits.py refuses.
+            ModelNotFoundError: the model does not exist.
+        """
+        whole = document = read_object(body)
+        if "message" in document and "messages" not in document and "prompt" not in document:
+            document = _expand_short_form(document)
+        on_disconnect, document = _take_on_disconnect(document, headers)
+        name = document.get("model")
+        model = services.catalog.resolve(name if isinstance(name, str) else None)
+        _check_limits(document, model, services.settings.max_schema_bytes)
+        key = read_key(headers)
+        job = Job(
+            new_id(),
+            model.name,
+            endpoint,
+            body if document is whole else orjson.dumps(document),
+            tenant=TENANT,
+            sequences=_admit_sequences(endpoint, document, model),
+            options=EnqueueOptions(idempotency_key=key, fingerprint=fingerprint(endpoint, body)),
+        )
+        # A key says that the client will come back for the answer.
+        continues = (on_disconnect or ("continue" if key else "abort")) == "continue"
+        return cls(job, document.get("stream") is True, continues)
+
+
+def count_sequences(endpoint: str, document: dict[str, Any]) -> int:
+    """How many sequences the engine is to generate, or embed, for a request.
+
+    What is malformed counts as one: the engine refuses it.
+    """
+    inputs, numbers = _SEQUENCES[endpoint]
+    asked = [document.get(name) for name in numbers]
+    each = max([1, *(number for number in asked if type(number) is int)])
+    return each * _count_inputs(document.get(inputs))
+
+
+def _count_inputs(given: Any) -> int:
+    """Several are a list of texts, or of lists of tokens; a list of tokens is one."""
+    is_list = isinstance(given, list) and given and isinstance(given[0], (str, list))
+    return len(given) if is_list else 1
+
+
+def _admit_sequences(endpoint: str, document: dict[str, Any], model: Model) -> int:
+    sequences = count_sequences(endpoint, document)
+    inputs, numbers = _SEQUENCES[endpoint]
+    if not numbers:
+        # Inputs to embed are done in a moment each: many take all slots, and wait in the engine.
+        return min(sequences, model.slots)
+    if sequences > model.slots:
+        raise InvalidRequestError(
+            f"The request asks for {sequences:,} sequences at once, and {model.name} takes up to "
+            f"{model.slots:,}; send it as several requests.",
+            param=inputs if _count_inputs(document.get(inputs)) > 1 else "n",
+        )
+    return sequences
+
+
+def fingerprint(endpoint: str, body: bytes) -> str:
+    """Tells requests with the same Idempotency-Key apart."""
+    return hashlib.sha256(endpoint.encode() + b"\n" + body).hexdigest()
+
+
+def read_key(headers: Headers) -> str:
+    """The Idempotency-Key, '' for none.
+
+    Raises:
+        InvalidRequestError: it is too long or not printable.
+    """
+    key = headers.get("Idempotency-Key", "")
+    if len(key) > LONGEST_KEY or not key.isprintable():
+        raise InvalidRequestError(
+            f"Idempotency-Key must be printable and at most {LONGEST_KEY} characters long."
+        )
+    return key
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """What the header Prefer says (RFC 7240)."""
+
+    is_async: bool = False
+    wait_s: int = 0
+
+    @classmethod
+    def read(cls, headers: Headers) -> "Preference":
+        """Reads `respond-async` and `wait=N`; others are not ours, and ignored as the RFC says.
+
+        Raises:
+            InvalidRequestError: N is not a number of seconds.
+        """
+        wishes = [wish.strip().lower() for wish in headers.get("Prefer", "").split(",")]
+        wait_s = 0
+        for wish in wishes:
+            name, _, value = wish.partition("=")
+            if name.strip() == "wait":
+                if not _SECONDS.fullmatch(value.strip()):
+                    raise InvalidRequestError(
+                        f"Prefer: wait takes whole seconds, as in wait=10, not {value[:20]!r}."
+                    )
+                wait_s = min(int(value), LONGEST_WAIT_S)
+        return cls("respond-async" in wishes, wait_s)
+
+
+def _expand_short_form(document: dict[str, Any]) -> dict[str, Any]:
+    """`{"message": "Hello"}` as the full request: a user message, streamed."""
+    rest = {name: value for name, value in document.items() if name != "message"}
+    return {"messages": [{"role": "user", "content": document["message"]}], "stream": True} | rest
+
+
+def _take_on_disconnect(
+    document: dict[str, Any], headers: Headers
+) -> tuple[str | None, dict[str, Any]]:
+    """Our own field, and the rest, which is the engine's."""
+    wish = document.get("on_disconnect", headers.get("x-sluice-on-disconnect"))
+    if wish is not None and wish not in _ON_DISCONNECT:
+        raise InvalidRequestError(
+            f"on_disconnect is `abort` or `continue`, not {wish!r}.", param="on_disconnect"
+        )
+    if "on_disconnect" in document:
+        document = {k: v for k, v in document.items() if k != "on_disconnect"}
+    return wish, document
+
+
+def _check_limits(document: dict[str, Any], model: Model, most_form_bytes: int) -> None:
+    """Refuses what no user of that model may ask for.
+
+    Raises:
+        InvalidRequestError: it is one of the operator's fields, a form or list of token ids that is
+            too large, or media that the engine would have to fetch.
+    """
+    for name in OPERATORS_FIELDS & document.keys() - set(model.allow):
+        if document[name] is not None:
+            raise InvalidRequestError(
+                f"`{name}` is not open to users of {model.name}; leave it out.", param=name
+            )
+    for name in FORM_FIELDS:
+        size_bytes = len(orjson.dumps(document[name])) if document.get(name) else 0
+        if size_bytes > most_form_bytes:
+            raise InvalidRequestError(
+                f"`{name}` holds {size_bytes:,} bytes, and up to {most_form_bytes:,} are taken.",
+                param=name,
+            )
+    for name in ("prompt", "input"):
+        if _token_ids(document.get(name)) > MOST_TOKEN_IDS:
+            raise InvalidRequestError(
+                f"`{name}` holds more than {MOST_TOKEN_IDS:,} token ids.", param=name
+            )
+    if not model.args.get(MEDIA_ARG) and any(map(_is_elsewhere, _media(document))):
+        raise InvalidRequestError(
+            f"{model.name} fetches no media; send them in the request, as `data:` URLs.",
+            param="messages",
+        )
+
+
+def _token_ids(given: Any) -> int:
+    if not isinstance(given, list):
+        return 0
+    return sum(len(one) if isinstance(one, list) else 1 for one in given)
+
+
+def _media(document: dict[str, Any]) -> Iterator[str]:
+    """The URLs of pictures and sounds in the messages."""
+    messages = document.get("messages")
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            for name, value in part.items() if isinstance(part, dict) else ():
+                url = value.get("url") if isinstance(value, dict) else value
+                if name.endswith("_url") and isinstance(url, str):
+                    yield url
+
+
+def _is_elsewhere(url: str) -> bool:
+    return not url.strip().lower().startswith("data:")
