@@ -134,7 +134,7 @@ class Call:
 
         Raises:
             InvalidRequestError: it is not JSON, an option of ours is wrong, or it asks for more at
-                once than a worker of the model takes, or for what limits.py refuses.
+                once than a worker of the model takes, or for what no user may.
             ModelNotFoundError: the model does not exist.
         """
         whole = document = read_object(body)

@@ -2,7 +2,7 @@
 
 | key                    | type    | what                                  | deleted by            |
 | ---------------------- | ------- | ------------------------------------- | --------------------- |
-| job:{id}               | hash    | job (message.py), state, place, times | TTL once SQL has it   |
+| job:{id}               | hash    | job (job.py), state    , place, times | TTL once SQL has it   |
 | backlog:{model}:{lane} | zset    | queued job -> order of service        | whoever moves the job |
 | suspects:{model}:{lane}| zset    | the same, of what may kill workers    | whoever moves the job |
 | delayed                | zset    | queued job -> us from when it may run | whoever moves the job |

@@ -1,5 +1,5 @@
 -- Hands a job back that the caller still holds: it could not finish it.
--- ARGV: 1 id, 2 attempt, 3 reason, 4 cause (message.py), 5 delay in us, 6 ticket
+-- ARGV: 1 id, 2 attempt, 3 reason, 4 cause (contract/job.py), 5 delay in us, 6 ticket
 -- Returns 'queued' or 'failed', the same when it is sent again after a lost reply; nil when the attempt is
 -- not the current one or the job has ended otherwise.
 local job = read_job(ARGV[1])

@@ -80,7 +80,7 @@ local function end_job(job, state, at_us, reason, is_dead)
 end
 
 -- Takes a running job from its worker: back to where it stood, now or after a delay; or to its end as a
--- dead letter, when it has failed too often. `cause` is one of message.py's.
+-- dead letter, when it has failed too often. `cause` is one of contract/job.py's.
 local function requeue(job, at_us, cause, reason, delay_us)
     count('requeues', cause, job)
     local is_failure = cause ~= 'handed_back'
