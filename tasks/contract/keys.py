@@ -2,13 +2,13 @@
 
 | key                    | type    | what                                  | deleted by            |
 | ---------------------- | ------- | ------------------------------------- | --------------------- |
-| job:{id}               | hash    | job (job.py), state    , place, times | TTL once SQL has it   |
+| job:{id}               | hash    | job (job.py), state, place, times     | TTL once SQL has it   |
 | backlog:{model}:{lane} | zset    | queued job -> order of service        | whoever moves the job |
 | suspects:{model}:{lane}| zset    | the same, of what may kill workers    | whoever moves the job |
 | delayed                | zset    | queued job -> us from when it may run | whoever moves the job |
 | leases                 | zset    | running job -> lease expiry, us       | whoever moves the job |
 | deadlines              | zset    | job -> us by which it must start      | claim, end            |
-| celery:gen.{model}     | list    | tickets (app.py), at most 256         | workers               |
+| celery:gen.{model}     | list    | tickets (celery_app.py), up to 256    | workers               |
 | models                 | set     | models that have had a job            | nobody: a few names   |
 | body_bytes             | hash    | model -> bytes of open jobs' bodies   | nobody: a few names   |
 | key:{tenant}:{key}     | string  | fingerprint and job of a request      | TTL                   |
