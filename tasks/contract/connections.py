@@ -20,7 +20,7 @@ _BOUNDS: dict[str, Any] = {
     "socket_connect_timeout": CONNECT_TIMEOUT_S,
     "socket_timeout": COMMAND_TIMEOUT_S,
     "socket_keepalive": True,
-    # A pooled connection that a restart of Redis has closed is found out before it is used.
+    # A pooled connection that a restart of Redis has closed is detected before it is used.
     "health_check_interval": 10,
 }
 
@@ -43,14 +43,14 @@ def connect_async(url: str) -> redis.asyncio.Redis:
 
 
 def connect_listener(url: str) -> redis.Redis:
-    """A client for one blocking subscription, without retries: its user must see each break."""
+    """A client for one blocking subscription, without retries: its user must see disconnects."""
     bounds = _BOUNDS | {"socket_timeout": None, "health_check_interval": 0}
     return redis.Redis.from_url(url, retry=Retry(ConstantBackoff(0), 0), **bounds)
 
 
 @contextmanager
 def connect_once(url: str) -> Iterator[redis.Redis]:
-    """A client that tries once, and sends nothing but its commands: for questions about Redis."""
+    """A client that tries once, and sends nothing but its commands: for checks of Redis."""
     bounds = {"socket_connect_timeout": CONNECT_TIMEOUT_S, "socket_timeout": COMMAND_TIMEOUT_S}
     client = redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **bounds)
     try:
@@ -60,7 +60,7 @@ def connect_once(url: str) -> Iterator[redis.Redis]:
 
 
 def check_url(url: str) -> None:
-    """Raises a ValueError if that is no URL of a Redis; says nothing of what the URL holds."""
+    """Raises a ValueError if that is no URL of a Redis; the message does not show the URL."""
     try:
         redis.ConnectionPool.from_url(url).make_connection()
         is_one = re.fullmatch(r"/?\d*", urlsplit(url).path)  # redis-py takes any other for 0

@@ -15,7 +15,7 @@ class SluiceError(Exception):
     type = "server_error"
     code: str | int | None = "internal_error"
     retry_after_s: float | None = None
-    # What OpenAI's SDK is told in x-should-retry; None leaves it to the status.
+    # Value of x-should-retry, a header of OpenAI's SDK; None leaves it to the status.
     should_retry: bool | None = None
 
     def __init__(self, message: str = "", *, param: str | None = None) -> None:
@@ -35,7 +35,7 @@ class SluiceError(Exception):
 
 
 def headers_of(kind: SluiceError | type[SluiceError]) -> dict[str, str]:
-    """What HTTP says of an error beside its body."""
+    """The HTTP headers of an error."""
     headers = {}
     if kind.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, round(kind.retry_after_s)))
@@ -316,7 +316,7 @@ _TYPES: dict[int, str] = {
 
 
 class HttpError(SluiceError):
-    """An error of which no more is known than the HTTP status and some words."""
+    """An error of which only the HTTP status and a message are known."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -327,7 +327,7 @@ class HttpError(SluiceError):
 
 
 def kind_of(code: object) -> type[SluiceError]:
-    """The class of the errors with that code; what it says of trying again is not in the body."""
+    """The class of the errors with that code: whether to retry is not in the body."""
     kinds: list[type[SluiceError]] = [SluiceError]
     for kind in kinds:  # grows meanwhile
         kinds += kind.__subclasses__()

@@ -5,7 +5,7 @@ or TAKEOVER, the first entry of each attempt after the first: its data is the po
 entry that it goes on from, b"" for none. A client that has more than that has what is gone.
 Its position is `<attempt>-<seq>`: the id in the log, where Redis refuses ids that do not grow, so
 nothing that a worker writes after another took over can enter. `seq` counts from 0 without gaps.
-What a next attempt needs to go on stands beside the entries, as records: only workers read them.
+What the next attempt needs to go on is stored beside the entries, as records, for workers only.
 """
 
 import struct
@@ -24,27 +24,27 @@ RECORD_FIELD = b"r"
 
 
 class Attempt(NamedTuple):
-    """One run of a job: what a worker holds, runs, and is told to stop."""
+    """One run of a job: what a worker holds, runs and stops on command."""
 
     job_id: str
     number: int
 
     def __str__(self) -> str:
-        """As it stands on a control channel."""
+        """As sent on a control channel."""
         return f"{self.job_id} {self.number}"
 
     @classmethod
-    def parse(cls, told: bytes) -> Self:
-        """Reads what `str` has made.
+    def parse(cls, message: bytes) -> Self:
+        """Parses the output of `str`.
 
         Raises:
             DecodeError: it is something else.
         """
         try:
-            job_id, number = told.decode().split()
+            job_id, number = message.decode().split()
             return cls(job_id, int(number))
         except ValueError as broken:
-            raise DecodeError(f"no attempt of a job: {told[:100]!r}") from broken
+            raise DecodeError(f"no attempt of a job: {message[:100]!r}") from broken
 
     @classmethod
     def of(cls, claim: Claim) -> Self:
@@ -59,7 +59,7 @@ class Kind(IntEnum):
 
 
 class Position(NamedTuple):
-    """Where an entry stands in a job's log; positions compare in the order of the log."""
+    """An entry's position in a job's log; positions compare in the order of the log."""
 
     attempt: int
     seq: int
@@ -83,14 +83,14 @@ class Entry(NamedTuple):
     kind: Kind
     data: bytes
     record: bytes = b""
-    """What the engine noted to make this entry and those that follow, if its worker dies."""
+    """The engine's notes to reproduce this entry and go on after it, if its worker dies."""
 
     def encode_value(self) -> bytes:
         """The value of LOG_FIELD, and the entry's part of a frame: one byte kind, then the data."""
         return bytes((self.kind,)) + self.data
 
     def encode_head(self) -> bytes:
-        """What stands in front of the value in a frame (lua/append.lua puts frames together)."""
+        """What precedes the value in a frame (lua/append.lua puts frames together)."""
         name = self.job_id.encode()
         return _HEADER.pack(*self.position, len(name), 1 + len(self.data)) + name
 
@@ -157,7 +157,7 @@ class Start:
 class End:
     """Data of an END entry: the job's final state, the error object if it has one.
 
-    Also what the answer used, as far as its engine knows: of a stream, no event may tell it.
+    Also the answer's usage, as far as its engine knows: no event of a stream may report it.
     """
 
     state: State
@@ -167,7 +167,7 @@ class End:
 
     @classmethod
     def failed(cls, error: SluiceError, state: State = State.FAILED) -> Self:
-        """The end that this error is."""
+        """The end of a job with this error."""
         return cls(state, error.body(), error.status)
 
     def encode(self) -> bytes:

@@ -61,7 +61,7 @@ class EnqueueOptions:
     idempotency_key: str = ""
     """Another job of the tenant with this key is taken instead of queueing this one."""
     fingerprint: str = ""
-    """What the request with the key said."""
+    """Hash of the request with the key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class Job:
     """How many the engine generates at once for it: so many slots it takes."""
     options: EnqueueOptions = field(default_factory=EnqueueOptions, compare=False)
 
-    # What `decode` reads; the body comes apart, for not everybody wants megabytes.
+    # What `decode` reads; the body comes separately, as it may be megabytes.
     FIELDS = ("model", "endpoint", "lane", "tenant", "listener", "metadata", "sequences", "order")
 
     @classmethod
@@ -134,7 +134,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A job as it stands in Redis, without its body; times in us since the epoch, None: not yet."""
+    """A job as Redis has it, without its body; times in us since the epoch, None: not yet."""
 
     job: Job
     state: State
@@ -158,7 +158,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A job in the hands of a worker: the job, which attempt this is, and how long it waited."""
+    """A job held by a worker: the job, the number of the attempt, and how long it waited."""
 
     job: Job
     attempt: int

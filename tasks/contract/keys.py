@@ -21,8 +21,8 @@
 | maintenance            | string  | process that reaped last              | TTL                   |
 | counts                 | hash    | what happened -> how often (counts.py)| nobody: few fields    |
 | alerts                 | string  | conditions that hold (alerts.py)      | nobody: a few         |
-| alerts:lock            | string  | which maintenance looks at them now   | TTL                   |
-| workers                | set     | workers that may be alive             | whoever finds it dead |
+| alerts:lock            | string  | which maintenance checks them now     | TTL                   |
+| workers                | set     workers that may be alive             | a reader, once dead   |
 | worker:{id}            | hash    | model, slots, running, waiting        | TTL                   |
 | log:{id}               | stream  | what the worker sent back (events.py) | TTL once SQL has it   |
 | relay:{process}        | channel | the same entries, for one API process | -                     |

@@ -1,4 +1,4 @@
-"""Writes log lines from a thread of its own: who logs waits neither for a disk nor for a reader.
+"""Writes log lines from a thread of its own: a caller waits neither for a disk nor for a reader.
 
 Under gevent too it is a thread of the operating system, beside the loop. It starts with the first
 line: a process that forks before has none.
@@ -34,7 +34,7 @@ class LogWriter:
         lines_left_out: Callable[[int], str],
         when_idle: Callable[[], None] = lambda: None,
     ) -> None:
-        """`lines_left_out` words how many lines were; `when_idle` is called about every second."""
+        """`lines_left_out` renders a count of lines; `when_idle` is called about every second."""
         self._descriptor = descriptor
         self._lines_left_out = lines_left_out
         self._when_idle = when_idle
@@ -97,7 +97,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
         try:
             data = data[os.write(descriptor, data) :]
         except BlockingIOError:
-            # Somebody else has made the pipe so.
+            # Another process has made the pipe non-blocking.
             original("time", "sleep")(_NOT_READY_S)
         except OSError:
             return  # nobody will read it any more

@@ -3,8 +3,8 @@
 Each transition of a job is a line with fields in `extra`: job, tenant, model, attempt, durations in
 ms. What was asked and answered is in no line, unless SLUICE_LOG_CONTENT is on.
 
-Whoever logs waits for nothing: lines have a bounded size and are written by a thread of their own
-(log_writer.py), and trouble that repeats is told once in a while, with how often it was.
+Logging never blocks: lines have a bounded size and are written by a thread of their own
+(log_writer.py), and repeated trouble is logged once in a while, with its count.
 """
 
 import logging
@@ -24,7 +24,7 @@ from tasks.contract.log_writer import LogWriter, original
 from tasks.contract.settings import Settings
 
 OURS = ("api", "tasks", "gpu_worker", "db")
-# The same trouble is told once in so long.
+# Repeated trouble is logged once per interval.
 REPEAT_S = 10.0
 MOST_CAUSES = 1000
 LONGEST_MESSAGE = 4000
@@ -47,7 +47,7 @@ def configure(settings: Settings) -> None:
 
 
 def take_over_loggers() -> None:
-    """Has the loggers that libraries have set up for themselves log like all others."""
+    """Removes the handlers of libraries' loggers, so that they log like all others."""
     for logger in list(logging.root.manager.loggerDict.values()):
         if isinstance(logger, logging.Logger) and logger.handlers:
             logger.handlers.clear()
@@ -55,13 +55,13 @@ def take_over_loggers() -> None:
 
 
 def flush() -> None:
-    """Waits, not for long, until all lines are written: before an end that says no goodbye."""
+    """Waits, not for long, until all lines are written: before an exit that runs no handlers."""
     for handler in logging.root.handlers:
         handler.flush()
 
 
 class Handler(logging.Handler):
-    """Puts lines together, and leaves them to the thread that writes them."""
+    """Renders lines, and hands them to the thread that writes them."""
 
     def __init__(self, render: Callable[[dict[str, Any]], str], shows_content: bool) -> None:
         super().__init__()
@@ -72,15 +72,15 @@ class Handler(logging.Handler):
 
     def _begin(self) -> None:
         self._repeats = Repeats()
-        self._writer = LogWriter(STDERR, self._word_missing, self._tell_repeats)
+        self._writer = LogWriter(STDERR, self._render_missing, self._report_repeats)
 
     def handle(self, record: logging.LogRecord) -> bool:
-        """Takes the record without logging's own lock: nobody waits for another one's line."""
+        """Takes the record without logging's own lock: no thread waits for another one's line."""
         self.emit(record)
         return True
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Has the line written soon, unless the same was told a moment ago."""
+        """Queues the line to be written, unless the same was logged a moment ago."""
         try:
             cause = _cause(record)
             left_out = self._repeats.note(cause) if cause else 0
@@ -94,47 +94,47 @@ class Handler(logging.Handler):
 
     def flush(self) -> None:
         """Waits, not for long, until all lines are written; logging calls it at the end."""
-        self._tell_repeats(math.inf)
+        self._report_repeats(math.inf)
         self._writer.flush()
 
-    def _tell_repeats(self, until_s: float | None = None) -> None:
+    def _report_repeats(self, until_s: float | None = None) -> None:
         for (logger, message, *_), left_out in self._repeats.over(until_s or time.monotonic()):
             self._writer.put(self._render(_event(logger, f"again: {message}", left_out=left_out)))
 
-    def _word_missing(self, lines: int) -> str:
+    def _render_missing(self, lines: int) -> str:
         return self._render(_event(__name__, "lines came faster than written", left_out=lines))
 
 
 class Repeats:
-    """Which trouble was told lately, and how often it has come again since."""
+    """Trouble that was logged lately, and how often it has recurred since."""
 
     def __init__(self) -> None:
         self._lock = original("_thread", "RLock")()
-        self._told: dict[Cause, tuple[float, int]] = {}
+        self._logged: dict[Cause, tuple[float, int]] = {}
 
     def note(self, cause: Cause) -> int | None:
-        """How often it was not told before, if it is to be told now; else None."""
+        """How often it was suppressed, if it is to be logged now; else None."""
         now_s = time.monotonic()
         with self._lock:
-            until_s, left_out = self._told.get(cause, (0.0, 0))
+            until_s, left_out = self._logged.get(cause, (0.0, 0))
             if now_s < until_s:
-                self._told[cause] = until_s, left_out + 1
+                self._logged[cause] = until_s, left_out + 1
                 return None
-            if cause in self._told or len(self._told) < MOST_CAUSES:
-                self._told[cause] = now_s + REPEAT_S, 0
+            if cause in self._logged or len(self._logged) < MOST_CAUSES:
+                self._logged[cause] = now_s + REPEAT_S, 0
             return left_out
 
     def over(self, now_s: float) -> list[tuple[Cause, int]]:
-        """The trouble that is told again if it comes, and how often it was not; forgets it."""
+        """Trouble whose interval is over, and how often it was suppressed; forgets it."""
         with self._lock:
-            over = [(cause, n) for cause, (until_s, n) in self._told.items() if until_s <= now_s]
+            over = [(cause, n) for cause, (until_s, n) in self._logged.items() if until_s <= now_s]
             for cause, _ in over:
-                del self._told[cause]
+                del self._logged[cause]
         return [(cause, left_out) for cause, left_out in over if left_out]
 
 
 def _cause(record: logging.LogRecord) -> Cause | None:
-    """What makes two lines the same trouble; None: it is told each time.
+    """What makes two lines the same trouble; None: it is logged each time.
 
     As is all below a warning, and what names its job or the like in a field.
     """
@@ -189,6 +189,6 @@ def _console() -> Callable[[dict[str, Any]], str]:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """What stands in one line, whoever has said it; JSON needs no such care."""
+    """The value in one line, whatever it holds; JSON needs no such care."""
     is_line = isinstance(value, str) and name != "exception"
     return tracebacks.one_line(value) if is_line else value

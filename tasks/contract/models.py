@@ -113,7 +113,7 @@ def _read(path: Path) -> list[Model]:
         document = loader.construct_document(root) if root else None
         models = _Document.model_validate(document if isinstance(document, dict) else {}).models
     except ValidationError as refused:
-        wrong = [_Place(path, root, error["loc"]).says(_say(error)) for error in refused.errors()]
+        wrong = [_Place(path, root, e["loc"]).error(_message(e)) for e in refused.errors()]
         raise ConfigurationError("; ".join(wrong)) from None
     except (yaml.YAMLError, ValueError) as broken:
         mark = getattr(broken, "problem_mark", None)
@@ -124,7 +124,7 @@ def _read(path: Path) -> list[Model]:
     return models
 
 
-def _say(error: ErrorDetails) -> str:
+def _message(error: ErrorDetails) -> str:
     if error["type"] == "extra_forbidden":
         return f"no model has such a field; there are {', '.join(Model.model_fields)}"
     return error["msg"]
@@ -139,7 +139,7 @@ def _refuse_doubled(models: list[Model], path: Path, root: yaml.Node | None) -> 
             place = _Place(path, root, ("models", number, *field))
             if name in taken:
                 raise ConfigurationError(
-                    place.says(f"line {taken[name].line} has the name {name!r} already")
+                    place.error(f"line {taken[name].line} has the name {name!r} already")
                 )
             taken[name] = place
 
@@ -152,7 +152,7 @@ class _Place:
     root: yaml.Node | None
     field: tuple[int | str, ...]
 
-    def says(self, what: str) -> str:
+    def error(self, what: str) -> str:
         return f"{self.path}, line {self.line}: {'.'.join(map(str, self.field))}: {what}"
 
     @property
@@ -177,7 +177,7 @@ def _children(node: yaml.Node | None) -> dict[int | str, tuple[int, yaml.Node]]:
 
 
 def _replaced(default: Model, source: str) -> Model:
-    """The default model served from another source, whose kind the source's form tells."""
+    """The default model served from another source, whose form determines the engine."""
     engine: Literal["vllm", "sim", "remote"] = "vllm"
     name = source
     if source == "sim":

@@ -19,7 +19,7 @@ _NAMES = {"role", "type", "id", "index"}
 
 
 class Head(NamedTuple):
-    """An answer begins. A second head is that of a later attempt, which begins anew."""
+    """An answer begins. A second head is that of a later attempt, which starts over."""
 
     position: Position
     start: Start
@@ -35,7 +35,7 @@ class Chunk(NamedTuple):
 
     @property
     def event_data(self) -> bytes:
-        """Of an event of a stream: what it says, without the frame of its protocol."""
+        """Of an event of a stream: its payload, without the frame of its protocol."""
         return self.data.removeprefix(b"data: ").removesuffix(b"\n\n")
 
 
@@ -50,7 +50,7 @@ Part = Head | Chunk | Finish
 
 
 def read(entries: Iterable[Entry]) -> Iterator[Part]:
-    """What the entries of a log say, in their order; takeovers say nothing of the answer.
+    """The parts of an answer, from the entries of its log in order; takeovers are none of them.
 
     Raises:
         DecodeError: one of them cannot be read.
@@ -78,7 +78,7 @@ class Outcome:
 
 
 def assemble(entries: Sequence[Entry]) -> Outcome | None:
-    """The outcome that a whole log tells; None when it has no end yet."""
+    """The outcome recorded in a whole log; None when it has no end yet."""
     parts = list(read(entries))
     if not parts or not isinstance(parts[-1], Finish):
         return None
@@ -109,7 +109,7 @@ def read_object(body: bytes) -> dict[str, Any]:
 
 
 def split_events(events: bytes) -> Iterator[bytes]:
-    """What the events of a stream say, one after the other, but for the last one, `[DONE]`."""
+    """The payloads of a stream's events, without the last one, `[DONE]`."""
     for event in events.split(b"\n\n"):
         data = event.removeprefix(b"data: ").strip()
         if data and data != DONE:

@@ -19,7 +19,7 @@ def record(home: Path) -> Path:
 
 @contextmanager
 def announced(home: Path, settings: dict[str, str]) -> Iterator[None]:
-    """While inside, other commands find these settings."""
+    """Within the block, other commands find these settings."""
     path = record(home)
     draft = path.with_suffix(".new")
     draft.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ PREFIX = "SLUICE_"
 SECRET_FIELDS = frozenset({"webhook_secrets", "alert_webhook", "api_key", "admin_key"})
 
 HOME = Path("~/.sluice")
-# Who listens there is reached here.
+# A server bound to these is reached here.
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 (compared only)
 # In this order: `?password=`; `://user:password@` up to the last @, as people forget to escape.
 PASSWORDS = re.compile(r"(?i)(password=)([^&]+)"), re.compile(r"(://[^:@/?]*:)(.+)(?=@)")
@@ -227,7 +227,7 @@ class Settings(BaseSettings):
     @classmethod
     def _check_redis_url(cls, url: str) -> str:
         if url:
-            # Commands that never speak to Redis start without its library.
+            # Commands that never use Redis start without its library.
             from tasks.contract.connections import check_url
 
             check_url(url)

@@ -1,6 +1,6 @@
 """Exceptions as text for the log: of a bounded size and cost, whatever was thrown.
 
-Places and messages only: a frame's variables hold what was asked, and keys. Messages that are made
+Places and messages only: a frame's variables hold prompts and keys. Messages that are made
 of such values are left out as well, unless content is to be logged.
 """
 
@@ -8,15 +8,15 @@ from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
 
-# Of one exception: the first frames tell who called, the last ones where it went wrong.
+# Of one exception: the first frames show the caller, the last ones where it went wrong.
 FIRST_FRAMES = 4
 LAST_FRAMES = 10
 MOST_EXCEPTIONS = 5
 LONGEST_MESSAGE = 500
 LONGEST_TEXT = 10_000
 
-# Python's and its libraries' words about a value, which they show.
-TELLING = (ValueError, LookupError, TypeError, AssertionError)
+# Errors of Python and its libraries whose messages show a value.
+WITH_VALUES = (ValueError, LookupError, TypeError, AssertionError)
 HIDDEN = "(SLUICE_LOG_CONTENT shows its message)"
 
 CAUSE = "\nThe above exception was the direct cause of the following exception:\n"
@@ -116,13 +116,13 @@ def _where(frame: TracebackType) -> str:
 
 
 def message_of(error: BaseException, shows_content: bool) -> str:
-    """The exception's message in one line; not where it may hold what was asked."""
-    if not shows_content and isinstance(error, TELLING):
+    """The exception's message in one line; hidden where it may hold a prompt."""
+    if not shows_content and isinstance(error, WITH_VALUES):
         return HIDDEN if error.args else ""
     try:
         message = str(error)
     except Exception:  # noqa: BLE001 (anybody's code)
-        return "(its message cannot be told)"
+        return "(its message cannot be rendered)"
     if not shows_content:
         # Databases show the row in the lines below.
         message = message.partition("\n")[0]

@@ -1,6 +1,6 @@
-"""What is wrong with Redis, the database or a disk, and what to do: libraries' errors in our words.
+"""What is wrong with Redis, the database or a disk, and what to do: libraries' errors, translated.
 
-`redis_trouble`, `database_trouble` and `disk_trouble` are asked at the boundary of the program
+`redis_trouble`, `database_trouble` and `disk_trouble` are used at the boundary of the program
 (deploy/cli.py), by `sluice doctor`, and where a part starts.
 """
 
@@ -195,21 +195,21 @@ DATABASE = (
     Case(
         "",
         "the database at {url} refuses a command ({reason})",
-        "look at its log; if that tells nothing, report this line",
+        "see its log; if that explains nothing, report this line",
         DatabaseUnavailableError,
     ),
 )
 
 
 def redis_trouble(failure: RedisError, settings: Settings) -> Trouble:
-    """Why Redis failed a command. An error does not tell which Redis: both are asked."""
+    """Why Redis failed a command. An error does not name the Redis: both are checked."""
     if trouble := ask_redis(settings):
         return trouble
     return judge_redis(failure, settings, "redis_url")
 
 
 def ask_redis(settings: Settings, names: Iterable[str] = REDIS_URLS) -> Trouble | None:
-    """What the first of these Redis complains of; None: they answer."""
+    """The trouble with the first of these Redis that fails; None: they answer."""
     for name in names:
         try:
             with connect_once(getattr(settings, name)) as redis:
@@ -228,7 +228,7 @@ def judge_redis(failure: RedisError, settings: Settings, name: str) -> Trouble:
 
 
 def _directory(url: str) -> str:
-    """Where that Redis keeps its data, if it says so."""
+    """Where that Redis keeps its data, if it is allowed to report it."""
     try:
         with connect_once(url) as redis:
             answer: Any = redis.config_get("dir")
@@ -244,16 +244,16 @@ def database_trouble(failure: Exception, settings: Settings) -> Trouble:
 
 def _find(cases: tuple[Case, ...], failure: Exception, settings: Settings, **words: str) -> Trouble:
     reason = explain(failure, settings)
-    said = f"{type(failure).__name__}: {reason}"
-    case = next(case for case in cases if re.search(case.pattern, said))
+    message = f"{type(failure).__name__}: {reason}"
+    case = next(case for case in cases if re.search(case.pattern, message))
     words["reason"] = reason.rstrip(".")
     return Trouble(case.found.format(**words), case.do.format(**words), case.kind)
 
 
 def explain(error: BaseException, settings: Settings) -> str:
-    """The first line of an error that somebody else has worded, without any of our secrets."""
+    """The first line of a library's error message, without any of our secrets."""
     text = (str(error) or type(error).__name__).splitlines()[0]
-    # What a pipeline adds may be what was asked or answered.
+    # What a pipeline adds may hold a prompt or an answer.
     text = re.sub(r"^Command # .* caused error: ", "", text)
     for secret in sorted(_secrets(settings), key=len, reverse=True):
         text = text.replace(secret, "…")
@@ -298,7 +298,7 @@ def free_bytes(path: Path) -> int:
 
 
 def refuse_unwritable(home: Path) -> None:
-    """Makes the state directory, and writes there what fits if anything does.
+    """Creates the state directory, and tests that it can be written.
 
     Raises:
         SluiceError: it cannot be made or written, or is full.
@@ -313,7 +313,7 @@ def refuse_unwritable(home: Path) -> None:
 
 
 def refuse_unusable(settings: Settings) -> None:
-    """What every part looks at before it starts: its home, and Redis, which may be away for now.
+    """What every part checks before it starts: its home, and Redis, which may be away for now.
 
     Raises:
         SluiceError: the part could never work like that.
@@ -324,7 +324,7 @@ def refuse_unusable(settings: Settings) -> None:
 
 
 def refuse_lasting(trouble: Trouble) -> None:
-    """Raises trouble that no waiting ends; of a server that is away there is one warning."""
+    """Raises trouble that will not pass; a server that is away is only logged as a warning."""
     if not issubclass(trouble.kind, (QueueUnavailableError, DatabaseUnavailableError)):
         raise trouble.error from None
     log.warning("%s", trouble.error)

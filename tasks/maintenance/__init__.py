@@ -1,4 +1,4 @@
-"""Looks after the queue: expired leases, records in SQL, lost jobs, webhooks, alerts.
+"""Maintains the queue: expired leases, records in SQL, lost jobs, webhooks, alerts.
 
 Imports `tasks.queue` and `db`. Open `main.py` first (what runs how often).
 """

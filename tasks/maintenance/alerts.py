@@ -2,7 +2,7 @@
 
 In the body of Alertmanager's webhooks (version 4), so its receivers take them:
 https://prometheus.io/docs/alerting/latest/configuration/#webhook_config. The rules for Prometheus
-(deploy/prometheus) see more; who has Prometheus needs nothing of this module.
+(deploy/prometheus) see more; with Prometheus this module is not needed.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 # The problems that are sent, as docs/operations.md promises.
 SENT = "SluiceQueueDeep", "SluiceQueueOld", "SluiceNoWorker"
-# A condition that is over sooner wakes nobody.
+# A condition that ends sooner does not alert.
 HOLD_S = 10
 REPEAT_S = 4 * 3600
 TIMEOUT_S = 10.0
@@ -42,7 +42,7 @@ class Alert:
     summary: str
     since_s: float
     told_s: float = 0.0
-    """When the receiver was told last that it fires; 0: not yet."""
+    """When it was last sent as firing; 0: not yet."""
     ended_s: float = 0.0
 
     @property
@@ -54,7 +54,7 @@ class Alert:
         return "resolved" if self.ended_s else "firing"
 
     def is_due(self, now_s: float) -> bool:
-        """Whether the receiver is to be told something."""
+        """Whether it is to be sent now."""
         if self.ended_s:
             return self.told_s > 0
         return now_s - self.since_s >= HOLD_S and now_s - self.told_s >= REPEAT_S
@@ -76,7 +76,7 @@ class Alert:
 
 
 class Alerter:
-    """Looks, remembers in Redis, tells; of several processes one does so at a time."""
+    """Evaluates alerts, keeps their state in Redis, sends them; one process at a time does so."""
 
     def __init__(self, backlog: Backlog, catalog: Catalog, settings: Settings) -> None:
         self._backlog = backlog
@@ -101,10 +101,10 @@ class Alerter:
     def _check(self) -> None:
         now_s = float(self._redis.time()[0])
         stats = read_stats(self._backlog, self._models)
-        alerts = self._known()
+        alerts = self._load()
         problems = find_problems(stats, self._settings)
-        told = [Alert(p.name, p.model, p.severity, f"{p.what}.", now_s) for p in problems]
-        holding = {alert.key: alert for alert in told if alert.name in SENT}
+        current = [Alert(p.name, p.model, p.severity, f"{p.what}.", now_s) for p in problems]
+        holding = {alert.key: alert for alert in current if alert.name in SENT}
         for key, alert in alerts.items():
             if key not in holding and not alert.ended_s:
                 alert.ended_s = now_s
@@ -115,21 +115,21 @@ class Alerter:
             else:
                 alerts[key] = alert
         due = [alert for alert in alerts.values() if alert.is_due(now_s)]
-        if due and self._tell(due):
+        if due and self._send(due):
             for alert in due:
                 alert.told_s = 0.0 if alert.ended_s else now_s
-        self._remember(alerts)
+        self._save(alerts)
 
-    def _known(self) -> dict[str, Alert]:
+    def _load(self) -> dict[str, Alert]:
         stored: Any = self._redis.get(keys.ALERTS)
         return {alert.key: alert for alert in (Alert(**a) for a in orjson.loads(stored or b"[]"))}
 
-    def _remember(self, alerts: dict[str, Alert]) -> None:
+    def _save(self, alerts: dict[str, Alert]) -> None:
         kept = [asdict(a) for a in alerts.values() if not a.ended_s or a.told_s]
         self._redis.set(keys.ALERTS, orjson.dumps(kept))
 
-    def _tell(self, due: list[Alert]) -> bool:
-        """Whether the receiver took it; what it did not take is sent again in the next round."""
+    def _send(self, due: list[Alert]) -> bool:
+        """Whether the receiver accepted them; if not, they are sent again in the next round."""
         is_firing = any(not alert.ended_s for alert in due)
         body = {
             "version": "4",

@@ -10,7 +10,7 @@ from tasks.queue.jobs import Jobs
 
 
 def describe(job: JobRecord, reasons: list[JobEvent] | None = None) -> dict[str, Any]:
-    """A dead letter; with its reasons if they are given. Never what it asked for."""
+    """A dead letter; with its reasons if they are given. Never its request."""
     view: dict[str, Any] = {
         "id": job.id,
         "object": "dead_letter",

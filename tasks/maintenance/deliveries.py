@@ -1,8 +1,8 @@
 """Calls webhooks as they fall due, at least once; a receiver knows a repeat by its `webhook-id`.
 
 Calls run at once on an event loop in a thread: when one ends, the next that is due begins. A claim
-is taken just before its call. Of a process that dies claims end by themselves, and what SQL was
-not told of is called again.
+is taken just before its call. The claims of a process that dies expire, and calls that were
+not recorded in SQL are made again.
 """
 
 import asyncio
@@ -35,8 +35,8 @@ AT_ONCE = 1200
 # Enough for 40 calls a second to a receiver that takes 0.2 s for each. Once half of all places are
 # taken, a receiver that has one gets no other: the rest is for those that nobody has called yet.
 AT_ONE_RECEIVER = 8
-# Bounds what a look reads; the next one goes on behind it.
-RECEIVERS_IN_A_LOOK = 500
+# Bounds one read; the next one starts after it.
+RECEIVERS_PER_READ = 500
 # Longer than a call lasts and SQL is usually away.
 HOLD_S = 60.0
 STOP_S = 2.0
@@ -44,7 +44,7 @@ RESTART_S = 5.0
 
 
 class Deliverer:
-    """Makes the calls that SQL says are due; one per process."""
+    """Makes the calls that are due in SQL; one per process."""
 
     def __init__(self, settings: Settings, redis: Redis) -> None:
         self._settings = settings
@@ -62,7 +62,7 @@ class Deliverer:
         self._thread = threading.Thread(target=self._run, name="webhooks", daemon=True)
 
     def start(self) -> None:
-        """Begins to call."""
+        """Starts the thread."""
         self._thread.start()
 
     def stop(self) -> None:
@@ -79,7 +79,7 @@ class Deliverer:
                 time.sleep(RESTART_S)
 
     async def _deliver(self) -> None:
-        # What belongs to a loop that has failed is of no use to this one.
+        # The state of a loop that has failed is of no use to this one.
         self._sender, self._calls, self._has_ended = Sender(self._settings), {}, asyncio.Event()
         while not self._is_stopping:
             self._has_ended.clear()
@@ -89,9 +89,9 @@ class Deliverer:
         await self._end()
 
     async def _begin_due(self) -> bool:
-        """Writes down what has ended and begins what is due; whether there may be more of it.
+        """Records calls that have ended and starts due ones; whether there may be more of them.
 
-        A database that is away is worth one warning: what is due waits there, what has ended here.
+        While the database is away one warning is logged: due calls wait there, ended ones here.
         """
         busy = Counter(delivery.receiver for delivery in self._calls.values())
         try:
@@ -117,17 +117,17 @@ class Deliverer:
         self._note()
         if busy.total() >= self._places:
             return [], False
-        found = due(self._url, self._after, RECEIVERS_IN_A_LOOK)
-        self._after = found[-1].receiver if len(found) == RECEIVERS_IN_A_LOOK else ""
+        found = due(self._url, self._after, RECEIVERS_PER_READ)
+        self._after = found[-1].receiver if len(found) == RECEIVERS_PER_READ else ""
         chosen = choose(found, busy, self._places)
         claimed = claim(self._url, [one.job_id for one in chosen if one.job_id], HOLD_S)
         if busy.total() + len(chosen) >= self._places:
-            # Who comes after these has the next free place.
+            # The receiver after these gets the next free place.
             self._after = chosen[-1].receiver
         return claimed, bool(claimed or self._after)
 
     def _note(self) -> None:
-        """Writes down what has ended, and keeps it for the next time if that fails."""
+        """Records calls that have ended; keeps them for the next time if that fails."""
         ended = self._ended[:]
         note_attempts(self._url, ended)
         # Meanwhile the loop has only appended.
@@ -176,7 +176,7 @@ class Deliverer:
 
 
 def choose(found: Sequence[Due], busy: Counter[str], places: int) -> list[Due]:
-    """Who gets a place: one more for each in the order found, as long as its share allows."""
+    """The receivers that get a place: one more each, in order, as long as its share allows."""
     chosen: list[Due] = []
     taken = busy.total()
     for one in found:

@@ -1,7 +1,7 @@
 """Carries the records of started and ended jobs from their stream in Redis (lua/state.lua) to SQL.
 
 A record leaves the stream only after its commit, and is written once however often it is read:
-whoever dies in between, nothing is lost or doubled. Only maintenance imports this module.
+a crash in between loses or doubles nothing. Only maintenance imports this module.
 """
 
 import logging
@@ -73,19 +73,19 @@ def _change(record_id: str, text: dict[str, str], state: State, outcome: Outcome
     )
     if not state.is_final:
         return Change(job, event)
-    told = outcome or Outcome(state, error=_reason(state))
+    outcome = outcome or Outcome(state, error=_reason(state))
     result = JobResult(
         job_id=job_id,
-        status_code=told.status_code,
-        body=told.body,
-        error=told.error,
-        usage=told.usage,
+        status_code=outcome.status_code,
+        body=outcome.body,
+        error=outcome.error,
+        usage=outcome.usage,
     )
     return Change(job, event, result, jobs.ledger_entry(job, at))
 
 
 def _reason(state: State) -> dict[str, Any] | None:
-    """What the log would have told of a job that ended without an answer."""
+    """The error of a job that ended without an answer."""
     return REASONS[state]().body()["error"] if state in REASONS else None
 
 
@@ -107,8 +107,8 @@ class Recorder:
     def record(self) -> int:
         """Moves all records; returns how many jobs ended by them.
 
-        A database that is away is worth one warning: the records stay for a later round. A round
-        that finds another one under way (it may wait for the database) does nothing.
+        While the database is away one warning is logged; the records stay for a later round. A run
+        that finds another under way (it may wait for the database) does nothing.
         """
         if not self._busy.acquire(blocking=False):
             return 0
@@ -146,7 +146,7 @@ class Recorder:
         self._queue.log.expire(self._queue.backlog.settle(job_ids))
 
     def _read(self, batch: list[tuple[bytes, dict[bytes, bytes]]]) -> tuple[list[Change], Any]:
-        """The changes of a batch, and the records that are done with: unreadable ones too."""
+        """The changes of a batch, and its processed records: unreadable ones too."""
         now_s, _ = self._redis.time()
         changes, done = [], []
         for record_id, fields in batch:
@@ -166,7 +166,7 @@ class Recorder:
         return changes, done
 
     def _is_void(self, change: Change) -> bool:
-        """Whether a job that ended, and whose log tells no end, is to run again instead.
+        """Whether a job that ended, but whose log has no end, is to run again instead.
 
         What cannot be recorded is not completed: an accepted job is queued again by the reconciler,
         any other has failed.
@@ -185,19 +185,19 @@ class Recorder:
         return False
 
     def _keep_request(self, job: JobRecord) -> None:
-        """Gives a dead letter what it asked for, so that it can be tried again."""
+        """Adds its request to a dead letter, so that it can be retried."""
         found: Any = self._redis.hmget(keys.job(job.id), "body", "sequences")
         body, sequences = found
         job.request = None if body is None else bytes(body)
         job.sequences = int(sequences or 1)
 
     def _outcome(self, fields: dict[bytes, bytes]) -> Outcome | None:
-        """What the log tells of a job that has ended; None when it does not, or not yet."""
+        """The outcome in the log of a job that has ended; None when it has none, or not yet."""
         if not _is_final(fields):
             return None
-        told = assemble(self._queue.log.read_after(fields.get(b"job_id", b"").decode()))
+        outcome = assemble(self._queue.log.read_after(fields.get(b"job_id", b"").decode()))
         # Cancelled just when its worker had written another end: the one that counts will follow.
-        return told if told and told.state == fields[b"state"].decode() else None
+        return outcome if outcome and outcome.state == fields[b"state"].decode() else None
 
     def _note_presence(self) -> None:
         if self._is_away:

@@ -45,7 +45,7 @@ LEAST_SHOWN_S = 10
 # Work that can wait a little: where processors are few, requests go first.
 NICENESS = 5
 
-# Up to three may wait, for the database and for who gets alerts; that must not stop the reaper.
+# Up to three may wait, for the database and the receiver of alerts; that must not stop the reaper.
 THREADS = 5
 
 
@@ -77,7 +77,7 @@ def _alerter() -> Alerter:
 
 
 def reap() -> None:
-    """Task: hands on jobs whose lease has expired, and shows that maintenance lives."""
+    """Task: hands on jobs whose lease has expired, and records that maintenance is alive."""
     _jobs().reap()
     process = f"{socket.gethostname()}-{os.getpid()}"
     shown_s = math.ceil(SHOWN_ROUNDS * get_settings().reap_interval_s)
@@ -124,7 +124,7 @@ def reconcile_jobs() -> None:
 
 
 def sweep_jobs() -> None:
-    """Task: mends what no job should ever be."""
+    """Task: repairs jobs in a state that should never occur."""
     _sweeper().sweep()
 
 
@@ -137,7 +137,7 @@ def delete_old_jobs() -> None:
 
 
 def check_alerts() -> None:
-    """Task: tells the operator's webhook what is wrong, and when it is over."""
+    """Task: notifies the operator's webhook of problems, and of their end."""
     if get_settings().alert_webhook:
         _alerter().check()
 
@@ -150,7 +150,7 @@ def run() -> int:
     try:
         reach(settings.database_url)
     except SQLAlchemyError as failure:
-        # Merely away: jobs of dead workers do not wait for it.
+        # Only away: jobs of dead workers do not wait for it.
         refuse_lasting(database_trouble(failure, settings))
     os.nice(NICENESS)
     deliverer = Deliverer(settings, _jobs().backlog.redis)

@@ -15,13 +15,13 @@ log = logging.getLogger(__name__)
 
 # A younger job is still on its way from the API.
 OLD_ENOUGH_S = 5.0
-# What was accepted lately is looked at in each round, the rest a slice at a time.
+# Recently accepted jobs are checked in each round, the rest a slice at a time.
 YOUNG_S = 60.0
 JOBS_AT_ONCE = 1000
 
 
 class Reconciler:
-    """Goes round the open jobs again and again; one per process. Two may run."""
+    """Checks the open jobs in cycles; one per process. Two may run."""
 
     def __init__(self, queue: Jobs, database_url: str, jobs_at_once: int = JOBS_AT_ONCE) -> None:
         self._queue = queue
@@ -31,7 +31,7 @@ class Reconciler:
         self._redis_run = ""
 
     def reconcile(self) -> int:
-        """Looks at a slice of the open jobs, or at all when Redis was away or has started anew.
+        """Checks a slice of the open jobs, or all when Redis was away or has restarted.
 
         Returns:
             How many were queued again.
@@ -47,7 +47,7 @@ class Reconciler:
         return again
 
     def _run_of_redis(self) -> str:
-        """Changes when a Redis has started, or another one has taken its part."""
+        """Changes when Redis has restarted or failed over."""
         redis = self._queue.backlog.redis
         return f"{redis.info('server')['run_id']} {redis.info('replication')['master_replid']}"
 
@@ -65,7 +65,7 @@ class Reconciler:
         return again
 
     def _scan(self, after: str) -> tuple[int, str]:
-        """One slice: how many were queued again, and where the next one begins ('': anew)."""
+        """One slice: how many were queued again, and where the next one begins ('': over)."""
         lost, last = self.find_lost(after)
         return self.queue_again(lost), last
 
@@ -73,7 +73,7 @@ class Reconciler:
         """Finds what Redis lacks of one slice.
 
         Returns:
-            How often each lost job was dispatched, by id; where the next slice begins ('': anew).
+            How often each lost job was dispatched, by id; where the next slice begins ('': over).
         """
         dispatches = jobs.still_open(self._url, after, self._jobs_at_once)
         ids = list(dispatches)
@@ -89,12 +89,12 @@ class Reconciler:
         Returns:
             How many were queued.
         """
-        return sum(self._mend(job_id, dispatches) for job_id, dispatches in lost.items())
+        return sum(self._repair(job_id, dispatches) for job_id, dispatches in lost.items())
 
-    def _mend(self, job_id: str, dispatches: int) -> bool:
-        """Queues one job again; or ends it, when it was its client that held it, and has been told.
+    def _repair(self, job_id: str, dispatches: int) -> bool:
+        """Queues one job again; or ends it, if only its client held it, which got the error.
 
-        Its trouble is its own: the others are looked at all the same.
+        A failure does not keep the others from being checked.
         """
         job = jobs.load(self._url, job_id)
         if job is None or job.completed_at is not None:

@@ -1,4 +1,4 @@
-"""Goes round all jobs and places in Redis, in slices, and mends what does not fit (lua/sweep.lua).
+"""Checks all jobs and places in Redis, in slices, and repairs inconsistencies (lua/sweep.lua).
 
 Nothing depends on it: what it finds is a fault of a script or of Redis, and counts as a repair.
 """
@@ -25,10 +25,10 @@ class Sweeper:
 
     def __init__(self, queue: Jobs) -> None:
         self._queue = queue
-        self._slices = self._go_round()
+        self._slices = self._cycle()
 
     def sweep(self) -> int:
-        """Looks at the next slice; returns how much was mended.
+        """Checks the next slice; returns the number of repairs.
 
         Raises:
             RedisError: Redis does not answer.
@@ -37,10 +37,10 @@ class Sweeper:
             return next(self._slices)
         except BaseException:
             # A generator that has raised is over.
-            self._slices = self._go_round()
+            self._slices = self._cycle()
             raise
 
-    def _go_round(self) -> Iterator[int]:
+    def _cycle(self) -> Iterator[int]:
         while True:
             yield from self._sweep_hashes()
             yield from self._sweep_places()
@@ -48,7 +48,7 @@ class Sweeper:
 
     def _sweep_hashes(self) -> Iterator[int]:
         for found in _scan(self._queue.backlog.redis, keys.JOB_PREFIX):
-            yield self._mend([key.removeprefix(keys.JOB_PREFIX) for key in found])
+            yield self._repair([key.removeprefix(keys.JOB_PREFIX) for key in found])
 
     def _sweep_places(self) -> Iterator[int]:
         redis = self._queue.backlog.redis
@@ -56,7 +56,7 @@ class Sweeper:
         places = [keys.backlog(*lane) for lane in lanes] + [keys.suspects(*lane) for lane in lanes]
         for place in [*places, keys.DELAYED, keys.LEASES, keys.DEADLINES]:
             for members in _slices(partial(redis.zscan, place, count=KEYS_AT_ONCE)):
-                yield self._mend([member.decode() for member, _ in members], place)
+                yield self._repair([member.decode() for member, _ in members], place)
 
     def _sweep_logs(self) -> Iterator[int]:
         """Logs that no job's end will give a TTL any more."""
@@ -67,15 +67,15 @@ class Sweeper:
             self._queue.log.expire(lost)
             yield 0
 
-    def _mend(self, job_ids: list[str], place: str = "") -> int:
-        mended = 0
+    def _repair(self, job_ids: list[str], place: str = "") -> int:
+        repairs = 0
         for job_id, kind in zip(
             job_ids, self._queue.backlog.sweep(job_ids, place=place), strict=True
         ):
             if kind in REPAIRS:
-                log.error("job %s was %s; mended", job_id, kind)
-                mended += 1
-        return mended
+                log.error("job %s was %s; repaired", job_id, kind)
+                repairs += 1
+        return repairs
 
 
 def _scan(redis: Redis, prefix: str) -> Iterator[list[str]]:

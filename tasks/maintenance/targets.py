@@ -16,7 +16,7 @@ MOST_URL_CHARS = 2000
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 LOOKUP_S = 5.0
-# A name server that is silent holds a thread for half a minute.
+# A silent name server blocks a thread for half a minute.
 MOST_LOOKUPS = 500
 
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
@@ -29,7 +29,7 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def check_url(url: str, settings: Settings) -> None:
-    """Refuses a URL that webhooks must not call. A name that nobody knows at the moment may pass.
+    """Refuses a URL that webhooks must not call. A name that does not resolve just now may pass.
 
     Raises:
         InvalidRequestError: it is no plain http(s) URL, its port is not allowed, or its host is not
@@ -77,9 +77,9 @@ def resolve(target: httpx.URL, allow_private: bool) -> list[str]:
 
     Raises:
         InvalidRequestError: one is not public.
-        OSError: the name is not known, at least at the moment.
+        OSError: the name does not resolve, at least at the moment.
     """
-    # As bytes: Python would refuse some strings in a way of its own.
+    # As bytes: Python refuses some strings with another exception.
     found = socket.getaddrinfo(target.raw_host, None, type=socket.SOCK_STREAM)
     addresses = [str(address[0]) for *_, address in found]
     if not allow_private and not all(is_public(address) for address in addresses):
@@ -93,8 +93,8 @@ def resolve(target: httpx.URL, allow_private: bool) -> list[str]:
 class Lookups:
     """Does `resolve` for an event loop: in threads, each name once at a time.
 
-    The system's lookup cannot be bounded or stopped: who waits leaves, the thread goes on. A pool's
-    threads would hold up the end of the process, these do not.
+    The system's lookup cannot be bounded or stopped: its caller times out, the thread goes on. A
+    pool's threads would hold up the exit of the process, these do not.
     """
 
     def __init__(self, allow_private: bool) -> None:
@@ -107,7 +107,7 @@ class Lookups:
 
         Raises:
             InvalidRequestError: one is not public.
-            OSError: the name is not known, at least at the moment; or it took too long.
+            OSError: the name does not resolve, at least at the moment; or it took too long.
         """
         name = target.raw_host
         lookup = self._under_way.get(name)

@@ -1,7 +1,7 @@
-"""One call of a webhook, signed as Standard Webhooks says; deliveries.py says which when.
+"""One call of a webhook, signed as in Standard Webhooks; deliveries.py schedules them.
 
-What is connected to is the very address that was checked (targets.py), so no name can lead inside
-after its check.
+The connection goes to the very address that was checked (targets.py), so no name can resolve to a
+private one after its check.
 """
 
 import asyncio
@@ -88,7 +88,7 @@ class Sender:
         start_s = time.monotonic()
         status, error = None, None
         try:
-            # httpx bounds each read, which a receiver that drips can repeat for ever.
+            # httpx bounds each read, which a slow receiver can repeat for ever.
             async with asyncio.timeout(self._timeout_s):
                 status = await self._send(delivery_id, url, body, now)
         except TimeoutError:
@@ -96,10 +96,10 @@ class Sender:
         except InvalidRequestError as refused:
             error = str(refused)
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as failed:
-            error = _in_words(failed)
+            error = _describe(failed)
         except Exception as failed:  # a library's own mistake, which no next try need repeat
             log.exception("webhook %s: not called", delivery_id)
-            error = _in_words(failed)
+            error = _describe(failed)
         return Outcome(status, error, round((time.monotonic() - start_s) * 1000))
 
     async def _send(self, delivery_id: str, url: str, body: bytes, now: datetime) -> int:
@@ -107,7 +107,7 @@ class Sender:
             raise refusal("there is no secret to sign with; set SLUICE_WEBHOOK_SECRETS")
         target = parse(url, self._ports)
         addresses = await self._lookups.resolve(target)
-        # The library takes the moment for UTC, whatever it says.
+        # The library ignores the timezone and takes the time for UTC.
         utc = now.astimezone(UTC)
         signatures = (s.sign(delivery_id, utc, body.decode()) for s in self._signers)
         headers = {
@@ -126,7 +126,7 @@ class Sender:
         """The status of the first address that can be connected to; reads no body."""
         failure: Exception = OSError("the host has no address")
         # A client for each call: names may share an address, and must not share a connection.
-        # Not the environment's proxy: it would look up the name again.
+        # Not the environment's proxy: it would resolve the name again.
         async with httpx.AsyncClient(
             verify=self._tls,
             trust_env=False,
@@ -149,8 +149,8 @@ class Sender:
         raise failure
 
 
-def _in_words(failed: Exception) -> str:
-    """The error without what a receiver may have put in that SQL or a log line would not bear."""
+def _describe(failed: Exception) -> str:
+    """The error without what a receiver may have put in that SQL or a log line cannot hold."""
     text = f"{type(failed).__name__}: {failed}"[:MOST_ERROR_CHARS]
     return "".join(char if char.isprintable() else "?" for char in text)
 
@@ -175,5 +175,5 @@ def decide(outcome: Outcome, attempt: int) -> tuple[str, float | None]:
         return "disabled", None
     if attempt > len(RETRY_AFTER_S):
         return "failed", None
-    # No secret: it only keeps calls apart that failed together.
+    # Not security: it only spreads calls that failed together.
     return "pending", RETRY_AFTER_S[attempt - 1] * random.uniform(1, 1 + JITTER)  # noqa: S311

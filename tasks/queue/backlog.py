@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 LUA = Path(__file__).parent / "lua"
 # Bounds one script's run in Redis.
 REAPED_AT_ONCE = 200
-# Tickets of a model; one per idle slot is enough, for a busy one goes on by itself.
+# Tickets of a model; one per idle slot is enough, as a busy one claims the next job itself.
 MOST_TICKETS = 256
 # Records of changes that wait for SQL; a million takes some 300 MB.
 MOST_RECORDS = 1_000_000
@@ -73,7 +73,7 @@ class Reaped(NamedTuple):
 
 
 class Finished(IntEnum):
-    """What became of a job that its worker has seen through; false if it was no longer its own."""
+    """Result of finishing a job; false if the worker no longer held it."""
 
     VOID = 0
     NONE_WAITS = 1
@@ -127,7 +127,7 @@ class Backlog:
         return job_id
 
     def reserve(self, job: Job) -> str:
-        """Asks whether the job could be submitted, and holds its idempotency key for a minute.
+        """Checks whether the job could be submitted, and holds its idempotency key for a minute.
 
         Returns and raises what `submit` would.
         """
@@ -156,10 +156,10 @@ class Backlog:
                 *job.encode(),
             ],
         )
-        job_id, *told = (value.decode() for value in reply)
+        job_id, *details = (value.decode() for value in reply)
         if not job_id:
-            raise _FULL[told[0]]
-        if told and told != [fingerprint]:
+            raise _FULL[details[0]]
+        if details and details != [fingerprint]:
             raise IdempotencyError
         return str(job_id)
 
@@ -176,7 +176,7 @@ class Backlog:
             self.redis.delete(key)
 
     def snapshots(self, job_ids: Sequence[str]) -> list[Snapshot | None]:
-        """The jobs as they stand; None for one that Redis does not hold."""
+        """The jobs' current state; None for one that Redis does not hold."""
         pipeline = self.redis.pipeline(transaction=False)
         for job_id in job_ids:
             pipeline.hmget(keys.job(job_id), Snapshot.FIELDS)
@@ -239,7 +239,7 @@ class Backlog:
     def cancel(self, job_id: str, *, unless_attached: bool = False) -> Cancelled | None:
         """Cancels a queued or running job; None when it has ended otherwise.
 
-        With `unless_attached` a job stays that another client has asked for by its key.
+        With `unless_attached` a job that another client has attached to by its key is kept.
         """
         reply = self._cancel(args=[job_id, int(unless_attached)])
         if reply is None:
@@ -270,10 +270,10 @@ class Backlog:
         self._forget(args=[job_id, attempt])
 
     def sweep(self, job_ids: Sequence[str], *, place: str = "", is_open: bool = False) -> list[str]:
-        """Mends what does not fit (lua/sweep.lua); returns what was found, for each job.
+        """Repairs inconsistencies (lua/sweep.lua); returns what was found, for each job.
 
-        They are the members of the zset `place` if it is given. `is_open`: SQL says that they have
-        not ended.
+        They are the members of the zset `place` if it is given. `is_open`: in SQL they have not
+        ended.
         """
         if not job_ids:
             return []
@@ -281,12 +281,12 @@ class Backlog:
         return [kind.decode() for kind in found]
 
     def send_tickets(self, model: str, number: int = 1) -> None:
-        """Tells the model's workers once more that there is work."""
+        """Notifies the model's workers once more that there is work."""
         tickets = [make_ticket(model, new_id()) for _ in range(number)]
         self._wake(args=[model, *tickets])
 
     def pause(self, model: str) -> None:
-        """Has all workers of the model leave its backlog alone; what runs goes on."""
+        """Stops all workers from claiming jobs of the model; running ones go on."""
         self.redis.sadd(keys.PAUSED, model)
 
     def resume(self, model: str) -> None:

@@ -1,7 +1,7 @@
 """All of Celery and kombu that Sluice uses: the app, tickets, who consumes them, periodic tasks.
 
-A Celery message of a model's queue is a ticket: it says "there is work for this model", the work
-itself stands in the backlog. A lost ticket is issued again by the reaper, a doubled one finds
+A Celery message of a model's queue is a ticket: it means "there is work for this model"; the work
+itself is in the backlog. A lost ticket is issued again by the reaper, a doubled one finds
 nothing to do; so none of Celery's redelivery is needed, and the settings below switch it off.
 
 Private interfaces in use, all of them here: kombu's `Channel._get` (what Celery has published into
@@ -34,22 +34,22 @@ from tasks.contract.settings import get_settings
 TICKET = "sluice.ticket"
 MAINTENANCE_QUEUE = "maintenance"
 _ID = b"@ticket-id@"
-# Workers know of each other from Redis, not from Celery.
+# Workers are listed in Redis, not by Celery.
 _ALONE = {"without_gossip": True, "without_mingle": True, "without_heartbeat": True}
 
 
 class _Ticket(Message):
-    """A message that the broker has forgotten once it is taken.
+    """A message without acknowledgement.
 
-    Kombu asks Redis for every acknowledgement, `no_ack` or not, and when Redis went away between
-    the taking and the asking, the error ended the worker.
+    Kombu accesses Redis for every acknowledgement, `no_ack` or not, and when Redis went away
+    between delivery and acknowledgement, the error ended the worker.
     """
 
     def ack(self, multiple: bool = False) -> None:
-        """Nothing to tell."""
+        """Does nothing."""
 
     def reject(self, requeue: bool = False) -> None:
-        """Nothing to tell: the reaper issues another."""
+        """Does nothing: the reaper issues another ticket."""
 
 
 class TicketAMQP(AMQP):  # type: ignore[misc]
@@ -67,7 +67,7 @@ class TicketAMQP(AMQP):  # type: ignore[misc]
 
 @signals.setup_logging.connect  # type: ignore[untyped-decorator]
 def _leave_logging(**_options: Any) -> None:
-    """Keeps Celery from setting up loggers of its own: they write where logs.py says."""
+    """Keeps Celery from setting up loggers of its own: logs.py configures them."""
 
 
 @functools.cache
@@ -101,7 +101,7 @@ def get_celery() -> Celery:
 
 
 def make_ticket(model: str, ticket_id: str) -> bytes:
-    """A message that tells the model's workers that there is work, as Redis queues it.
+    """A message that notifies the model's workers of work, as Redis queues it.
 
     Queued by lua/submit.lua together with the job: publishing it through Celery cost a third of the
     API's time for a submission, and a round trip.
@@ -111,7 +111,7 @@ def make_ticket(model: str, ticket_id: str) -> bytes:
 
 @functools.cache
 def _ticket_template(model: str) -> bytes:
-    """What Celery publishes, written down by its transport in memory."""
+    """What Celery publishes, captured with its in-memory transport."""
     queue = keys.ticket_queue(model)
     with Connection("memory://") as memory:  # type: ignore[no-untyped-call]
         app = get_celery()
@@ -121,9 +121,9 @@ def _ticket_template(model: str) -> bytes:
 
 
 class _SlotPool(TaskPool):  # type: ignore[misc]
-    """A thread per slot; one that gets free wakes Celery's event loop.
+    """A thread per slot; one that becomes free wakes Celery's event loop.
 
-    With all threads busy Celery stops listening for tickets, and only looks whether it may listen
+    With all threads busy Celery stops listening for tickets, and only checks whether it may listen
     again when its loop wakes, which nothing but a timer does, up to a second later: slots emptied
     in waves, at half the throughput.
     """
@@ -159,7 +159,7 @@ class TicketConsumer:
         self._queue = keys.ticket_queue(model)
         celery = get_celery()
         celery.task(serve_ticket, name=TICKET, shared=False, bind=False)
-        # Makes this app the one that Celery's task threads run; they find no tasks without it.
+        # Makes this app the current one of Celery's task threads; they find no tasks without it.
         setup_worker_optimizations(celery)
         self._controller: Any = WorkController(
             app=celery, queues=[self._queue], pool_cls=_SlotPool, concurrency=slots, **_ALONE
@@ -181,7 +181,7 @@ class TicketConsumer:
 
 
 def run_periodically(tasks: Mapping[Callable[[], None], float], threads: int) -> int:
-    """Runs each task about as often as it says, in s, until a signal; returns the exit code.
+    """Runs each task about every so many seconds until a signal; returns the exit code.
 
     Several processes may do so: they share one queue of tasks.
     """
@@ -194,7 +194,7 @@ def run_periodically(tasks: Mapping[Callable[[], None], float], threads: int) ->
         options = {"queue": MAINTENANCE_QUEUE, "expires": interval_s}
         schedule[name] = {"task": name, "schedule": interval_s, "options": options}
     celery.conf.update(beat_schedule=schedule, worker_redirect_stdouts=False)
-    # In this process, in which it dies too, and without a file: after a restart all is due.
+    # In this process, with which it ends, and without a file: after a restart all is due.
     EmbeddedService(celery, thread=True, scheduler_cls="celery.beat:Scheduler").start()
     worker = celery.Worker(
         queues=[MAINTENANCE_QUEUE],

@@ -1,4 +1,4 @@
-"""What an operator tells the workers: to drain, and which models not to serve for a while."""
+"""An operator's commands to the workers: draining, and pausing models."""
 
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -59,7 +59,7 @@ class WorkerView(NamedTuple):
 
 
 def workers(redis: Redis) -> list[WorkerView]:
-    """The workers that live; those that do not are forgotten."""
+    """The live workers; removes dead ones from the list."""
     names: Any = redis.smembers(keys.WORKERS)
     ids = sorted(name.decode() for name in names)
     pipeline = redis.pipeline(transaction=False)
@@ -73,7 +73,7 @@ def workers(redis: Redis) -> list[WorkerView]:
 
 
 def drain(redis: Redis, bus: Redis, worker_id: str) -> None:
-    """Has a worker take no more jobs, finish what it can, hand on the rest, and end.
+    """Makes a worker take no more jobs, finish what it can, hand on the rest, and exit.
 
     Raises:
         NotKnownError: no such worker lives.
@@ -84,5 +84,5 @@ def drain(redis: Redis, bus: Redis, worker_id: str) -> None:
             f"no worker {worker_id!r} lives; there are: {', '.join(alive) or 'none'}"
         )
     redis.hset(keys.worker(worker_id), DRAIN, 1)
-    redis.expire(keys.worker(worker_id), 60, nx=True)  # if it ran out in between
+    redis.expire(keys.worker(worker_id), 60, nx=True)  # if it expired in between
     bus.publish(keys.control(worker_id), DRAIN)

@@ -1,4 +1,4 @@
-"""What happened, counted in Redis: exact whoever dies, and the same from every process.
+"""Event counts in Redis: exact across crashes, and the same from every process.
 
 The scripts that change a job's state count in the same step (lua/state.lua). Only what is rare is
 counted from outside. A field of the hash is `<what> <value> <lane> <model>`.
@@ -25,9 +25,9 @@ class Counted(StrEnum):
     TICKETS = "tickets"
     """[`reissued`]"""
     REPAIRS = "repairs"
-    """[what maintenance mended: `misplaced`, `stray`, `unrecorded` (lua/sweep.lua), `lost`]"""
+    """[what maintenance repaired: `misplaced`, `stray`, `unrecorded` (lua/sweep.lua), `lost`]"""
     WEBHOOKS = "webhooks"
-    """[what came of a call (webhooks.py): `delivered`, `pending`, `failed`, `disabled`]"""
+    """[result of a call (webhooks.py): `delivered`, `pending`, `failed`, `disabled`]"""
 
 
 class Happening(NamedTuple):

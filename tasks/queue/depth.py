@@ -16,7 +16,7 @@ from tasks.queue.statistics import Depth, ModelStats, read_depths
 
 
 class QueuePosition(NamedTuple):
-    """Where a queued job stands, in the fields that clients see."""
+    """A queued job's place, in the fields that clients see."""
 
     position: int
     """1 is next."""
@@ -34,7 +34,7 @@ def depth(redis: Redis, model: str) -> Depth:
 
 
 def places(redis: Redis, queued: Sequence[Job]) -> list[QueuePosition | None]:
-    """Where these jobs stand; None for one that waits no longer.
+    """The places of these jobs; None for one that no longer waits.
 
     Suspects count as the first of their lane: their score is that of their first time in it.
     """

@@ -1,4 +1,4 @@
-"""What the API and maintenance do with jobs: cancel, tell how they ended, hand on lost ones."""
+"""What the API and maintenance do with jobs: cancel, report how they ended, hand on lost ones."""
 
 import logging
 from typing import Any
@@ -46,8 +46,8 @@ class Jobs:
     def cancel(self, job_id: str, model: str, *, unless_attached: bool = False) -> bool:
         """Takes the job out of the backlog, or stops the worker that runs it.
 
-        Doing it again tells whom the first try did not reach. With `unless_attached` a job stays
-        that another client has asked for by its key.
+        Doing it again notifies those whom the first try did not reach. With `unless_attached` a job
+        that another client has attached to by its key is kept.
 
         Returns:
             Whether it is cancelled; False: it had ended otherwise, or stays.
@@ -72,7 +72,7 @@ class Jobs:
         return True
 
     def end_without_log(self, job_id: str) -> End | None:
-        """The end of a job whose log does not tell it: lost, or the writer of its end has died."""
+        """The end of a job whose log has none: lost, or its writer crashed."""
         try:
             (job,) = self.backlog.snapshots([job_id])
             last = self.log.last(job_id)

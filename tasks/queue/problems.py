@@ -1,6 +1,6 @@
-"""What is wrong with the queue, and how to mend it: for alerts, `sluice doctor`, `sluice status`.
+"""What is wrong with the queue, and how to fix it: for alerts, `sluice doctor`, `sluice status`.
 
-As it is now; the rules for Prometheus (deploy/prometheus) see a longer time.
+As it is now; the rules for Prometheus (deploy/prometheus) cover a longer time.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from tasks.queue.statistics import ModelStats, QueueStats, RedisMemory
 KV_CACHE_FULL = 0.95
 MEMORY_HIGH = 0.8
 MEMORY_FULL = 0.95
-LOG_TELLS = "if it ran before, its log tells why it ended"
+SEE_LOG = "if it ran before, its log shows why it ended"
 
 
 class Severity(StrEnum):
@@ -43,7 +43,7 @@ def find_problems(stats: QueueStats, settings: Settings) -> list[Problem]:
     found = [problem for model in stats.models for problem in _of_model(model, stats, settings)]
     if stats.maintenance is None:
         what = "no maintenance lives: jobs of dead workers and the ledger wait for it"
-        remedy = f"start it: `sluice maintenance`; {LOG_TELLS}"
+        remedy = f"start it: `sluice maintenance`; {SEE_LOG}"
         found.append(Problem("SluiceNoMaintenance", "", Severity.CRITICAL, what, remedy))
     if repairs := stats.total(Counted.REPAIRS):
         what = f"{repairs} job(s) were not where they belong since Redis began, and were put right"
@@ -67,7 +67,7 @@ def find_memory_problem(memory: RedisMemory) -> Problem | None:
 
 def start_worker(model: str) -> str:
     """What to do where nobody serves the model."""
-    return f"start one: `sluice worker --model {model}`; {LOG_TELLS}"
+    return f"start one: `sluice worker --model {model}`; {SEE_LOG}"
 
 
 def _of_model(model: ModelStats, stats: QueueStats, settings: Settings) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""The token log: where a job's output stands until its retention ends, on the bus.
+"""The token log: holds a job's output until its retention ends, on the bus.
 
 The log is the truth, the relay's channels are the fast path: an entry is published only together
 with being logged, in one script (lua/append.lua).
@@ -75,7 +75,7 @@ class TokenLog:
         return None
 
     def expire(self, job_ids: Sequence[str]) -> None:
-        """Lets logs go that nobody will add to or has to read for SQL any more."""
+        """Lets logs expire that nobody will add to or has to read for SQL any more."""
         pipeline = self._bus.pipeline(transaction=False)
         for job_id in job_ids:
             pipeline.expire(keys.log(job_id), self._settings.log_retention_s, nx=True)
@@ -89,7 +89,7 @@ class TokenLog:
         key, position = keys.log(job_id), Position(attempt, 0)
 
         def write(pipeline: Pipeline) -> None:
-            # Whatever is written between the look and the takeover has Redis try both again.
+            # A write between the read and the takeover makes Redis retry both.
             last: Any = pipeline.xrevrange(key, count=1)
             pipeline.multi()
             entry = Entry(job_id, position, Kind.TAKEOVER, last[0][0] if last else b"")

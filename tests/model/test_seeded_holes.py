@@ -123,8 +123,8 @@ HOLES = {
     ),
     "a job is recorded with an end that does not count": Hole(
         (Recorder, "_outcome"),
-        'told if told and told.state == fields[b"state"].decode() else None',
-        "told",
+        'outcome if outcome and outcome.state == fields[b"state"].decode() else None',
+        "outcome",
     ),
     "a second end keeps a log that SQL has": Hole(
         "append", "if not (is_first and had_end(log)) then", "if true then"

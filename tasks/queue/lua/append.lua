@@ -23,7 +23,7 @@ end
 
 local function append(log, id, is_first, value, record)
     -- Redis numbers the entry: as the next of its attempt, or 0 for a new one. If that is what it
-    -- should be, nothing is missing; to look at the last entry first would take 1.7 times as long.
+    -- should be, nothing is missing; to read the last entry first would take 1.7 times as long.
     local number = string.match(id, '%d+-') .. '*'
     local command = is_first and {'XADD', log, number, 'e', value}
         or {'XADD', log, 'NOMKSTREAM', number, 'e', value}

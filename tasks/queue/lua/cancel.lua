@@ -1,7 +1,7 @@
 -- Cancels a job in whatever state it is.
 -- ARGV: 1 id, 2 '1': only if no other client has attached to it
 -- Returns {tenant, attempt, worker or '', listener}, the same when it has been cancelled before (the
--- caller may have died before it told anybody); nil when it has ended otherwise, is not known, or stays.
+-- caller may have crashed before it notified anybody); nil when it has ended otherwise, is unknown or kept.
 local job = read_job(ARGV[1])
 if not is_open(job) and job.state ~= 'cancelled' then return nil end
 if is_open(job) then

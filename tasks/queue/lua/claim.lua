@@ -1,5 +1,5 @@
 -- Takes the first job of the first lane that has one, and leases it to a worker. A worker runs one
--- uncleared suspect at a time, so that none dies of another's doing (clear.lua).
+-- uncleared suspect at a time, so that none fails because of another (clear.lua).
 -- KEYS: 1 claim of this token (string), 2 the worker's suspect (string)
 -- ARGV: 1 worker, 2 lease in us, 3 model, 4 the worker's free slots, 5 ticket, 6 lanes as
 --       'interactive batch', 7... fields of the hash to return
@@ -40,7 +40,7 @@ local function next_of(lane)
     return ready, false
 end
 
--- A Redis that has come back without its last second may have given numbers away that it does not know:
+-- A Redis that has come back without its last second may have given out numbers that it does not know:
 -- attempts of jobs that are older than its start go on with the ms since then.
 local function next_attempt(job)
     if tonumber(job.queued_us) > started_us(at_us) then return job.attempt + 1 end
@@ -60,7 +60,7 @@ local function claim(job, is_suspect)
     if is_suspect then redis.call('SET', KEYS[2], held, 'EX', 86400) end
 end
 
--- Wakes one more slot when more waits and no ticket says so.
+-- Wakes one more slot when more jobs wait and no ticket does.
 local function wake_next()
     if redis.call('LLEN', TICKETS .. model) > 0 then return end
     for lane in string.gmatch(ARGV[6], '%S+') do

@@ -1,5 +1,5 @@
--- How many jobs wait in each lane, and since when the oldest of them: one look at all lanes.
--- The first job of each priority is the oldest of its priority (depth.py tells how scores are made).
+-- How many jobs wait in each lane, and since when the oldest of them: one read of all lanes.
+-- The first job of each priority is the oldest of its priority (depth.py defines the scores).
 -- ARGV: 1 lowest priority, 2 scores between two priorities, 3... lanes as MODEL:LANE
 -- Returns for each lane: its jobs, and the ms since the oldest of them was queued (0: there is none).
 local now_ms = math.floor(now_us() / 1000)

@@ -1,4 +1,4 @@
--- Hands on the jobs whose lease has expired: back to where they stood in the backlog, or, after their
+-- Hands on the jobs whose lease has expired: back to their places in the backlog, or, after their
 -- last failure, to their end. Ends the jobs that have not started by their deadline. And puts those
 -- back in the backlog whose delay is over.
 -- ARGV: 1 at most, of each kind

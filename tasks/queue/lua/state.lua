@@ -1,5 +1,5 @@
 -- In front of every script that changes a job (keys.py has the keys' names and content, docs/queue.md
--- the state machine). An open job stands in exactly one place, a zset that its hash names; state and
+-- the state machine). An open job is in exactly one place, a zset that its hash names; state and
 -- place change together, in `move` alone.
 local FIELDS = {'state', 'place', 'attempt', 'model', 'lane', 'tenant', 'endpoint', 'metadata', 'order',
     'failures', 'max_failures', 'cleared', 'sequences', 'body_bytes', 'listener', 'attached', 'worker',

@@ -61,7 +61,7 @@ if step ~= 'queue' then
     if full then return {'', full} end
 end
 if step ~= 'reserve' then queue() end
--- An accepted job is queued whoever has its key by now; it only does not take the key away.
+-- An accepted job is queued even if another has its key by now; it only does not take the key away.
 if fingerprint ~= '' and not other then
     redis.call('SET', KEYS[1], fingerprint .. ' ' .. id, 'EX', ARGV[10])
 end

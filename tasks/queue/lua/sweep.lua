@@ -1,8 +1,8 @@
--- Compares jobs with the places that they should stand in, and mends what does not fit. Nothing is found
--- here unless a script or Redis itself has failed.
--- ARGV: 1 place whose members these are ('': jobs from elsewhere), 2 '1': SQL says that they are open,
+-- Compares jobs with the places that they should be in, and repairs inconsistencies. It finds nothing
+-- unless a script or Redis itself has failed.
+-- ARGV: 1 place whose members these are ('': jobs from elsewhere), 2 '1': they are open in SQL,
 --       3... ids
--- Returns for each id: 'missing', 'open', 'ended', or what was mended: 'misplaced', 'stray', 'unrecorded'.
+-- Returns for each id: 'missing', 'open', 'ended', or the repair: 'misplaced', 'stray', 'unrecorded'.
 local at_us = now_us()
 local from, is_open_in_sql = ARGV[1], ARGV[2] == '1'
 
@@ -16,7 +16,7 @@ local function places(job)
     return {BACKLOG .. lane, SUSPECTS .. lane, DELAYED, LEASES}
 end
 
--- An open job stands in the place that it names, and in no other.
+-- An open job is in the place that it names, and in no other.
 local function check_open(job)
     local found = 'open'
     for _, place in ipairs(places(job)) do
