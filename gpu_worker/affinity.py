@@ -22,17 +22,17 @@ def processors(pid: int) -> set[int]:
 
 
 def confine(pid: int, allowed: set[int]) -> None:
-    """Has all threads of the process, and those that they start, run there only."""
+    """Restricts all threads of the process, and those that they start, to these processors."""
     for thread in _threads(pid):
         with suppress(ProcessLookupError):
             os.sched_setaffinity(thread, allowed)
 
 
 def step_back(pid: int) -> None:
-    """Has the process's threads let others run first that want the same processor.
+    """Lowers the priority of the process's threads on the processors that they share.
 
     vLLM's EngineCore spins while it waits for its worker. Beside it Redis waited up to 300 ms for
-    the processor, and so did every token; with it stepped back less than 15 ms.
+    the processor, and so did every token; with it at a lower priority less than 15 ms.
     """
     for thread in _threads(pid):
         with suppress(ProcessLookupError):

@@ -12,7 +12,7 @@ class Claims:
 
     def __init__(self, slots: int) -> None:
         self.is_given_up = False
-        """What is claimed now is to be handed back by whoever has claimed it."""
+        """What is claimed from now on is to be handed back by its claimer."""
         self._slots = slots
         self._held: dict[Attempt, Claim] = {}
         self._is_open = True
@@ -22,7 +22,7 @@ class Claims:
 
     def take(self, claim: Callable[[int], Claim | None]) -> Claim | None:
         """Claims a job, given the number of free slots; not tried without any, or when closed."""
-        with self._turn:  # whoever claims next must know how many slots this job takes
+        with self._turn:  # the next claim must know how many slots this job takes
             with self._changed:
                 free = self._free()
                 if not self._is_open or free < 1:
@@ -60,7 +60,7 @@ class Claims:
             self._changed.wait_for(lambda: not self._is_open or self._free() > 0)
 
     def close(self) -> None:
-        """Takes no more; one that is being claimed will be held yet."""
+        """Starts no more claims; one that is under way will still be held."""
         with self._changed:
             self._is_open = False
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""What a worker does beside generating: renews leases, shows that it lives, hears commands."""
+"""What a worker does beside generating: renews leases, sends heartbeats, receives commands."""
 
 import logging
 import threading
@@ -27,9 +27,9 @@ RECONNECT_S = 0.5
 
 
 def run(worker: "Worker", engine: Engine, closing: threading.Event) -> None:
-    """Until `closing`: renews all leases in one command, three times a lease, and beats.
+    """Until `closing`: renews all leases in one command, three times a lease; sends heartbeats.
 
-    Jobs that turn out to be no longer held are stopped.
+    Jobs that are found to be no longer held are stopped.
     """
     interval_s = get_settings().lease_s / 3
     while True:
@@ -49,13 +49,13 @@ def run(worker: "Worker", engine: Engine, closing: threading.Event) -> None:
 def send_heartbeat(redis: Redis, worker: "Worker", engine: Engine) -> bool:
     """Writes the worker's heartbeat, which lasts as long as a lease; whether it is to drain."""
     key = keys.worker(worker.id)
-    told = engine.load()._asdict() | recent_ttft()._asdict()
+    values = engine.load()._asdict() | recent_ttft()._asdict()
     fields = {
         "model": worker.model.name,
         "slots": worker.model.slots,
         "state": worker.state,
         "metrics_address": worker.metrics_address,
-        **{name: "" if value is None else value for name, value in told.items()},
+        **{name: "" if value is None else value for name, value in values.items()},
     }
     pipeline = redis.pipeline(transaction=False)
     pipeline.hset(key, mapping=fields)  # type: ignore[arg-type]
@@ -66,7 +66,7 @@ def send_heartbeat(redis: Redis, worker: "Worker", engine: Engine) -> bool:
 
 
 def deregister(redis: Redis, worker_id: str) -> None:
-    """Takes the worker off the list; without Redis its heartbeat runs out by itself."""
+    """Takes the worker off the list; without Redis its heartbeat expires by itself."""
     try:
         redis.delete(keys.worker(worker_id))
         redis.srem(keys.WORKERS, worker_id)
@@ -77,9 +77,9 @@ def deregister(redis: Redis, worker_id: str) -> None:
 def listen_for_commands(
     worker_id: str, stop_job: Callable[[Attempt], None], drain: Callable[[], None]
 ) -> None:
-    """For ever: stops the attempts that the control channel names, and drains when told.
+    """For ever: stops the attempts that the control channel names, and drains on command.
 
-    What a broken connection loses, the next heartbeat and renewal of the leases find.
+    The next heartbeat and renewal of the leases make up for messages lost with a connection.
     """
     bus = connect_listener(get_settings().bus_url)
     while True:
@@ -88,18 +88,18 @@ def listen_for_commands(
             with pubsub as subscription:
                 subscription.subscribe(keys.control(worker_id))
                 for message in subscription.listen():
-                    told = message["data"]
-                    if told == DRAIN.encode():
+                    command = message["data"]
+                    if command == DRAIN.encode():
                         drain()
                     else:
-                        _stop_told(told, stop_job)
+                        _stop_attempt(command, stop_job)
         except RedisError as failure:
-            log.warning("the control channel is not heard, subscribing again: %s", failure)
+            log.warning("the control channel is disconnected, subscribing again: %s", failure)
             time.sleep(RECONNECT_S)
 
 
-def _stop_told(told: bytes, stop_job: Callable[[Attempt], None]) -> None:
+def _stop_attempt(command: bytes, stop_job: Callable[[Attempt], None]) -> None:
     try:
-        stop_job(Attempt.parse(told))
+        stop_job(Attempt.parse(command))
     except DecodeError as unknown:
-        log.warning("the control channel told something else: %s", unknown)
+        log.warning("unknown command on the control channel: %s", unknown)

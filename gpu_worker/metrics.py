@@ -1,6 +1,6 @@
 """What a worker measures of its jobs, served with vLLM's own metrics on a port of its own.
 
-Events of a stream stand for tokens: several tokens may share one, and tell so in the counter only.
+Latencies count a stream's events as tokens: several may share one, and only the counter has all.
 """
 
 import socket
@@ -18,7 +18,7 @@ from prometheus_client.exposition import ThreadingWSGIServer
 from tasks.contract.buckets import FIRST_OUTPUT_S
 from tasks.contract.job import Claim, Lane
 
-# A second series for each of ours and vLLM's that nobody reads.
+# Else each of ours and vLLM's has a second series, which is not used.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _LABELS = ["model", "lane"]
@@ -115,7 +115,7 @@ def recent_ttft() -> RecentTtft:
 def serve(bind: str, redis_host: str, model: str) -> str:
     """Serves /metrics on HOST:PORT, in a thread; returns the address where others find it.
 
-    All series of the model are there from the beginning: no rate knows a first time otherwise.
+    All series of the model exist from the start: else no rate would see their first increase.
 
     Raises:
         OSError: the address cannot be bound.
@@ -135,20 +135,20 @@ def serve(bind: str, redis_host: str, model: str) -> str:
 
 class _QuietHandler(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the base's name)
-        """A scrape is worth no line."""
+        """Does not log scrapes."""
 
 
 def _plain_text(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
     """Prometheus's text format, whatever was asked for.
 
-    In OpenMetrics the library writes vLLM's `vllm:…` as `vllm_…`, which nobody looks for.
+    In OpenMetrics the library writes vLLM's `vllm:…` as `vllm_…`, which no query expects.
     """
     environ.pop("HTTP_ACCEPT", None)
     return _app(environ, start_response)
 
 
 def _own_address(peer: str) -> str:
-    """The address of this machine on the way to the peer; no packet is sent."""
+    """The address of the host on the route to the peer; no packet is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((peer, 9))
         return str(probe.getsockname()[0])

@@ -1,4 +1,4 @@
-"""Engine processes that outlived their worker: found before a new engine wants their memory."""
+"""Engine processes that outlived their worker: detected before a new engine needs their memory."""
 
 import json
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ def _directory() -> Path:
 
 
 def refuse_orphans() -> None:
-    """Looks for engines of dead workers on this machine.
+    """Checks this machine for engines of dead workers.
 
     Raises:
-        ConfigurationError: one lives, and still holds its memory.
+        ConfigurationError: one is alive, and still holds its memory.
     """
     for record in _directory().glob("engine-*.json"):
         engine = json.loads(record.read_text())
@@ -40,7 +40,7 @@ def refuse_orphans() -> None:
 
 @contextmanager
 def recorded() -> Iterator[None]:
-    """While inside, this worker's engine processes are on record."""
+    """Within the block, this worker's engine processes are recorded."""
     _directory().mkdir(parents=True, exist_ok=True)
     records = []
     for child in psutil.Process().children(recursive=True):

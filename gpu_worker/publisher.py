@@ -3,7 +3,7 @@
 While one write is under way the next batch gathers, so the busier the engine, the larger a batch:
 one round trip per engine tick, however many streams there are.
 
-What was written lately is kept: a Redis that comes back without its last second is given it again.
+Recent writes are kept: to a Redis that comes back without its last second they are written again.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from tasks.queue.token_log import Wire, encode, wire_arguments
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.2
-# Bounds one script's run in Redis, after a pause that let much gather.
+# Bounds one script's run in Redis, after a pause in which many entries gathered.
 MOST_AT_ONCE = 1000
 # Of each attempt: more than the fastest engine makes in the two seconds that Redis may lose.
 KEPT = 500
@@ -51,7 +51,7 @@ class Feed:
         self._kept: deque[Wire] = deque(maxlen=KEPT)
         self._written = 0
         if claim.attempt > 1:
-            # Its first entry stands in the log since the job was taken over.
+            # Its first entry is in the log since the takeover.
             self.note_written([self._encode(Kind.TAKEOVER, continued)])
 
     def put(self, *pieces: tuple[Kind, bytes, bytes]) -> None:

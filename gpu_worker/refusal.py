@@ -1,6 +1,6 @@
-"""An engine's refusal in the shape of OpenAI's errors, whatever shape the engine has given it.
+"""An engine's refusal in the shape of OpenAI's errors, whatever shape the engine used.
 
-vLLM answers in that shape what it has a handler for. For a path that it does not know its framework
+vLLM answers in that shape where it has a handler. For an unknown path its framework
 answers `{"detail": ...}`, and servers behind a remote engine have shapes of their own.
 """
 
@@ -16,14 +16,14 @@ from tasks.contract.response import read_object
 
 _FIELDS = {"message", "type", "param", "code"}
 _MOST_CHARS = 1000
-# Starlette's words.
+# Starlette's message.
 _UNKNOWN_PATH = "Not Found"
 # Of the body that is replaced.
 _HEADERS = {"content-type", "content-length", "content-encoding"}
 
 
 def in_our_shape(head: Start, body: bytes, job: Job) -> tuple[Start, bytes]:
-    """The refusal as it is, or, if clients could not read it, the same in words of ours."""
+    """The refusal as it is, or, if clients could not read it, the same in that shape."""
     document = read_object(body)
     given = document.get("error")
     if isinstance(given, dict) and given.keys() >= _FIELDS:
@@ -38,7 +38,7 @@ def in_our_shape(head: Start, body: bytes, job: Job) -> tuple[Start, bytes]:
 
 def _error(status: int, document: dict[str, Any], job: Job) -> SluiceError:
     texts = (document.get(name) for name in ("error", "message", "detail"))
-    said = next((text for text in texts if text and isinstance(text, str)), "")
-    if status == EndpointNotSupportedError.status and said in ("", _UNKNOWN_PATH):
+    reason = next((text for text in texts if text and isinstance(text, str)), "")
+    if status == EndpointNotSupportedError.status and reason in ("", _UNKNOWN_PATH):
         return EndpointNotSupportedError(job.model, job.endpoint)
-    return HttpError(status, said[:_MOST_CHARS] or f"The engine of {job.model} answers {status}.")
+    return HttpError(status, reason[:_MOST_CHARS] or f"The engine of {job.model} answers {status}.")

@@ -1,7 +1,7 @@
 """What an engine notes of a job while it answers, so that another worker's engine can go on.
 
 An engine that can be continued notes what it is about to send; the note goes into the job's log
-beside the next event, in one write with it. After a failover the engine is given all notes of the
+beside the next event, in one write with it. After a failover the engine gets all notes of the
 events that are in the log: it makes the same events of them once more, which are dropped, and goes
 on by itself. Without notes an answer that has begun cannot be continued.
 """
@@ -24,21 +24,21 @@ class ReplayLog:
         self.input_tokens = self.output_tokens = 0
         """Of the whole answer, what earlier attempts made of it included."""
         self.usage: dict[str, Any] | None = None
-        """The whole answer's, as the engine tells it to who asks for it."""
+        """The whole answer's, as the engine reports it on request."""
         self._new: list[object] = []
 
     def count(self, input_tokens: int, new_tokens: int) -> None:
-        """Counts tokens that the next events are made of, and those that were asked with."""
+        """Counts the prompt's tokens, and the tokens that the next events are made of."""
         self.input_tokens = input_tokens
         self.output_tokens += new_tokens
 
     def total(self) -> tuple[int, int]:
-        """All tokens that were asked with, and that were made: as the engine tells, or counted."""
-        told = self.usage or {}
-        totals = told.get("prompt_tokens"), told.get("completion_tokens")
+        """All tokens of prompt and answer: as the engine reports them, or as counted."""
+        usage = self.usage or {}
+        totals = usage.get("prompt_tokens"), usage.get("completion_tokens")
         counted = self.input_tokens, self.output_tokens
-        asked, made = (t if isinstance(t, int) else c for t, c in zip(totals, counted, strict=True))
-        return asked, made
+        read, made = (t if isinstance(t, int) else c for t, c in zip(totals, counted, strict=True))
+        return read, made
 
     def note(self, note: object) -> None:
         """Notes what the next events are made of."""
@@ -56,5 +56,5 @@ current_replay_log: ContextVar[ReplayLog | None] = ContextVar("current_replay_lo
 
 
 def get_replay_log() -> ReplayLog:
-    """That of the job which the current task answers; one that nobody keeps outside of jobs."""
+    """That of the job which the current task answers; outside of jobs, one that is discarded."""
     return current_replay_log.get() or ReplayLog()

@@ -19,10 +19,10 @@ from tasks.contract.response import Chunk, Finish, Head, read
 
 log = logging.getLogger(__name__)
 
-# The moment at which the first attempt began stands in each chunk, before anything of the model's.
+# Each chunk has the start time of the first attempt, before any text of the model.
 _CREATED = re.compile(rb'"created": ?\d+')
 NOT_IMPLEMENTED = 501
-# An app that is told that its client has left ends within milliseconds.
+# An app that is notified of its client's disconnect ends within milliseconds.
 MOST_LEAVING_S = 5.0
 
 
@@ -35,11 +35,11 @@ class EngineFailedError(Exception):
 
 
 class LogLostError(Exception):
-    """The log has lost what only a next attempt can bring again."""
+    """The log has lost entries that only another attempt can restore."""
 
 
 class DivergedError(Exception):
-    """The engine did not say again what clients have already."""
+    """The engine did not repeat what clients have already received."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class History:
     records: Sequence[bytes] = ()
     end: End | None = None
     continued: bytes = b""
-    """Position of the last entry, as the takeover tells it."""
+    """Position of the last entry, as the takeover records it."""
 
     @classmethod
     def read(cls, entries: Sequence[Entry]) -> "History":
@@ -87,12 +87,12 @@ class Running:
     is_stopped: bool = False
     body_given: bool = False
     _has_left: asyncio.Event = field(default_factory=asyncio.Event)
-    """The client needs nothing more: it has all of the answer, or the job was stopped."""
+    """Set when the client needs nothing more: the answer is complete, or the job was stopped."""
     _whole: list[bytes] = field(default_factory=list)
     """The pieces of a body that is not streamed: clients get all of it or nothing."""
     has_diverged: bool = False
     has_progressed: asyncio.Event = field(default_factory=asyncio.Event)
-    """It has sent an event that no earlier attempt has sent."""
+    """Set by an event that no earlier attempt has sent."""
     _repeated: int = 0
     _created: tuple[bytes, bytes] = (b"", b"")
 
@@ -102,7 +102,7 @@ class Running:
         self.feed = Feed(self.publisher, self.claim, self.history.continued)
 
     async def receive(self) -> Message:
-        """ASGI's receive: the request's body, and, when the client has left, that it has."""
+        """ASGI's receive: the request's body, then, when the client has left, the disconnect."""
         if self.body_given or self.is_stopped:
             await self._has_left.wait()
             return {"type": "http.disconnect"}
@@ -110,7 +110,7 @@ class Running:
         return {"type": "http.request", "body": self.claim.job.body, "more_body": False}
 
     def stop(self) -> None:
-        """Tells the app that its client has left; what it still says is heard by nobody.
+        """Notifies the app of its client's disconnect; what it still sends is dropped.
 
         An app may run its handler in a task of its own, as vLLM's does for an answer that is not
         streamed: to cancel the app's task would leave that one running.
@@ -124,8 +124,8 @@ class Running:
         """ASGI's send: each message becomes an entry of the job's log.
 
         Raises:
-            EngineDiedError: what the app says is the engine's death, not the job's answer.
-            DivergedError: it is not what clients have.
+            EngineDiedError: the app reports the engine's failure, not the job's answer.
+            DivergedError: it differs from what clients have.
         """
         if self.is_stopped:
             return
@@ -148,8 +148,8 @@ class Running:
         """Ends the job as the engine has answered it.
 
         Raises:
-            EngineFailedError: that is to be tried again.
-            DivergedError: the engine has said less than clients have.
+            EngineFailedError: the job is to be tried again.
+            DivergedError: the engine sent less than clients have.
         """
         if self.head is None:
             raise DivergedError
@@ -169,7 +169,7 @@ class Running:
         return await self.end(End(state, usage=self.replay_log.usage))
 
     async def end(self, end: End) -> State:
-        """Ends the log. Whoever sees the job in its final state then finds the end there."""
+        """Ends the log, before the job's final state can be seen."""
         self.meter.end(*self.replay_log.total())
         self._put((Kind.END, end.encode()))
         await self.feed.written()
@@ -199,7 +199,7 @@ class Running:
         self.has_progressed.set()
 
     def _put(self, *pieces: tuple[Kind, bytes]) -> None:
-        """Puts entries that stand in the log together or not at all."""
+        """Puts entries that are written together or not at all."""
         take = self.replay_log.take
         self.feed.put(
             *((kind, data, take() if kind is Kind.BODY else b"") for kind, data in pieces)
@@ -221,21 +221,21 @@ class Runner:
     def __init__(
         self, engine: Engine, publisher: Publisher, on_cleared: Callable[[Claim], None]
     ) -> None:
-        """`on_cleared` is called, in a thread, when a suspect has got further than ever before."""
+        """`on_cleared` is called, in a thread, when a suspect has got further than before."""
         self._engine = engine
         self._publisher = publisher
         self._on_cleared = on_cleared
         self._running: dict[Attempt, Running] = {}
 
     async def run(self, claim: Claim, history: History) -> State | None:
-        """Runs the job to its end, from where earlier attempts have brought it.
+        """Runs the job to its end, from where earlier attempts ended.
 
         Returns:
             Its final state; None when it was stopped and is no longer this worker's. Either way
-            the engine has done with it.
+            the engine is done with it.
 
         Raises:
-            EngineDiedError: the engine died; nothing that it said of its death was sent.
+            EngineDiedError: the engine died; its error message was not sent.
             EngineFailedError: the job is to be tried again.
             LogLostError: its log has a gap that only a next attempt can fill.
         """
@@ -314,7 +314,7 @@ def _scope(claim: Claim) -> Message:
     job = claim.job
     return {
         "type": "http",
-        # From 2.4 on Starlette's streams do not listen for a client that leaves.
+        # From 2.4 on Starlette's streams do not watch for a disconnect.
         "asgi": {"version": "3.0", "spec_version": "2.3"},
         "http_version": "1.1",
         "method": "POST",

@@ -1,4 +1,4 @@
-"""How a worker ends: drained when it is told to, or because its engine or a part of it fails."""
+"""How a worker ends: drained on command, or because its engine or a part of it fails."""
 
 import logging
 import os
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 0.2
+CHECK_S = 0.2
 PROGRESS_LINE_S = 5.0
-# What is left of a worker without an engine is worth no waiting.
-LAST_MOMENT_S = 8.0
+# A worker without an engine is not waited for any longer.
+FORCED_EXIT_S = 8.0
 
 
 def drain(worker: "Worker") -> None:
@@ -41,13 +41,13 @@ def drain(worker: "Worker") -> None:
 
 
 def watch_engine(worker: "Worker", engine: Engine) -> None:
-    """Until the worker closes; a dead or hung engine ends it, and its jobs run elsewhere.
+    """Until the worker closes; ends it when the engine is dead or hung: its jobs run elsewhere.
 
-    A hung engine answers its health check: only that it makes no step, with work to do, tells.
+    A hung engine passes its health check, but makes no step although it has work.
     """
     stall_s = worker.settings.engine_stall_s
     seen, moved_s = None, time.monotonic()
-    while not worker.closing.wait(LOOK_S):
+    while not worker.closing.wait(CHECK_S):
         steps, now_s = engine.progress(), time.monotonic()
         if steps is None or steps != seen:
             seen, moved_s = steps, now_s
@@ -78,7 +78,7 @@ def _end_with_error(worker: "Worker", reason: str, cause: Cause) -> None:
 
 
 def _kill_children() -> None:
-    """Ends the engine's processes: a stopped or hung one takes no notice of anything else."""
+    """Ends the engine's processes: a stopped or hung one reacts to nothing else."""
     for process in psutil.Process().children(recursive=True):
         try:
             process.kill()
@@ -87,8 +87,8 @@ def _kill_children() -> None:
 
 
 def _force_exit() -> None:
-    """Ends this process when it cannot end by itself."""
-    time.sleep(LAST_MOMENT_S)
+    """Ends this process when it does not exit by itself."""
+    time.sleep(FORCED_EXIT_S)
     log.error("the worker does not end by itself")
     logs.flush()
     os._exit(1)

@@ -55,7 +55,7 @@ Result = TypeVar("Result")
 
 
 def run(model_name: str) -> int:
-    """Serves the model until a signal or the engine's death; returns the exit code.
+    """Serves the model until a signal or the engine's failure; returns the exit code.
 
     Raises:
         SluiceError: the model or a setting is wrong, or the engine cannot be loaded.
@@ -68,7 +68,7 @@ def run(model_name: str) -> int:
 
 
 class Worker:
-    """The parts of a worker, and the way of a ticket through them."""
+    """The parts of a worker, and how they handle a ticket."""
 
     def __init__(self, model: Model) -> None:
         self.id = f"{socket.gethostname()}-{os.getpid()}"
@@ -100,7 +100,7 @@ class Worker:
             ) from None
 
     def run(self) -> int:
-        """Loads the engine, works on tickets until told to stop, then closes everything."""
+        """Loads the engine, works on tickets until a stop is requested, then closes everything."""
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
         engine_thread = self._start(self._run_engine, "engine", daemon=False)
@@ -116,12 +116,12 @@ class Worker:
         return self._exit_code
 
     def serve_ticket(self, _model_name: str) -> None:
-        """The Celery task: claims the best job of the backlog, sees it through, and so on.
+        """The Celery task: claims and runs jobs of the backlog, best first, until none fits.
 
-        Until nothing is there that fits: a ticket only wakes a thread that has nothing to do.
+        A ticket only wakes an idle thread.
         """
         if not self.claims.has_room():
-            # Somebody else's; and this thread takes no other one while there is no room.
+            # Leaves the ticket to others; this thread takes no other one until there is room.
             self.persist(lambda: self.backlog.send_tickets(self.model.name))
             self.claims.await_room()
         may_wait = True
@@ -132,16 +132,16 @@ class Worker:
                 if self.claims.is_given_up:
                     self.hand_back(claim, Cause.HANDED_BACK, "its worker was stopped")
                 else:
-                    may_wait = self._see_through(claim)
+                    may_wait = self._run_job(claim)
             finally:
                 self.claims.release(claim)
 
     def _claim(self, free_slots: int) -> Claim | None:
-        """The next job. A claim whose reply is lost has happened: its token finds the same job."""
+        """The next job. A claim whose reply is lost took effect: its token finds the same job."""
         token = uuid4().hex
         return self.persist(lambda: self.backlog.claim(self.model.name, self.id, token, free_slots))
 
-    def _see_through(self, claim: Claim) -> bool:
+    def _run_job(self, claim: Claim) -> bool:
         """Runs the job; returns whether another one may wait without a ticket."""
         begun_s = time.monotonic()
         try:
@@ -182,7 +182,7 @@ class Worker:
         log.info("job %s", state, extra=claim.job.log_fields | about)
 
     def _take_over(self, claim: Claim) -> History | None:
-        """What earlier attempts wrote; from now on they can write no more."""
+        """What earlier attempts wrote; they can write no more from now on."""
         job = claim.job
         take_over = lambda: self.log.take_over(job.id, claim.attempt, job.listener)
         entries = self.persist(take_over)
@@ -211,7 +211,7 @@ class Worker:
         self.loop.call_soon_threadsafe(self.runner.stop, attempt)
 
     def _clear(self, claim: Claim) -> None:
-        """The job has got further than ever: it is not what kills its workers."""
+        """The job has got further than any earlier attempt: it is not what kills its workers."""
         self.persist(lambda: self.backlog.clear(claim))
 
     def drain(self) -> None:
@@ -242,7 +242,7 @@ class Worker:
         asyncio.set_event_loop(self.loop)
         try:
             self.loop.run_until_complete(self._engine_main())
-        except (Exception, SystemExit) as failure:  # process boundary: told by run()
+        except (Exception, SystemExit) as failure:  # process boundary: raised by run()
             if isinstance(failure, SluiceError):
                 self._load_failure = failure
             else:
@@ -258,7 +258,7 @@ class Worker:
                 publisher = Publisher(connect_async(self.settings.bus_url), self.stop_job)
                 self.runner = Runner(engine, publisher, self._clear)
                 publishing = asyncio.ensure_future(self._publish(publisher))
-                # The engine's libraries have set up loggers of their own.
+                # The engine's libraries have configured loggers of their own.
                 logs.take_over_loggers()
                 self._start_parts(engine)
                 self._loaded.set()
@@ -291,7 +291,7 @@ class Worker:
 
     def _on_signal(self, number: int, _frame: object) -> None:
         if not self._loaded.is_set():
-            os._exit(0)  # nothing has been claimed; a load of minutes is not waited for
+            os._exit(0)  # nothing is claimed yet; a load may take minutes
         log.info("%s: draining", signal.Signals(number).name)
         self.drain()
 

@@ -14,7 +14,7 @@ MAX_NEW_TOKENS = 80
 
 
 def answers(model_dir: Path, dtype: str, questions: list[str]) -> list[str]:
-    """What the model says to each question."""
+    """The model's answer to each question."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype)).eval()
     found = []

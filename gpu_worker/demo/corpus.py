@@ -16,7 +16,7 @@ from gpu_worker.demo.texts import read
 
 TOPIC_FILES = ("concepts.yaml", "api.yaml", "operate.yaml")
 
-# Topics that everybody asks for first, in their first phrasing as it stands.
+# Topics that everybody asks for first, in their first phrasing, unvaried.
 FIRST = ("hello", "what")
 FIRST_SHARE = 0.05
 
@@ -80,7 +80,7 @@ class Corpus:
         self.other: dict[str, Any] = read("other.yaml")
 
     def documents(self) -> list[str]:
-        """All text as it stands, for the tokenizer."""
+        """All text, unvaried, for the tokenizer."""
         texts = list(self.other["plain"])
         for topic in self.topics + self.talk:
             texts += topic.questions + topic.answers * 4
@@ -122,7 +122,7 @@ class Corpus:
         return messages
 
     def _pair(self) -> tuple[str, str, str]:
-        """A question, its answer, and what to say to "tell me more"."""
+        """A question, its answer, and the reply to "tell me more"."""
         draw = self.rng.random()
         if draw < 0.1:
             return self._unknown(), self.rng.choice(self.other["fallback"]), ""

@@ -1,7 +1,7 @@
 """Trains the demo model from scratch: `python -m gpu_worker.demo.train --out DIR`.
 
 First the tokenizer, then a small Llama, on conversations drawn from text/. The same seed gives the
-same text. A chat's loss counts only what the assistant says, a plain text's loss everything.
+same text. A chat's loss counts only the assistant's messages, a plain text's loss everything.
 """
 
 import argparse
@@ -91,7 +91,7 @@ class Encoder:
     """Turns samples into token ids and labels."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, rng: Random) -> None:
-        """Prepare the marks by which the assistant's words are found."""
+        """Prepare the marks by which the assistant's messages are found."""
         self.tokenizer = tokenizer
         self.rng = rng
         self.header: list[int] = tokenizer.encode(f"{START}assistant\n", add_special_tokens=False)
@@ -166,7 +166,7 @@ def rate_factor(step: int, steps: int) -> float:
 
 
 def fit(model: LlamaForCausalLM, source: Iterator[Batch], steps: int) -> float:
-    """Train for so many steps, print how it goes, return the smoothed loss."""
+    """Train for so many steps, print the progress, return the smoothed loss."""
     optimizers = optimizers_for(model)
     schedulers = [
         LambdaLR(optimizer, lambda step: rate_factor(step, steps)) for optimizer in optimizers

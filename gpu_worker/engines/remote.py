@@ -1,6 +1,6 @@
 """A running OpenAI-compatible server as an engine: SGLang, TGI, Ollama, another vLLM.
 
-What the worker is given goes to the server, and what the server says comes back as it arrives.
+The worker's requests go to the server, and its answers come back as they arrive.
 """
 
 import asyncio
@@ -102,13 +102,13 @@ class RemoteEngine:
             self._running -= 1
 
     def _asked(self, path: str, body: bytes) -> tuple[bytes, bool]:
-        """What the server is asked: by its name for the model, and for a stream's usage.
+        """The request for the server: with its name for the model, asking for a stream's usage.
 
         Returns:
             The body, and whether its client has not asked for the usage.
         """
         if not (document := read_object(body)):
-            return body, False  # the server says what is wrong with it
+            return body, False  # the server reports what is wrong with it
         changes = {} if self._server_model is None else {"model": self._server_model}
         changes |= (unasked := usage_option(path, document))
         return (json.dumps(document | changes).encode() if changes else body), bool(unasked)

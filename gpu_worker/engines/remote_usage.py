@@ -1,4 +1,4 @@
-"""What an answer of a remote server used: asked for in every stream, taken out where nobody asked.
+"""Usage of a remote server's answers: requested in every stream, removed where not asked for.
 
 Only a stream whose client has not asked for its usage is changed by it.
 """
@@ -32,7 +32,7 @@ def usage_option(path: str, document: dict[str, Any]) -> dict[str, Any]:
         return {}
     if options.get("include_usage"):
         return {}
-    # Without it this option means nothing; with it each event would tell a usage.
+    # Without it this option means nothing; with it each event would have a usage.
     others = {name: value for name, value in options.items() if name != "continuous_usage_stats"}
     return {"stream_options": others | {"include_usage": True}}
 
@@ -40,9 +40,9 @@ def usage_option(path: str, document: dict[str, Any]) -> dict[str, Any]:
 async def watched(
     response: httpx.Response, path: str, wants_no_usage: bool
 ) -> AsyncIterator[bytes]:
-    """The pieces of the answer; the usage that they tell goes into the replay log.
+    """The pieces of the answer; the usage in them goes into the replay log.
 
-    With `wants_no_usage` the event that only tells the usage is left out.
+    With `wants_no_usage` the event that has only the usage is left out.
     """
     pieces = response.aiter_raw()
     if path not in PATHS or response.headers.get("content-encoding", "identity") != "identity":
@@ -50,7 +50,7 @@ async def watched(
             yield piece
     elif response.headers.get("content-type", "").startswith("text/event-stream"):
         async for events in _whole_events(pieces):
-            kept = [event for event in events if not (_only_tells_usage(event) and wants_no_usage)]
+            kept = [event for event in events if not (_has_only_usage(event) and wants_no_usage)]
             if kept:
                 yield b"".join(kept)
     else:
@@ -67,14 +67,14 @@ async def _whole_events(pieces: AsyncIterator[bytes]) -> AsyncIterator[list[byte
     yield [rest] if rest else []
 
 
-def _only_tells_usage(event: bytes) -> bool:
+def _has_only_usage(event: bytes) -> bool:
     if b'"usage"' not in event:
         return False
     return _note_usage(event.strip().removeprefix(b"data:")).get("choices") == []
 
 
 def _note_usage(text: bytes) -> dict[str, Any]:
-    """Notes the usage of a JSON object; returns the object, {} if it tells none."""
+    """Notes the usage of a JSON object; returns the object, {} if it has none."""
     document = read_object(text)
     if not isinstance(document.get("usage"), dict):
         return {}

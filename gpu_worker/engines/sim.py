@@ -1,4 +1,4 @@
-"""An engine with no model: made-up words in vLLM's JSON, at a set speed, failing when told to.
+"""An engine with no model: made-up words in vLLM's JSON, at a set speed, failing on request.
 
 For load tests, CI, and machines where vLLM cannot be installed.
 """
@@ -65,13 +65,13 @@ class SimEngine:
         self._running = 0
         self._waiting = 0
         self._steps = 0
-        self._death = asyncio.Event()
+        self._dead = asyncio.Event()
 
     def load(self) -> Load:
         return Load(self._running, self._waiting)
 
     def is_dead(self) -> bool:
-        return self._death.is_set()
+        return self._dead.is_set()
 
     def progress(self) -> int | None:
         return self._steps if self._running else None
@@ -112,8 +112,8 @@ class SimEngine:
                     for chunk in answer.chunks(number):
                         await _send_event(send, orjson.dumps(chunk))
             get_replay_log().usage = answer.usage()
-        except SluiceError as died:
-            await _send_event(send, orjson.dumps(died.body()))
+        except SluiceError as failed:
+            await _send_event(send, orjson.dumps(failed.body()))
         await _send_event(send, b"[DONE]")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -132,7 +132,7 @@ class SimEngine:
             self._slots.release()
 
     async def _token(self, answer: Answer, failure: Failure, number: int) -> None:
-        """Returns when the token of that number is made, or fails as told."""
+        """Returns when the token of that number is made, or fails as requested."""
         replay_log = get_replay_log()
         replay_log.count(answer.prompt_tokens, len(answer.choices))
         if number < len(replay_log.earlier):
@@ -141,7 +141,7 @@ class SimEngine:
             await asyncio.sleep(self._args.first_token_s)
         elif rate := self._args.tokens_per_s:
             # Woken on common ticks, as sequences of one batch are. The loop rounds to milliseconds:
-            # who is woken that much too early has had this tick.
+            # a stream that is woken that much too early has had this tick.
             now_s = asyncio.get_running_loop().time()
             tick = math.floor(now_s * rate + min(rate * LOOP_ROUNDS_S, 0.5)) + 1
             await asyncio.sleep(tick / rate - now_s)
@@ -149,14 +149,14 @@ class SimEngine:
             await asyncio.sleep(0)
         last = answer.length - 1
         if failure == "hang" and number == min(1, last):
-            await self._death.wait()
+            await self._dead.wait()
         elif failure == "crash" and number == min(FAILS_AT_TOKEN, last):
             os.kill(os.getpid(), signal.SIGKILL)
         elif failure == "die" and number == min(FAILS_AT_TOKEN, last):
-            self._death.set()
+            self._dead.set()
         self._steps += 1
         replay_log.note(number)
-        if self._death.is_set():
+        if self._dead.is_set():
             raise HttpError(500, "The engine is dead")
 
     def _failure(self, request_id: str) -> Failure:

@@ -33,7 +33,7 @@ class StreamOptions(BaseModel):
 
 
 class SimOptions(BaseModel):
-    """What a request may ask of this engine itself, under `sim`."""
+    """Options of a request for this engine itself, under `sim`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -146,7 +146,7 @@ ROUTES: dict[str, type[AnyRequest]] = {
 
 @dataclass(frozen=True)
 class Answer:
-    """All that a request will be told, decided before the first token."""
+    """The whole answer to a request, decided before the first token."""
 
     request: AnyRequest
     id: str

@@ -1,6 +1,6 @@
 """Where a vLLM model's files are: bundled, in a directory, or on the Hugging Face Hub.
 
-What is missing is said here within seconds; vLLM itself would say it after a minute.
+What is missing is reported here within seconds; vLLM itself would take a minute.
 """
 
 import os
@@ -11,7 +11,7 @@ from tasks.contract.errors import ConfigurationError
 from tasks.contract.models import Model
 
 BUNDLED_MODEL = Path(__file__).parent / "demo" / "model"
-# What tells vLLM the kind of a model: in Hugging Face's form, in Mistral's.
+# The file by which vLLM determines the kind of a model: in Hugging Face's format, in Mistral's.
 CONFIGS = ("config.json", "params.json")
 HUB_TIMEOUT_S = 5.0
 
@@ -35,7 +35,7 @@ def resolve_source(source: str) -> str:
 
 
 def refuse_missing(model: Model) -> None:
-    """Looks for the model's files on this machine, else on the Hub.
+    """Checks for the model's files on this machine, else on the Hub.
 
     Raises:
         ConfigurationError: they are not there, or the Hub cannot be reached.

@@ -39,10 +39,10 @@ class VllmEngine:
     async def app(self, scope: Message, receive: Receive, send: Send) -> None:
         """One request; its usage goes into the replay log, streamed or not."""
         await self._app(scope, receive, send)
-        # Where vLLM's handlers leave it for middleware.
-        told = scope["state"].get("request_metadata")
-        if told and told.final_usage_info:
-            get_replay_log().usage = told.final_usage_info.model_dump(exclude_none=True)
+        # vLLM's handlers leave it there for middleware.
+        metadata = scope["state"].get("request_metadata")
+        if metadata and metadata.final_usage_info:
+            get_replay_log().usage = metadata.final_usage_info.model_dump(exclude_none=True)
 
     def load(self) -> Load:
         from prometheus_client import REGISTRY
@@ -69,7 +69,7 @@ class VllmEngine:
 
 
 def _on_each_step(client: Any, note: Callable[[], None]) -> None:
-    """Has vLLM call `note` for every step of the engine, with output or without."""
+    """Makes vLLM call `note` for every step of the engine, with output or without."""
     update = client.output_processor.update_scheduler_stats
 
     def update_and_note(stats: Any) -> None:
@@ -96,7 +96,7 @@ async def open_engine(model: Model) -> AsyncIterator[VllmEngine]:
     refuse_missing(model)
     for name, value in model.env.items():
         os.environ.setdefault(name, value)
-    # A domain that is allowed can send on to one that is not.
+    # An allowed domain can redirect to one that is not.
     os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")
     with sockets.private_directory() as directory:
         os.environ["VLLM_RPC_BASE_PATH"] = directory

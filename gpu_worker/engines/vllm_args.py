@@ -1,4 +1,4 @@
-"""What vLLM is started with: a model's entry, and where it says nothing, what suits the machine."""
+"""What vLLM is started with: a model's entry, with defaults that suit the machine."""
 
 import logging
 import os
@@ -55,7 +55,7 @@ def command_line(model: Model) -> list[str]:
 def _machine_args(given: dict[str, Any]) -> dict[str, Any]:
     """On a CPU: a KV cache that this machine has room for, and a context that has room in it.
 
-    Without a compiler for C++ vLLM cannot compile the model, and would end there.
+    Without a compiler for C++ vLLM cannot compile the model, and would exit.
     """
     from vllm.platforms import current_platform
 
@@ -108,7 +108,7 @@ def parse(model: Model) -> Namespace:
 
 
 def _refuse_foreign(args: Namespace, parser: Any, model: Model) -> None:
-    """Flags that would do nothing here, and somebody may count on them, as on `--api-key`."""
+    """Refuses flags that would do nothing here, as users may rely on them, say `--api-key`."""
     from vllm.entrypoints.launchers.cli_args import BaseFrontendArgs, FrontendArgs
 
     servers = set(FrontendArgs.__dataclass_fields__) - set(BaseFrontendArgs.__dataclass_fields__)
@@ -129,7 +129,7 @@ def _refuse_foreign(args: Namespace, parser: Any, model: Model) -> None:
 
 
 def choose_tool_parser(args: Namespace, model_type: str, tokenizer: Any) -> None:
-    """Has the model's tool calls parsed, unless its entry says how, or it is not known how."""
+    """Sets the parser of the model's tool calls, unless its entry does, or none is known."""
     from vllm.renderers.chat_utils import load_chat_template
 
     template = load_chat_template(args.chat_template) or getattr(tokenizer, "chat_template", "")

@@ -21,17 +21,17 @@ WORKER_PID_VARIABLE = "_SLUICE_WORKER_PID"
 FAILURES_VARIABLE = "_SLUICE_LOAD_FAILURES"
 _PR_SET_PDEATHSIG = 1
 LONGEST_MESSAGE = 600
-# vLLM's processes that only pass on that another one has failed say so in these words.
+# In the messages of vLLM's processes that only report the failure of another one.
 ELSEWHERE = "root cause"
 KILLED = (
-    "its process ended without a word; perhaps the system killed it for want of memory "
-    "(`dmesg` tells): take a smaller model, or a smaller --kv-cache-memory-bytes"
+    "its process ended without a message; perhaps the system killed it for want of memory "
+    "(see `dmesg`): take a smaller model, or a smaller --kv-cache-memory-bytes"
 )
 
 
 @contextmanager
 def mark_worker(directory: Path) -> Iterator[Path]:
-    """While inside, processes that this one starts are its engine's, and note why they fail."""
+    """Within the block, processes that this one starts are its engine's, and record failures."""
     failures = directory / "failures"
     failures.touch(mode=0o600)
     os.environ |= {WORKER_PID_VARIABLE: str(os.getpid()), FAILURES_VARIABLE: str(failures)}
@@ -42,10 +42,10 @@ def mark_worker(directory: Path) -> Iterator[Path]:
 
 
 def die_with_parent() -> None:
-    """Ties the engine process's life to that of its parent, and by that to the worker's.
+    """Makes the kernel kill the engine process with its parent, and so with the worker.
 
     A killed worker would otherwise leave the engine holding the GPU's memory: EngineCore's workers
-    look for its death themselves, but not while they hang.
+    watch it themselves, but not while they hang.
     """
     worker_pid = os.environ.get(WORKER_PID_VARIABLE)
     if worker_pid is None or int(worker_pid) == os.getpid():
@@ -56,11 +56,11 @@ def die_with_parent() -> None:
 
 
 class _Failures(logging.Handler):
-    """Notes the exceptions that vLLM logs while it loads: the worker is not told them."""
+    """Records the exceptions that vLLM logs while it loads: the worker does not receive them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info and record.exc_info[1]
-        # The file is there during the load only: later errors may tell what was asked.
+        # The file is there during the load only: later errors may hold prompts.
         with suppress(FileNotFoundError):
             if error and (
                 file := os.open(os.environ[FAILURES_VARIABLE], os.O_WRONLY | os.O_APPEND)

@@ -2,7 +2,7 @@
 
 vLLM's handlers take their tokens from one call of the engine's client, `generate`. Here it notes
 every output that it yields. In a later attempt it first yields what earlier ones have noted, so
-that the handler rebuilds its state (chat parsing, tools, reasoning, usage) and says the same again;
+that the handler rebuilds its state (chat parsing, tools, reasoning, usage) and repeats its output;
 then it asks the engine for the rest, with the prompt and all known tokens as the prompt.
 Detokenizer and log probabilities are brought to where they stood, half characters and text that may
 become a stop string included. A greedy answer comes out as if undisturbed, token for token.
@@ -25,7 +25,7 @@ Outputs = AsyncGenerator[RequestOutput, None]
 
 _PLAIN_PROMPT = {"type", "prompt_token_ids", "prompt", "prompt_token_offsets", "cache_salt"}
 _PLAIN_PROMPT |= {"arrival_time"}
-# What depends on tokens sampled before in a way that a longer prompt does not stand for.
+# These depend on tokens sampled before in a way that a longer prompt does not reproduce.
 _WITHOUT = (
     *("presence_penalty", "frequency_penalty", "bad_words", "structured_outputs", "extra_args"),
     *("thinking_token_budget", "repetition_detection", "flat_logprobs"),
@@ -49,16 +49,16 @@ class Note(NamedTuple):
     @classmethod
     def of(cls, output: Any) -> "Note":
         """What has to be kept of an output of a single stream of tokens."""
-        (told,) = output.outputs
-        logprobs = told.logprobs and [
+        (completion,) = output.outputs
+        logprobs = completion.logprobs and [
             [(token, p.logprob, p.rank, p.decoded_token) for token, p in position.items()]
-            for position in told.logprobs
+            for position in completion.logprobs
         ]
         return cls(
-            list(told.token_ids),
-            told.text,
+            list(completion.token_ids),
+            completion.text,
             logprobs,
-            *(told.finish_reason, told.stop_reason),
+            *(completion.finish_reason, completion.stop_reason),
             *(output.num_cached_tokens, output.num_cache_creation_tokens),
         )
 
@@ -69,7 +69,7 @@ class Note(NamedTuple):
 
     def output(self, prompt: Any, request_id: str) -> RequestOutput:
         """The output once more."""
-        told = CompletionOutput(
+        completion = CompletionOutput(
             index=0,
             text=self.text,
             token_ids=self.token_ids,
@@ -83,7 +83,7 @@ class Note(NamedTuple):
             prompt=prompt.get("prompt"),
             prompt_token_ids=prompt["prompt_token_ids"],
             prompt_logprobs=None,
-            outputs=[told],
+            outputs=[completion],
             finished=self.finish_reason is not None,
             num_cached_tokens=self.cached_tokens,
             num_cache_creation_tokens=self.cache_creation_tokens,

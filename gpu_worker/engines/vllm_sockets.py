@@ -1,4 +1,4 @@
-"""Where vLLM's processes meet: sockets in a directory of this worker's own, gone with it."""
+"""The sockets of vLLM's processes: in a directory of this worker's own, removed with it."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ LONGEST_PARENT_BYTES = 45
 
 @contextmanager
 def private_directory() -> Iterator[str]:
-    """A directory that only this user can enter. What killed workers have left goes as well."""
+    """A directory that only this user can enter. Removes those of killed workers as well."""
     home, shared = get_settings().home / "run", Path(tempfile.gettempdir())
     home.mkdir(parents=True, exist_ok=True)
     for parent in (home, shared):
@@ -32,7 +32,7 @@ def private_directory() -> Iterator[str]:
 
 
 def _sweep(parent: Path) -> None:
-    """Removes this user's directories of workers that live no more."""
+    """Removes this user's directories of dead workers."""
     for left in parent.glob(f"{NAME}*"):
         pid, _, _ = left.name.removeprefix(NAME).partition("-")
         with suppress(FileNotFoundError):
