@@ -2,7 +2,7 @@
 
 May import nothing of ours. Open `models.py` first (the tables), then `session.py` (how they are
 read and written) and `jobs.py`. A change to a table is a new file in migrations/versions/, which
-Alembic drafts (migrations/env.py says how); a test holds tables and migrations equal.
+Alembic drafts (migrations/env.py shows how); a test keeps tables and migrations in step.
 """
 
 from db.schema import migrate, reach

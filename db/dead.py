@@ -1,4 +1,4 @@
-"""Dead letters: jobs that were given up, with what they asked for and why each attempt failed."""
+"""Dead letters: jobs that were given up, with their requests and why each attempt failed."""
 
 from collections.abc import Sequence
 
@@ -35,7 +35,7 @@ def letter(url: str, job_id: str) -> tuple[JobRecord, list[JobEvent]] | None:
 def replace(url: str, job_id: str, job: JobRecord) -> bool:
     """Takes the job off the dead letters and accepts another for it, both or neither.
 
-    False: it was none, or somebody else did so first.
+    False: it was none, or another process did so first.
     """
     dead = update(JobRecord).where(JobRecord.id == job_id, JobRecord.died_at.is_not(None))
     with writing(url) as session:

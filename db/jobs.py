@@ -1,4 +1,4 @@
-"""The record of jobs: accepted before the client hears so, changed only forwards, then kept."""
+"""The record of jobs: committed before the client gets its 202, changed only forwards, kept."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, defer
 from db.models import JobEvent, JobRecord, JobResult, LedgerEntry, WebhookDelivery
 from db.session import database_now, insert_new, reading, writing
 
-# Megabytes that nobody shows.
+# Megabytes that no view shows.
 _WITHOUT_REQUEST = defer(JobRecord.request, raiseload=True)
 DELETED_AT_ONCE = 1000
 
@@ -101,13 +101,13 @@ def still_open(url: str, after: str, limit: int) -> dict[str, int]:
 
 
 def load(url: str, job_id: str) -> JobRecord | None:
-    """The job, whoever's it is."""
+    """The job, of any tenant."""
     with reading(url) as session:
         return session.get(JobRecord, job_id)
 
 
 def note_dispatch(url: str, job_id: str, dispatches: int) -> bool:
-    """Counts one more dispatch than these; False: somebody else did so, or the job has ended."""
+    """Counts one more dispatch than these; False: another process did so, or the job has ended."""
     query = (
         update(JobRecord)
         .where(JobRecord.id == job_id, JobRecord.dispatches == dispatches)
@@ -184,7 +184,7 @@ def _plan_webhooks(session: Session, job_ids: Sequence[str]) -> None:
 
 
 def _receiver(url: str) -> str:
-    """Host and port, with which calls of one receiver are told from others."""
+    """Host and port, which identify the receiver of a call."""
     try:
         return urlsplit(url).netloc.lower() or "?"
     except ValueError:

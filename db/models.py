@@ -108,7 +108,7 @@ class JobRecord(Base):
 
 
 class JobResult(Base):
-    """What an ended job answered."""
+    """The answer of an ended job."""
 
     __tablename__ = "results"
 
@@ -138,12 +138,12 @@ class JobEvent(Base):
 
 
 class WebhookDelivery(Base):
-    """A call that the user of an ended job has asked for."""
+    """A call requested for when the job has ended."""
 
     __tablename__ = "webhook_deliveries"
     __table_args__ = (
         Index(None, "next_at"),
-        # Who waits for a call, however many calls each of them waits for.
+        # The receivers with calls that wait, however many calls each has.
         Index(
             "ix_webhook_deliveries_waiting",
             "receiver",
@@ -161,7 +161,7 @@ class WebhookDelivery(Base):
     next_at: Mapped[datetime | None]
     """When it is tried next; None: never again."""
     state: Mapped[str] = mapped_column(default="pending")
-    """pending, delivered, failed (given up) or disabled (the receiver said 410)."""
+    """pending, delivered, failed (given up) or disabled (the receiver answered 410)."""
     attempts: Mapped[int] = mapped_column(default=0)
     receiver: Mapped[str] = mapped_column(default="?", server_default="?")
     """Host and port of the URL; `?`: an earlier version has planned it."""

@@ -24,7 +24,7 @@ def migrate(url: str) -> None:
         OSError: SQLite's directory cannot be made.
         alembic.util.CommandError: the schema is of a newer version.
     """
-    # Only who migrates pays for importing Alembic.
+    # Only a migration pays for importing Alembic.
     from alembic import command
     from alembic.config import Config
 
@@ -40,7 +40,7 @@ def migrate(url: str) -> None:
 
 
 def reach(url: str) -> None:
-    """Connects once, to see that the database is there; makes SQLite's directory.
+    """Connects once, to check that the database is there; makes SQLite's directory.
 
     Raises:
         SQLAlchemyError: the database is away or refuses.

@@ -119,7 +119,7 @@ def for_writing(engine: Engine) -> Engine:
 
 def make_engine(url: str, busy_timeout_s: float, **options: Any) -> Engine:
     """A new engine; `busy_timeout_s` is how long SQLite waits for another writer."""
-    # Its errors show parameters otherwise, which are what was asked and answered.
+    # Else its errors show parameters, which hold prompts and answers.
     options["hide_parameters"] = True
     if parse(url).get_backend_name() == "sqlite":
         engine = create_engine(url, connect_args={"timeout": busy_timeout_s}, **options)

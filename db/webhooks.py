@@ -13,7 +13,7 @@ from db.session import database_now, insert_new, reading, writing
 
 
 class Due(NamedTuple):
-    """What a receiver has waited for longest."""
+    """The oldest delivery of a receiver."""
 
     receiver: str
     job_id: str | None
@@ -75,7 +75,7 @@ def claim(url: str, job_ids: Sequence[str], hold_s: float) -> list[WebhookDelive
         return []
     with writing(url) as session:
         now = database_now(session)
-        # Whoever came first has moved it, or is about to (SQLite has one writer).
+        # Another caller has moved it, or is about to (SQLite has one writer).
         left = select(WebhookDelivery.job_id).where(WebhookDelivery.job_id.in_(job_ids))
         left = left.where(_is_due(now)).with_for_update(skip_locked=True)
         held = update(WebhookDelivery).where(WebhookDelivery.job_id.in_(left))

@@ -1,4 +1,4 @@
-"""Whom a webhook calls: few calls at once go to one receiver."""
+"""The receivers of webhooks: few calls at once go to one receiver."""
 
 import sqlalchemy as sa
 from alembic import op
