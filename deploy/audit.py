@@ -1,6 +1,6 @@
-"""Looks the pinned packages up among the known vulnerabilities of osv.dev: `make audit`.
+"""Checks the pinned packages for known vulnerabilities in osv.dev: `make audit`.
 
-Exit code 1 if there are any. Where that database cannot be reached, it says so and passes.
+Exit code 1 if there are any. If that database cannot be reached, it prints that and passes.
 """
 
 import subprocess

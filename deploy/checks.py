@@ -1,4 +1,4 @@
-"""What must hold before `sluice up` starts anything; each failure says how to mend it."""
+"""What must hold before `sluice up` starts anything; each failure explains how to fix it."""
 
 import fcntl
 import os
@@ -80,7 +80,7 @@ def _check_address(host: str, port: int) -> None:
 
 
 def listener(port: int) -> str:
-    """Who listens on the port, as far as this user may know."""
+    """The process that listens on the port, as far as this user may see it."""
     try:
         for connection in psutil.net_connections("tcp"):
             is_listening = connection.status == psutil.CONN_LISTEN and connection.pid

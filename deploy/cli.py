@@ -31,7 +31,7 @@ class Program(click.Group):
             error = trouble.error
         from tasks.contract import logs
 
-        # The log is written by a thread: the sentence comes after all of it.
+        # A thread writes the log: the error comes after all of it.
         logs.flush()
         click.echo(f"sluice: {error}", err=True)
         raise click.exceptions.Exit(2)
@@ -41,7 +41,7 @@ class Program(click.Group):
 @click.version_option(package_name="sluice", message="%(prog)s %(version)s")
 def main() -> None:
     """Self-hosted LLM serving with a queue at its heart."""
-    # What it keeps (prompts, answers, keys) is this user's alone.
+    # Its files (prompts, answers, keys) are this user's alone.
     os.umask(0o077)
 
 
@@ -263,7 +263,7 @@ def call_webhook(url: str) -> None:
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="A list of objects.")
 def doctor(as_json: bool) -> None:
-    """Check every part and say how to mend what is wrong; exit code 1 if anything is."""
+    """Check every part and show how to fix what is wrong; exit code 1 if anything is."""
     from deploy.doctor import run
 
     sys.exit(run(as_json=as_json))

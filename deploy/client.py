@@ -1,4 +1,4 @@
-"""The commands of those who use the jobs API: submit, watch, job, jobs, cancel."""
+"""The commands that use the jobs API: submit, watch, job, jobs, cancel."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -149,7 +149,7 @@ class Api:
 
     @contextmanager
     def _open(self, kind: str, method: str, path: str, **request: Any) -> Iterator[httpx.Response]:
-        """The answer, if it is a success of that content type; it has to be read within."""
+        """The answer, if it is a success of that content type; to be read within the block."""
         try:
             with self._client.stream(method, path, **request) as answer:
                 if not answer.is_success or kind not in answer.headers.get("content-type", ""):
@@ -199,7 +199,7 @@ class Screen:
         elif event.data:
             answer = orjson.loads(event.data)
             if error := answer.get("error"):
-                # An engine elsewhere may say it in a form of its own.
+                # A remote engine's error may have another form.
                 self.error = str(error.get("message") if isinstance(error, dict) else error)
             elif text := _text(answer):
                 self._progress.stop()
@@ -241,7 +241,7 @@ def watch(api: Api, job_id: str) -> int:
 
 
 def cancel(api: Api, job_ids: Iterable[str]) -> None:
-    """Cancels all that can be; raises a RequestRefusedError that names the others."""
+    """Cancels all that it can; raises a RequestRefusedError that names the others."""
     refusals = []
     for job_id in job_ids:
         try:

@@ -1,6 +1,6 @@
 """The tables of settings in docs/configuration.md, made of tasks/contract/settings.py.
 
-`make docs` writes them; what a setting means is said there, in its description.
+`make docs` writes them; a setting's meaning comes from its description there.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from tasks.contract.settings import PREFIX, Settings
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 BEGIN = "<!-- The tables come from tasks/contract/settings.py: `make docs` -->\n"
 END = "<!-- End of the tables -->\n"
-# The heading that stands before a setting.
+# The headings, by the setting that follows.
 SECTIONS = {
     "redis_url": "Where the parts are",
     "allowed_hosts": "What the API takes",
@@ -21,7 +21,7 @@ SECTIONS = {
     "alert_webhook": "Alerts without Prometheus",
     "admin_key": "Admin key and webhooks",
 }
-# Words for JSON schema's bounds.
+# Wording of JSON schema's bounds.
 BOUNDS = {
     "minimum": "at least {}",
     "exclusiveMinimum": "more than {}",

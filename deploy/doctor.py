@@ -1,7 +1,7 @@
-"""`sluice doctor`: checks every part, and says how to mend what is wrong.
+"""`sluice doctor`: checks every part, and explains how to fix what is wrong.
 
-Each check is a small function of deploy/doctor_servers.py or doctor_parts.py. One that breaks, or
-waits for ever, does not keep the others from being made.
+Each check is a small function of deploy/doctor_servers.py or doctor_parts.py. One that fails or
+hangs does not keep the others from being made.
 """
 
 import threading
@@ -62,7 +62,7 @@ CHECKS = (
 
 
 def run(*, as_json: bool) -> int:
-    """Makes all checks and prints what they find; returns the exit code: 1 if anything is wrong.
+    """Runs all checks and prints what they find; returns the exit code: 1 if anything is wrong.
 
     Raises:
         ConfigurationError: a setting is wrong.
@@ -82,7 +82,7 @@ def run(*, as_json: bool) -> int:
 
 
 def diagnose(settings: Settings) -> Iterator[Finding]:
-    """Makes the checks, one after the other, and tells what each finds."""
+    """Runs the checks, one after the other; yields what each finds."""
     unusable: set[str] = set()
     for check in CHECKS:
         missing = [name for name in check.needs if name in unusable]
@@ -106,14 +106,14 @@ class _Outcome:
     remarks: list[Remark] = field(default_factory=list)
 
     def await_remarks(self) -> list[Remark]:
-        """Makes the check, in a thread that is left behind when it takes too long."""
+        """Runs the check, in a thread that is abandoned when it takes too long."""
         thread = threading.Thread(target=self._make, daemon=True)
         thread.start()
         thread.join(LONGEST_CHECK_S)
         if not thread.is_alive():
             return self.remarks
-        silence = f"nothing was heard for {LONGEST_CHECK_S:.0f} s"
-        return [*self.remarks, wrong(silence, "look whether it hangs, or the network to it does")]
+        silence = f"no answer within {LONGEST_CHECK_S:.0f} s"
+        return [*self.remarks, wrong(silence, "check whether it hangs, or the network to it does")]
 
     def _make(self) -> None:
         try:

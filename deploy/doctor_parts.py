@@ -55,7 +55,7 @@ def check_models(settings: Settings) -> Iterator[Remark]:
     yield ok(f"{path}: {names}")
 
 
-def _look(settings: Settings, listed: Sequence[str] = ()) -> tuple[QueueStats, list[Problem]]:
+def _inspect(settings: Settings, listed: Sequence[str] = ()) -> tuple[QueueStats, list[Problem]]:
     with connect_once(settings.redis_url) as redis:
         stats = read_stats(Backlog(redis, settings), listed)
     return stats, find_problems(stats, settings)
@@ -67,7 +67,7 @@ def _judge_all(problems: list[Problem], *names: str) -> list[Remark]:
 
 def check_workers(settings: Settings) -> Iterator[Remark]:
     """Whether each model that has work, or may get it, has a worker, and the workers suffice."""
-    stats, problems = _look(settings, [model.name for model in get_catalog().models])
+    stats, problems = _inspect(settings, [model.name for model in get_catalog().models])
     without = {problem.model for problem in problems if problem.name == "SluiceNoWorker"}
     for model in stats.models:
         if model.name in stats.listed:
@@ -84,21 +84,21 @@ def _judge_workers(model: ModelStats, judge_none: Callable[[str, str], Remark]) 
 
 
 def check_maintenance(settings: Settings) -> Iterator[Remark]:
-    """Whether the reaper ran lately, and had anything to mend."""
-    stats, problems = _look(settings)
+    """Whether the reaper ran lately, and whether there were repairs."""
+    stats, problems = _inspect(settings)
     if stats.maintenance:
         yield ok(f"{stats.maintenance} lives")
     yield from _judge_all(problems, "SluiceNoMaintenance", "SluiceRepairs")
 
 
 def check_pauses(settings: Settings) -> Iterator[Remark]:
-    """Models that somebody has paused."""
-    _, problems = _look(settings)
+    """Models that are paused."""
+    _, problems = _inspect(settings)
     yield from _judge_all(problems, "SluiceQueuePaused") or [ok("no model is paused")]
 
 
 def check_ledger(settings: Settings) -> Iterator[Remark]:
-    """Whether what happens gets into SQL."""
+    """Whether changes of jobs get into SQL."""
     with connect_once(settings.redis_url) as redis:
         now_s, _ = redis.time()
         oldest: Any = redis.xrange(keys.LEDGER, count=1)
@@ -108,7 +108,7 @@ def check_ledger(settings: Settings) -> Iterator[Remark]:
     if age_s > OLD_RECORD_S:
         yield wrong(
             f"{found}, the oldest for {age_s:.0f} s",
-            "look at maintenance's log, and mend the database if it is away",
+            "check maintenance's log, and mend the database if it is away",
         )
         return
     yield ok(found)
@@ -138,7 +138,7 @@ def check_model_files(_settings: Settings) -> Iterator[Remark]:
 
 
 def check_api(settings: Settings) -> Iterator[Remark]:
-    """Whether the API answers, can serve, and is the one who listens there."""
+    """Whether the API answers, can serve, and is what listens there."""
     url = settings.api_url
     shown = without_password(url)
     try:
@@ -165,7 +165,7 @@ def check_api(settings: Settings) -> Iterator[Remark]:
 
 
 def _listener(url: str) -> str:
-    """Who listens at the URL, if that is on this machine and may be known."""
+    """The process that listens at the URL, if it is on this machine and visible."""
     parts = urlsplit(url)
     is_here = parts.hostname in {"127.0.0.1", "localhost", "::1"}
     return listener(parts.port or 80) if is_here else ""
@@ -177,7 +177,7 @@ def _judge_unready(url: str, state: Any) -> Remark:
         return warning(f"{found}: no worker lives", "start one: `sluice worker`")
     return wrong(
         f"{found}: it cannot reach Redis",
-        "give the API a SLUICE_REDIS_URL that it can reach; `redis` above tells of the one here",
+        "give the API a SLUICE_REDIS_URL that it can reach; `redis` above is about the one here",
     )
 
 

@@ -1,4 +1,4 @@
-"""Checks of the servers that Sluice stands on: Redis, the bus and the database."""
+"""Checks of the servers that Sluice depends on: Redis, the bus and the database."""
 
 import time
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ def _check_redis(settings: Settings, name: str) -> Iterator[Remark]:
         unusable = judge_redis(failure, settings, name)
         raise UnusableError(unusable.found, unusable.do) from None
     yield _judge_version(info, without_password(url))
-    # One that takes no writes has answered the question all the same.
+    # One that takes no writes has still answered.
     trouble = ask_redis(settings, [name])
     yield wrong(trouble.found, trouble.do) if trouble else _judge_persistence(info)
     yield _judge_eviction(info)
@@ -82,7 +82,7 @@ def _judge_persistence(info: dict[str, Any]) -> Remark:
     if failed:
         return wrong(
             f"its last {failed[0]} failed, and it may refuse writes",
-            "look at its log, and at the space and the permissions of its directory",
+            "check its log, and the space and the permissions of its directory",
         )
     if not info["aof_enabled"]:
         return warning(
@@ -110,12 +110,12 @@ def _judge_memory(info: dict[str, Any]) -> Remark:
 
 def judge(problem: Problem) -> Remark:
     """The remark about a problem of the queue."""
-    say = wrong if problem.severity is Severity.CRITICAL else warning
-    return say(problem.what, problem.remedy)
+    make = wrong if problem.severity is Severity.CRITICAL else warning
+    return make(problem.what, problem.remedy)
 
 
 def check_database(settings: Settings) -> Iterator[Remark]:
-    """The database: whether it answers, its tables, and SQLite's WAL."""
+    """The database: whether it answers, its tables, SQLite's WAL."""
     url = without_password(settings.database_url)
     with _open_database(settings) as connection:
         current, known = revisions(connection)
@@ -175,7 +175,7 @@ def check_dead_letters(settings: Settings) -> Iterator[Remark]:
     if letters:
         yield warning(
             f"{letters} job(s) were given up",
-            "`sluice dead list` and `sluice dead show JOB` tell why; then retry or purge them",
+            "`sluice dead list` and `sluice dead show JOB` show why; then retry or purge them",
         )
         return
     yield ok("none")

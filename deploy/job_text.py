@@ -1,4 +1,4 @@
-"""What a person reads of jobs: one in full, or a list of them."""
+"""Jobs as text for people: one in full, or a list."""
 
 import math
 import shutil
@@ -53,7 +53,7 @@ def reason(job: Json) -> str:
     error, answer = job["error"], job["response"]
     if not error:
         return f"the engine answered {answer['status_code']}" if answer else "no reason is kept"
-    if not isinstance(error, dict):  # an engine elsewhere may say it in a form of its own
+    if not isinstance(error, dict):  # a remote engine's error may have another form
         return one_line(str(error))
     message, code = error.get("message") or error, error.get("code")
     return one_line(f"{message} ({code})" if code else str(message))
@@ -109,7 +109,7 @@ def _timeline(job: Json) -> Iterator[tuple[str, str]]:
 def _failure(job: Json) -> Iterator[tuple[str, str]]:
     yield "error", reason(job)
     if "job_failed" in reason(job):
-        yield "", f"sluice dead show {job['id']} tells why each attempt failed"
+        yield "", f"sluice dead show {job['id']} shows why each attempt failed"
 
 
 def _clock(at_s: int) -> str:

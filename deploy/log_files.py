@@ -1,4 +1,4 @@
-"""The logs of child processes, which write them by themselves: bounded, whatever they print."""
+"""The logs of child processes, which write them directly: bounded, whatever they print."""
 
 from collections.abc import Callable
 from io import FileIO
@@ -17,10 +17,10 @@ def begin(log: Path) -> None:
         log.replace(_older(log, 1))
 
 
-def rotate(log: Path, say: Callable[[str], None]) -> None:
+def rotate(log: Path, report: Callable[[str], None]) -> None:
     """Copies a log that has grown long to `.log.1`, and empties it.
 
-    Its process need not know, nor live or die with this one: its file is opened for appending, and
+    Its process need not be notified, nor end with this one: its file is opened for appending, and
     it goes on at the new end. What it prints in the microseconds between copy and emptying is lost.
     """
     if not log.exists() or log.stat().st_size < MOST_BYTES:
@@ -30,15 +30,15 @@ def rotate(log: Path, say: Callable[[str], None]) -> None:
         try:
             _copy(file, _older(log, 1))
         except OSError as failed:
-            # A full disk most likely, which a log must not keep full.
+            # Most likely the disk is full: the log must not keep it so.
             _older(log, 1).unlink(missing_ok=True)
-            say(f"{log.name} is dropped, as it cannot be copied: {failed}")
+            report(f"{log.name} is dropped, as it cannot be copied: {failed}")
         file.truncate(0)
 
 
 def _copy(file: FileIO, path: Path) -> None:
     with path.open("wb") as copy:
-        # Bounded, should its process print faster than this copies.
+        # Bounded, in case its process prints faster than this copies.
         for _ in range(MOST_COPIED_BYTES // PIECE_BYTES):
             if not (piece := file.read(PIECE_BYTES)):
                 break

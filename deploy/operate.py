@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def queue() -> "Jobs":
-    """The queue that the settings name."""
+    """The queue of the settings."""
     from tasks.contract.connections import connect
     from tasks.queue.jobs import Jobs
 

@@ -19,7 +19,7 @@ REDIS_GRACE_S = 2.5
 SLOWEST_RESTART_S = 30.0
 HEALTHY_AFTER_S = 60.0
 LOG_LINES_SEARCHED = 50
-SAYS = "sluice: "
+PREFIX = "sluice: "
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
@@ -39,7 +39,7 @@ class Part:
         self._restart_at: float | None = None
 
     def start(self) -> None:
-        """Starts the process; what it prints goes to the end of its log.
+        """Starts the process; its output is appended to its log.
 
         In its own session it does not get the terminal's Ctrl-C, and can be ended as a group.
         """
@@ -65,28 +65,28 @@ class Part:
         """How the process ended; None while it runs, or before its first start."""
         return self._process.poll() if self._process else None
 
-    def keep_alive(self, say: Callable[[str], None]) -> None:
+    def keep_alive(self, report: Callable[[str], None]) -> None:
         """Starts the process again if it has ended, after a pause that grows with its failures."""
         code = self.exit_code()
         if code is None:
             return
         now = time.monotonic()
         if self._restart_at is None:
-            lived = now - self._started_at
-            self._failures = 0 if lived > HEALTHY_AFTER_S else self._failures
+            ran_s = now - self._started_at
+            self._failures = 0 if ran_s > HEALTHY_AFTER_S else self._failures
             pause = min(2.0**self._failures, SLOWEST_RESTART_S)
             self._failures += 1
             self._restart_at = now + pause
             self.kill_group()
-            say(
-                f"{self.name} ended with exit code {code} after {lived:.0f} s; "
+            report(
+                f"{self.name} ended with exit code {code} after {ran_s:.0f} s; "
                 f"starting it again in {pause:.0f} s (log: {self.log})"
             )
         elif now >= self._restart_at:
             self.start()
 
     def follow(self, leader: "Part") -> None:
-        """Runs where the leader runs: a worker keeps off its CPU engine's processors."""
+        """Moves to the leader's processors: a worker keeps off those of its CPU engine."""
         if leader.pid is None or self.pid is None or not affinity.IS_SUPPORTED:
             return
         with suppress(ProcessLookupError, psutil.NoSuchProcess):
@@ -104,15 +104,15 @@ class Part:
     def kill_group(self) -> None:
         """Ends at once what is left of the process and of all that it started."""
         if self._process:
-            # macOS says "not permitted" where nothing but zombies is left.
+            # macOS reports "not permitted" where only zombies are left.
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
     def reason(self) -> str:
-        """Why it ended, in the sentence that all of Sluice's programs say last; '' without one."""
+        """Why it ended: the error that all of Sluice's programs print last; '' without one."""
         tail = self.log_tail(LOG_LINES_SEARCHED)
-        return next((line[len(SAYS) :] for line in reversed(tail) if line.startswith(SAYS)), "")
+        return next((line[len(PREFIX) :] for line in reversed(tail) if line.startswith(PREFIX)), "")
 
     def log_tail(self, lines: int) -> list[str]:
         """The last lines of the log; a progress bar counts as one line."""
@@ -124,7 +124,7 @@ class Part:
 
 
 def stop_all(parts: list[Part], redis: Part | None) -> None:
-    """Ends all parts, Redis last: the others say goodbye to it."""
+    """Ends all parts, Redis last: the others deregister there."""
     _stop(parts, GRACE_S)
     _stop([redis] if redis else [], REDIS_GRACE_S)
 
@@ -141,6 +141,6 @@ def _stop(parts: list[Part], grace_s: float) -> None:
 
 
 def _end_with_parent() -> None:
-    """Has the kernel end this process when `sluice up` dies without a chance to do so itself."""
+    """Makes the kernel end this process when `sluice up` dies without ending it."""
     if sys.platform == "linux":
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -22,7 +22,7 @@ def find_server() -> Path:
 def server_command(server: Path, home: Path, port: int, password: str = "") -> list[str]:
     """A command line for a server on loopback that keeps its data in the home directory.
 
-    The password is in a file beside the data: everybody can read command lines.
+    The password is in a file beside the data: all users can read command lines.
     """
     # Redis and Valkey do not read each other's newer files.
     directory = home / server.name.removesuffix("-server")

@@ -37,7 +37,7 @@ JSON_OPTIONS = orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS
 
 @dataclass(frozen=True)
 class Rates:
-    """What happened to a model's jobs per second; None before there are two looks."""
+    """What happened to a model's jobs per second; None before the second reading."""
 
     accepted: float | None
     completed: float | None
@@ -76,7 +76,7 @@ class Status:
 
 
 class Observer:
-    """Looks at the queue again and again, and so knows rates."""
+    """Reads the queue repeatedly, and computes rates."""
 
     def __init__(self) -> None:
         self._listed = [model.name for model in get_catalog().models]
@@ -84,8 +84,8 @@ class Observer:
         self._last: QueueStats | None = None
         self._last_s = 0.0
 
-    def look(self) -> Status:
-        """What is so now, with rates since the look before.
+    def read(self) -> Status:
+        """The current status, with rates since the last reading.
 
         Raises:
             RedisError: Redis does not answer, or is full.
@@ -108,7 +108,7 @@ def _rates(model: str, stats: QueueStats, last: QueueStats | None, interval_s: f
 
 
 def run(*, once: bool, as_json: bool) -> None:
-    """Shows the status until Ctrl-C; once if asked to, and where nobody watches.
+    """Shows the status until Ctrl-C; once on request, and where there is no terminal.
 
     Raises:
         RedisError: Redis does not answer, or is full.
@@ -117,11 +117,11 @@ def run(*, once: bool, as_json: bool) -> None:
     console, is_terminal = make_console(), sys.stdout.isatty()
     with suppress(KeyboardInterrupt):
         observer = Observer()
-        status = observer.look()
+        status = observer.read()
         if is_terminal and not (once or as_json):
             _watch(console, observer, status)
         time.sleep(REFRESH_S)
-        status = observer.look()
+        status = observer.read()
         if as_json:
             click.echo(orjson.dumps(status.as_json(), option=JSON_OPTIONS))
         else:
@@ -134,14 +134,14 @@ def _watch(console: Console, observer: Observer, status: Status) -> NoReturn:
         while True:
             time.sleep(REFRESH_S)
             try:
-                status, trouble = observer.look(), ""
+                status, trouble = observer.read(), ""
             except RedisError as away:
                 trouble = f"as last seen: {redis_trouble(away, get_settings()).error}"
             live.update(Group(render(status), Text(trouble, BAD)), refresh=True)
 
 
 def render(status: Status) -> Group:
-    """The totals and what is wrong first: a small terminal cuts the end off."""
+    """Totals and problems first: a small terminal cuts the end off."""
     tables = _queues(status), _engines(status.models), _workers(status.stats.workers)
     parts = [part for table in tables for part in (Text(), table)]
     return Group(_totals(status), *map(_problem, status.problems), *parts)
@@ -210,7 +210,7 @@ def _oldest(model: ModelStats) -> str:
 
 
 def _totals(status: Status) -> Text:
-    """One line; what a person should look at has a colour."""
+    """One line; notable values have a colour."""
     stats, dead_letters = status.stats, status.stats.total(Counted.DEAD)
     totals = [
         Text(f"leases {stats.leases}"),

@@ -37,7 +37,7 @@ HEALTH_TIMEOUT_S = 3.0
 
 # An engine runs other people's code, and needs none of these.
 NOT_FOR_WORKERS = {f"{PREFIX}{name.upper()}" for name in (*SECRET_FIELDS, "database_url")}
-# Nor do other commands get these from here: the home is how they find it, the URL follows from it.
+# Other commands do not get these either: they find it by its home, and the URL follows from it.
 NOT_ANNOUNCED = SECRET_FIELDS | {"home", "api_url"}
 OPEN_TO_ALL = (
     "warning: the API listens on {host}, and there is no authentication yet: whoever reaches this "
@@ -73,7 +73,7 @@ class Deployment:
     def __init__(self, settings: Settings, catalog: Catalog) -> None:
         self._settings = settings
         self._catalog = catalog
-        # Who stops it with Ctrl-C waits for the worker's jobs, but not for long.
+        # After Ctrl-C the worker's jobs are waited for, but not for long.
         self._env = {"SLUICE_DRAIN_S": "3", "PYTHONUNBUFFERED": "1", **os.environ}
         self._client = httpx.Client(
             base_url=settings.local_url,
@@ -104,22 +104,22 @@ class Deployment:
             self._start_parts()
             self._console.print(welcome(self._settings, self._catalog), markup=False)
             if not is_loopback(self._settings.host):
-                self._say(OPEN_TO_ALL.format(host=self._settings.bind))
+                self._report(OPEN_TO_ALL.format(host=self._settings.bind))
             self._supervise()
         except StopRequested:
-            self._say("stopping")
+            self._report("stopping")
         finally:
             started = time.monotonic()
             self._announcement.close()
             stop_all(self._parts, self._redis)
-        self._say(f"stopped in {time.monotonic() - started:.1f} s")
+        self._report(f"stopped in {time.monotonic() - started:.1f} s")
 
     def _supervise(self) -> None:
         followed = 0.0
         while True:
             self._pause()
             for part in self._all():
-                part.keep_alive(self._say)
+                part.keep_alive(self._report)
             if time.monotonic() - followed > FOLLOW_INTERVAL_S:
                 followed = time.monotonic()
                 self._follow_worker()
@@ -141,9 +141,9 @@ class Deployment:
         self._redis = self._part("redis", command)
         self._redis.start()
         self._wait("starting Redis", self._redis, lambda: redis_server.answers(url))
-        # Workers of an earlier run that were killed: they must not pass for ours.
+        # Killed workers of an earlier run must not pass for ours.
         connect(url).delete(keys.WORKERS)
-        self._say(f"Redis: {server} on port {port}")
+        self._report(f"Redis: {server} on port {port}")
 
     def _migrate(self) -> None:
         from db import migrate
@@ -151,7 +151,7 @@ class Deployment:
         migrate(self._settings.database_url)
 
     def _announced_settings(self) -> dict[str, str]:
-        """What the parts have in their environment, as it can be used from any directory."""
+        """The environment of the parts, usable from any directory."""
         names = {f"{PREFIX}{name.upper()}": name for name in Settings.model_fields}
         given = {names[key]: value for key, value in self._env.items() if value and key in names}
         here = {"model": self._settings.model, "models": str(self._settings.models)}
@@ -163,7 +163,7 @@ class Deployment:
 
     def _start_parts(self) -> None:
         models = [model.name for model in self._catalog.models]
-        # -P: what lies in the working directory is not ours.
+        # -P: modules in the working directory are not ours.
         sluice = [sys.executable, "-P", "-m", "deploy.cli"]
         api = self._part("api", [*sluice, "api"])
         maintenance = self._part("maintenance", [*sluice, "maintenance"])
@@ -177,9 +177,9 @@ class Deployment:
             part.start()
         started = time.monotonic()
         self._wait("starting the API", api, lambda: self._is_healthy("live"))
-        self._say(f"API: answers after {time.monotonic() - started:.1f} s")
+        self._report(f"API: answers after {time.monotonic() - started:.1f} s")
         self._wait(f"loading {models[0]}", workers[0], lambda: self._is_healthy("ready"))
-        self._say(f"worker: serves after {time.monotonic() - started:.1f} s")
+        self._report(f"worker: serves after {time.monotonic() - started:.1f} s")
 
     def _part(self, name: str, command: list[str], env: dict[str, str] | None = None) -> Part:
         log = self._settings.home / "logs" / f"{name}.log"
@@ -216,7 +216,7 @@ class Deployment:
                     live.refresh()
                 elif seconds >= shown:
                     shown += PLAIN_PROGRESS_S
-                    self._say(text)
+                    self._report(text)
 
     def _check_parts(self) -> None:
         for part in self._all():
@@ -237,12 +237,12 @@ class Deployment:
         if self._stopping:
             raise StopRequested
         for part in self._all():
-            log_files.rotate(part.log, self._say)
+            log_files.rotate(part.log, self._report)
 
     def _request_stop(self, _signal: int, _frame: FrameType | None) -> None:
         self._stopping = True
 
-    def _say(self, text: str) -> None:
+    def _report(self, text: str) -> None:
         self._console.print(text, markup=False)
 
 

@@ -70,7 +70,7 @@ def test_a_check_that_hangs_ends_all_the_same(stack: Stack, postgres: Postgres) 
         connection.execute(text("LOCK TABLE alembic_version"))
         seen = diagnose(stack, SLUICE_DATABASE_URL=url)
     assert (seen.code, seen.wrong) == (1, {"database"})
-    assert "nothing was heard for 8 s; look whether it hangs" in seen.of("database", "wrong")
+    assert "no answer within 8 s; check whether it hangs" in seen.of("database", "wrong")
     assert seen.of("dead letters", "warning") == "not checked without database; mend database first"
     assert "is ready" in seen.of("api", "ok")
     await_that(lambda: threading.active_count() == threads)

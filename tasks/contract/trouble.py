@@ -107,7 +107,7 @@ REDIS = (
     Case(
         "MISCONF",
         "Redis at {url} takes no writes: it cannot save its data in {directory} ({reason})",
-        "look at its log, and at the space and the permissions of that directory",
+        "check its log, and the space and the permissions of that directory",
         QueueUnavailableError,
     ),
     Case(
@@ -276,7 +276,7 @@ def disk_trouble(failure: OSError) -> Trouble:
     if not failure.filename:
         return Trouble(
             f"the system refuses what is asked of it ({failure})",
-            "look at this user's limits (`ulimit -a`), and at the machine's memory and disks",
+            "check this user's limits (`ulimit -a`), and the machine's memory and disks",
             ConfigurationError,
         )
     return Trouble(
