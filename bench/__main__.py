@@ -45,7 +45,7 @@ def main(
 
     Then the jobs API, unless only a part was asked for.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stacks end too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stacks are ended too
     if click.get_current_context().invoked_subcommand:
         return
     console = _console()

@@ -1,7 +1,7 @@
-"""The load client: a process of its own, so that its CPU time can be told from the servers'.
+"""The load client: a process of its own, so that its CPU time is separate from the servers'.
 
 Reads a Load from stdin, drives the server with it, and writes a Measurement to stdout, after lines
-that tell how many requests have finished. It speaks HTTP/1.1 over raw sockets with the least
+with the number of finished requests. It speaks HTTP/1.1 over raw sockets with the least
 parsing that is correct, and without the garbage collector, because it shares the machine's cores
 with what it measures.
 """
@@ -39,7 +39,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         now_s = time.perf_counter()
         if self._answered is None:
-            self._transport.abort()  # nothing was asked
+            self._transport.abort()  # no request is pending
             return
         self._reply.feed(data, now_s)
         if self._reply.is_complete:
@@ -83,10 +83,10 @@ async def drive(load: Load) -> tuple[list[Reply], float]:
         asyncio.create_task(_stream(load, connection, requests, replies))
         for connection in connections
     ]
-    telling = asyncio.create_task(_tell(replies))
+    reporting = asyncio.create_task(_report(replies))
     await _wait(streams, replies, load.stall_s)
     wall_s = time.perf_counter() - start_s
-    telling.cancel()
+    reporting.cancel()
     return replies, wall_s
 
 
@@ -111,8 +111,8 @@ async def _stream(
         connection.close()
 
 
-async def _tell(replies: list[Reply]) -> None:
-    """Says now and then how many replies there are; ends the process if nobody listens."""
+async def _report(replies: list[Reply]) -> None:
+    """Reports the number of replies periodically; exits if the parent has."""
     while True:
         await asyncio.sleep(PROGRESS_S)
         try:

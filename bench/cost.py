@@ -1,7 +1,7 @@
 """What durability and metrics cost: Sluice beside copies of itself without them.
 
 They cannot be switched off, so each copy is the source with a few lines changed, in a directory of
-its own; or it is another checkout, say that of before a change. All stacks stay up, with the same
+its own; or it is another checkout, such as one before a change. All stacks stay up, with the same
 model on vLLM, and take turns.
 """
 

@@ -12,11 +12,11 @@ from bench.load import Load, Measurement
 _HOME = Path(__file__).parent.parent
 
 
-def run_client(load: Load, tell: Callable[[int], None] = lambda _finished: None) -> Measurement:
-    """Drives the load from a process of its own; tells now and then how many requests finished.
+def run_client(load: Load, report: Callable[[int], None] = lambda _finished: None) -> Measurement:
+    """Drives the load from a process of its own; reports the count of finished requests.
 
     Raises:
-        CalledProcessError: the client failed; it has said why.
+        CalledProcessError: the client failed; it has printed why.
     """
     command, last = [sys.executable, "-m", "bench.client"], "{}"
     with subprocess.Popen(
@@ -25,7 +25,7 @@ def run_client(load: Load, tell: Callable[[int], None] = lambda _finished: None)
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        # A terminal's Ctrl-C is for this process, which ends the client without a word from it.
+        # A terminal's Ctrl-C is for this process, which ends the client silently.
         process_group=0,
     ) as client:
         assert client.stdin is not None
@@ -35,7 +35,7 @@ def run_client(load: Load, tell: Callable[[int], None] = lambda _finished: None)
             client.stdin.close()
             for last in client.stdout:
                 if (finished := json.loads(last).get("finished")) is not None:
-                    tell(finished)
+                    report(finished)
             client.wait()
         finally:
             client.kill()

@@ -1,7 +1,7 @@
 """The jobs API against its aims: submitting, resuming, idle watchers, and a deep queue.
 
-Each part starts what it needs on loopback and ends it. What runs and how it is timed stands at the
-part; `submitter.py` is the client that submits, `deep_queue.py` the last part.
+Each part starts what it needs on loopback and ends it; its docstring describes what runs.
+`submitter.py` is the client that submits, `deep_queue.py` the last part.
 """
 
 import json
@@ -218,7 +218,7 @@ def _read_until(connection: socket.socket, mark: bytes) -> bytes:
 
 
 def _measure_watchers(report: Report, home: Path, watchers: int) -> None:
-    """Connections that follow queued jobs, which nobody runs; all have been told their place."""
+    """Connections that follow queued jobs, which nobody runs; all have received their place."""
     with _stack(home, "watchers") as stack, ExitStack() as open_files:
         api = stack.start_api().pid
         ids = [_post_job(stack, job_request("sim", "Hello!")) for _ in range(WATCHED_JOBS)]

@@ -1,4 +1,4 @@
-"""What the load client is told and what it answers: one line of JSON each way."""
+"""The load client's input and output: one line of JSON each."""
 
 import json
 import math
@@ -124,9 +124,9 @@ class Measurement:
 
     @classmethod
     def decode(cls, line: str) -> Self:
-        told = json.loads(line)
-        times = {name: Percentiles(**told[name]) for name in told if name.endswith("_ms")}
-        return cls(**told | times)
+        fields = json.loads(line)
+        times = {name: Percentiles(**fields[name]) for name in fields if name.endswith("_ms")}
+        return cls(**fields | times)
 
     @property
     def requests_per_s(self) -> float:

@@ -21,7 +21,7 @@ STOP_S = 30.0
 
 
 class Postgres:
-    """A server that tests stop and start; each asks for databases of its own."""
+    """A server that tests stop and start; each creates databases of its own."""
 
     def __init__(self, directory: Path) -> None:
         self._data = directory / "data"

@@ -1,4 +1,4 @@
-"""CPU time and memory of a process tree, told apart by the role of each process."""
+"""CPU time and memory of a process tree, by the role of each process."""
 
 import re
 from collections import defaultdict

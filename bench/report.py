@@ -133,7 +133,7 @@ def _short(value: float) -> str:
 
 
 def as_json(rounds: Sequence[Round], names: Sequence[str]) -> dict[str, Any]:
-    """The rounds, and what the tables say of them."""
+    """The rounds, and the figures of the tables."""
     document: dict[str, Any] = {"rounds": [one.as_json() for one in rounds]}
     if len(names) > 1:
         document["ratios"] = {

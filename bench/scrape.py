@@ -21,7 +21,7 @@ RESTARTS = 100
 
 
 def measure(report: Report) -> None:
-    """Scrapes, has each worker replaced often by another that dies, and scrapes again."""
+    """Scrapes, replaces each worker often by another that dies, and scrapes again."""
     models = [{"name": f"model-{number}", "engine": "sim"} for number in range(MODELS)]
     with TemporaryDirectory(prefix="sluice-bench-scrape-") as home:
         stack = Stack(Path(home), models, api_processes=PROCESSES)

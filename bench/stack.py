@@ -63,7 +63,7 @@ class Process:
         self.popen.wait()
 
     def ask_to_stop(self) -> None:
-        """SIGTERM, once: a second one has Celery drop what it does."""
+        """SIGTERM, once: a second one makes Celery drop its tasks."""
         if self.popen.poll() is None and not self._is_asked:
             self._is_asked = True
             self.popen.terminate()
@@ -169,7 +169,7 @@ class Stack:
         return self.redis.hget(keys.job(job_id), "worker") or b""  # type: ignore[return-value]
 
     def clear(self) -> None:
-        """Has no job any more, for the next test; the parts run on."""
+        """Removes all jobs, for the next test; the parts run on."""
         for job in self.redis.scan_iter(f"{keys.JOB_PREFIX}*"):
             job_id = job.decode().removeprefix(keys.JOB_PREFIX)
             requests.post(f"{self.url}/v1/jobs/{job_id}/cancel", timeout=10)
@@ -177,7 +177,7 @@ class Stack:
         self.forget()
 
     def forget(self) -> None:
-        """Deletes all that is known of jobs, none of which may be open."""
+        """Deletes all records of jobs, none of which may be open."""
         with writing(self.database_url) as session:
             for table in reversed(Base.metadata.sorted_tables):
                 session.execute(table.delete())
@@ -204,7 +204,7 @@ class Stack:
         await_that(count, timeout_s)
 
     def check_alive(self) -> None:
-        """Fails, with its log, when a part has died that no test killed."""
+        """Fails, with its log, when a part has exited that no test killed."""
         for process in self.processes:
             code = process.popen.poll()
             if code is not None and code != -signal.SIGKILL:
@@ -255,7 +255,7 @@ def await_that(
     timeout_s: float = 120,
     explain: Callable[[], object] = lambda: "",
 ) -> None:
-    """Waits until the condition holds; `explain` says what is so instead.
+    """Waits until the condition holds; `explain` describes the actual state.
 
     Raises:
         AssertionError: it did not in time.
@@ -315,7 +315,7 @@ def _group(pid: int) -> int:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether it runs; one that nobody has waited for does not."""
+    """Whether it runs; a zombie does not."""
     try:
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

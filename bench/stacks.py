@@ -129,7 +129,7 @@ def _answers(url: str) -> bool:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends the whole tree: politely, then whatever is left of it."""
+    """Ends the whole tree: by SIGTERM, then whatever is left of it."""
     if process.poll() is not None:
         return
     tree = psutil.Process(process.pid).children(recursive=True)

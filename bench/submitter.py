@@ -1,4 +1,4 @@
-"""The client that submits jobs: a process of its own, told and answering one line of JSON each way.
+"""The client that submits jobs: a process of its own, with one line of JSON as input and output.
 
 A closed loop over keep-alive connections, with the connection of the other load client.
 """
@@ -42,7 +42,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Accepted:
-    """What came of an order, as its client saw it."""
+    """The result of an order, as its client saw it."""
 
     wall_s: float
     jobs: int
@@ -104,5 +104,5 @@ async def _drive(
 
 
 if __name__ == "__main__":
-    told = Order(**json.loads(sys.stdin.readline()))
-    print(json.dumps(asdict(uvloop.run(submit(told)))))
+    order = Order(**json.loads(sys.stdin.readline()))
+    print(json.dumps(asdict(uvloop.run(submit(order)))))
