@@ -51,7 +51,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByDeplo
 
 @pytest.fixture
 def report(record_property: Callable[[str, object], None]) -> Iterator[Callable[[str], None]]:
-    """Where a test says, line by line, what shall be seen when all tests are over."""
+    """A test reports lines with it, which are shown when all tests are over."""
     lines: list[str] = []
     yield lines.append
     record_property("report", lines)

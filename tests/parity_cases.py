@@ -1,4 +1,4 @@
-"""Requests to compare: id, path, body. Temperature is 0 unless a body says otherwise."""
+"""Requests to compare: id, path, body. Temperature is 0 unless a body sets it."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ USAGE: Body = STREAM | {"stream_options": {"include_usage": True}}
 CONTINUOUS: Body = STREAM | {
     "stream_options": {"include_usage": True, "continuous_usage_stats": True}
 }
-# So that the length of the answer tells nothing of the model.
+# So that the length of the answer does not depend on the model.
 LONG: Body = {"ignore_eos": True, "max_tokens": 40}
 
 
@@ -48,10 +48,10 @@ def _chat(**body: Any) -> Body:
     return {"messages": HELLO, "temperature": 0, "max_tokens": 24} | body
 
 
-def _say(*said: object, **body: Any) -> Body:
+def _turns(*contents: object, **body: Any) -> Body:
     """A conversation, the user first, then in turns."""
     roles = ("user", "assistant")
-    messages = [{"role": roles[at % 2], "content": text} for at, text in enumerate(said)]
+    messages = [{"role": roles[at % 2], "content": text} for at, text in enumerate(contents)]
     return _chat(**{"messages": messages} | body)
 
 
@@ -71,10 +71,10 @@ _CHATS: dict[str, Body] = {
     "stream-null": _chat(stream=None),
     "system": _chat(messages=[{"role": "system", "content": "Be brief."}, *HELLO]),
     "developer": _chat(messages=[{"role": "developer", "content": "Be brief."}, *HELLO]),
-    "turns": _say("Hello", "Hello!", "What is a job?", **STREAM),
-    "parts": _say([{"type": "text", "text": "What is"}, {"type": "text", "text": " a job?"}]),
+    "turns": _turns("Hello", "Hello!", "What is a job?", **STREAM),
+    "parts": _turns([{"type": "text", "text": "What is"}, {"type": "text", "text": " a job?"}]),
     "named-user": _chat(messages=[{"role": "user", "name": "ann", "content": "Hello"}], user="u1"),
-    "unicode": _say("Grüße, 世界 🚀👩‍👩‍👧 \u2028 \x00 end", **STREAM),
+    "unicode": _turns("Grüße, 世界 🚀👩‍👩‍👧 \u2028 \x00 end", **STREAM),
     "echoed-unicode": _chat(structured_outputs={"choice": ["日本 🚀 \u2028 ü"]}, **STREAM),
     "alias": _chat(model="gpt-3.5-turbo"),
     "alias-with-slash": _chat(model="meta-llama/Meta-Llama-3-8B-Instruct", **STREAM),
@@ -129,10 +129,10 @@ _CHATS: dict[str, Body] = {
     "template-kwargs": _chat(chat_template_kwargs={"add_generation_prompt": False}),
     "own-template": _chat(chat_template="{{ messages[0].content }}"),
     "no-generation-prompt": _chat(add_generation_prompt=False),
-    "continued": _say(
+    "continued": _turns(
         "Hello", "Hello! I am", add_generation_prompt=False, continue_final_message=True
     ),
-    "echo": _say("Hello", "Hel", add_generation_prompt=False, echo=True),
+    "echo": _turns("Hello", "Hel", add_generation_prompt=False, echo=True),
     "priority": _chat(priority=1),
     "unknown-field": _chat(no_such_field=1),
     "own-request-id": _chat(request_id="mine", **STREAM),
@@ -140,10 +140,10 @@ _CHATS: dict[str, Body] = {
     "no-messages": {"temperature": 0},
     "empty-object": {},
     "messages-a-string": _chat(messages="Hello"),
-    "content-a-number": _say(7),
-    "content-null": _say(None),
-    "bad-part": _say([{"type": "smell", "smell": "rose"}]),
-    "image-for-a-text-model": _say(
+    "content-a-number": _turns(7),
+    "content-null": _turns(None),
+    "bad-part": _turns([{"type": "smell", "smell": "rose"}]),
+    "image-for-a-text-model": _turns(
         [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]
     ),
     "bad-role": _chat(messages=[{"role": "robot", "content": "Hello"}]),
@@ -165,8 +165,8 @@ _CHATS: dict[str, Body] = {
     "max-tokens-a-word": _chat(max_tokens="many"),
     "max-tokens-above-context": _chat(max_tokens=4096),
     "min-above-max-tokens": _chat(min_tokens=50, max_tokens=4),
-    "prompt-too-long": _say("Hello " * 3000),
-    "prompt-too-long-stream": _say("Hello " * 3000, **STREAM),
+    "prompt-too-long": _turns("Hello " * 3000),
+    "prompt-too-long-stream": _turns("Hello " * 3000, **STREAM),
     "too-many-logprobs": _chat(logprobs=True, top_logprobs=1000),
     "top-logprobs-alone": _chat(top_logprobs=2),
     "penalty-out-of-range": _chat(presence_penalty=9),
@@ -193,7 +193,7 @@ _CHATS: dict[str, Body] = {
         tools=[TOOL], tool_choice={"type": "function", "function": {"name": "g"}}
     ),
     "tool-choice-without-tools": _chat(tool_choice="required"),
-    "continued-and-prompted": _say("Hello", "Hel", continue_final_message=True),
+    "continued-and-prompted": _turns("Hello", "Hel", continue_final_message=True),
     "bad-template": _chat(chat_template="{% if %}"),
 }
 

@@ -46,7 +46,7 @@ class Server:
         """The JSON of its API.
 
         Raises:
-            AssertionError: it refused, in its own words.
+            AssertionError: it refused, with its message.
         """
         answer = requests.get(f"{self.url}{path}", params=parameters, timeout=10)
         assert answer.ok, answer.text
@@ -62,11 +62,11 @@ class Server:
 
 
 class Prometheus(Server):
-    """What it has scraped, found out and alerts on."""
+    """What it has scraped, evaluated and alerts on."""
 
     def __init__(self, config: Path) -> None:
         data = f"--storage.tsdb.path={config.parent / 'series'}"
-        # 5 s unless it is told.
+        # 5 s by default.
         discovery = "--scrape.discovery-reload-interval=200ms"
         super().__init__("prometheus", config, data, discovery)
 
@@ -89,7 +89,7 @@ class Prometheus(Server):
 
 
 class Alertmanager(Server):
-    """It calls whomever its configuration names."""
+    """It calls the receivers of its configuration."""
 
     def __init__(self, config: Path) -> None:
         data = f"--storage.path={config.parent / 'notifications'}"

@@ -89,10 +89,10 @@ def test_every_202_is_of_a_job_that_is_known_also_when_the_lane_fills(stack: Sta
 
     with ThreadPoolExecutor(40) as clients:
         answers = list(clients.map(post, range(200)))
-    told = {answer.json()["id"] for answer in answers if answer.status_code in (200, 202)}
+    ids = {answer.json()["id"] for answer in answers if answer.status_code in (200, 202)}
     assert {answer.status_code for answer in answers} <= {200, 202, 503}
-    assert told
-    for job_id in told:
+    assert ids
+    for job_id in ids:
         assert requests.get(f"{stack.url}/v1/jobs/{job_id}", timeout=30).json()["id"] == job_id
 
 

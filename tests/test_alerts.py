@@ -34,7 +34,7 @@ ALERTS = [rule for rule in RULES if "alert" in rule]
 NAMES = sorted({alert["alert"] for alert in ALERTS})
 RUNBOOK = (DEPLOY.parent / "docs" / "operations.md").read_text()
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ Say = Callable[[str], None]
         ("amtool", "check-config", "alertmanager/alertmanager.yml"),
     ],
 )
-def test_the_shipped_files_pass(checker: str, task: str, file: str, report: Say) -> None:
+def test_the_shipped_files_pass(checker: str, task: str, file: str, report: Report) -> None:
     command = [program(checker), *task.split(), file]
     run = subprocess.run(command, cwd=DEPLOY, capture_output=True, text=True, check=False)
     for line in filter(None, (run.stdout + run.stderr).splitlines()):
@@ -79,8 +79,8 @@ class PositionWatcher(NamedTuple):
     prometheus: Prometheus
     receiver: Receiver
 
-    def heard(self, name: str, status: str) -> list[tuple[str, dict[str, Any]]]:
-        """What the receiver was told of an alert: where, and the alert."""
+    def received(self, name: str, status: str) -> list[tuple[str, dict[str, Any]]]:
+        """What the receiver got of an alert: where, and the alert."""
         return [
             (path, alert)
             for path, _, body in list(self.receiver.requests)
@@ -151,8 +151,8 @@ def test_the_share_of_slow_streams_is_known(watched: PositionWatcher, seconds: i
     await_that(lambda: values() == [0.0], explain=values)
 
 
-def test_a_queue_that_nobody_serves_is_heard_of_until_it_is_served(
-    watched: PositionWatcher, report: Say
+def test_a_queue_that_nobody_serves_alerts_until_it_is_served(
+    watched: PositionWatcher, report: Report
 ) -> None:
     stack, prometheus, _ = watched
     note = timeline(report)
@@ -168,25 +168,25 @@ def test_a_queue_that_nobody_serves_is_heard_of_until_it_is_served(
         for state in ("pending", "firing"):
             await_that(lambda state=state: watched.state("SluiceQueueDeep") == state)
             note(f"SluiceQueueDeep is {state}")
-        await_that(lambda: watched.heard("SluiceQueueDeep", "firing"))
-        note("the receiver hears that SluiceQueueDeep fires")
+        await_that(lambda: watched.received("SluiceQueueDeep", "firing"))
+        note("the receiver gets SluiceQueueDeep as firing")
     stack.start_worker("sim")
     await_that(lambda: workers(stack))
     note(f"a worker is started for the {len(submitted)} jobs")
     for name in ("SluiceNoWorker", "SluiceQueueDeep"):
-        await_that(lambda name=name: watched.heard(name, "resolved"))
-        note(f"the receiver hears that {name} is over")
-    path, alert = watched.heard("SluiceQueueDeep", "firing")[0]
+        await_that(lambda name=name: watched.received(name, "resolved"))
+        note(f"the receiver gets {name} as resolved")
+    path, alert = watched.received("SluiceQueueDeep", "firing")[0]
     assert path == "/warning"
     labels = {"model": "sim", "lane": "interactive", "severity": "warning"}
     assert alert["labels"] == labels | {"alertname": "SluiceQueueDeep"}
     assert re.match(r"\d+ jobs wait", alert["annotations"]["description"])
-    assert {path for path, _ in watched.heard("SluiceNoWorker", "firing")} == {"/critical"}
+    assert {path for path, _ in watched.received("SluiceNoWorker", "firing")} == {"/critical"}
     await_that(lambda: not prometheus.get("/api/v1/alerts")["data"]["alerts"])
 
 
-def timeline(report: Say) -> Say:
-    """Has the report say what happens, with the seconds since now."""
+def timeline(report: Report) -> Report:
+    """Reports events with the seconds since now."""
     began_s = time.monotonic()
     return lambda what: report(f"{time.monotonic() - began_s:6.2f} s  {what}")
 

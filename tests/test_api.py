@@ -47,7 +47,7 @@ def test_the_short_form_streams_from_the_default_model(sim_stack: Stack) -> None
     assert response.text.endswith("data: [DONE]\n\n")
 
 
-def test_responses_tell_their_job(sim_stack: Stack) -> None:
+def test_responses_name_their_job(sim_stack: Stack) -> None:
     response = _post(sim_stack, json=CHAT)
     assert response.status_code == 200
     assert response.headers["content-type"] == "application/json"
@@ -106,7 +106,7 @@ def test_bad_requests_get_an_error_in_openais_shape(
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE", "TRACE", "BREW"])
-def test_an_unknown_method_is_told_those_that_are_known(sim_stack: Stack, method: str) -> None:
+def test_an_unknown_method_gets_those_that_are_allowed(sim_stack: Stack, method: str) -> None:
     url = f"{sim_stack.url}/v1/chat/completions"
     response = requests.request(method, url, json=CHAT, timeout=20)
     assert response.status_code == 405

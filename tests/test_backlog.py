@@ -94,7 +94,7 @@ def test_an_interactive_job_stands_before_the_batch_lane(backlog: Backlog) -> No
     assert [place and place.position for place in places(backlog.redis, found)] == [2, 1]
 
 
-def test_the_wait_is_told_from_the_mean_service_time(backlog: Backlog) -> None:
+def test_the_eta_comes_from_the_mean_service_time(backlog: Backlog) -> None:
     jobs = [_job() for _ in range(3)]
     backlog.submit(jobs[0])
     claim = backlog.claim("m", "w")
@@ -148,7 +148,7 @@ def test_a_job_queued_again_continues_its_attempts(backlog: Backlog) -> None:
     assert [job.state for job in backlog.reap()] == [State.QUEUED]
 
 
-def test_who_finishes_a_job_learns_whether_others_wait(backlog: Backlog) -> None:
+def test_finishing_a_job_returns_whether_others_wait(backlog: Backlog) -> None:
     for lane in Lane:
         backlog.submit(_job(lane))
     for finished in (Finished.OTHERS_WAIT, Finished.NONE_WAITS):
@@ -209,7 +209,7 @@ def test_a_job_handed_back_waits_again_at_its_place_and_has_not_failed(backlog: 
         assert (claim.job, claim.failures) == (jobs[0], 0)
         assert backlog.requeue(claim, Cause.HANDED_BACK, "stopped") is State.QUEUED
         again = backlog.requeue(claim, Cause.HANDED_BACK, "stopped")
-        assert again is State.QUEUED  # its reply was lost: it is told the same
+        assert again is State.QUEUED  # its reply was lost: it gets the same
     assert backlog.redis.llen(keys.tickets("m")) == 7
     claim = backlog.claim("m", "w")
     assert claim
@@ -448,7 +448,7 @@ def test_a_client_that_leaves_does_not_cancel_what_another_has_attached_to(
     assert backlog.cancel(job.id)
 
 
-def test_what_stands_in_the_wrong_place_is_mended(backlog: Backlog) -> None:
+def test_a_job_in_the_wrong_place_is_repaired(backlog: Backlog) -> None:
     lost, stray, due = (_job(deadline_s=60) for _ in range(3))
     for job in (lost, stray, due):
         backlog.submit(job)

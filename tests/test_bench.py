@@ -77,7 +77,7 @@ def test_a_run_is_a_table_and_shows_how_far_it_is(sim_stack: Stack) -> None:
     assert rows[-1].split() == ["errors", "0"]
 
 
-def test_a_saved_run_tells_what_it_was_measured_with(baseline: Path) -> None:
+def test_a_saved_run_records_what_it_was_measured_with(baseline: Path) -> None:
     run = orjson.loads(baseline.read_bytes())
     assert (run["model"], run["streams"], run["requests"], run["max_tokens"]) == ("sim", 4, 20, 8)
     assert run["date"]
@@ -150,15 +150,15 @@ def test_a_file_that_holds_no_run_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("url", "says"), [("http", "no API answers at http:"), ("https", "speaks http only")]
+    ("url", "message"), [("http", "no API answers at http:"), ("https", "speaks http only")]
 )
 def test_a_server_that_cannot_be_measured_is_one_sentence(
-    sim_stack: Stack, url: str, says: str
+    sim_stack: Stack, url: str, message: str
 ) -> None:
     done = bench(sim_stack, "--url", f"{url}://127.0.0.1:{free_port()}")
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
-    assert says in line
+    assert message in line
 
 
 def test_a_run_that_could_not_be_saved_is_not_made(sim_stack: Stack, tmp_path: Path) -> None:
@@ -189,10 +189,10 @@ def test_no_load_goes_on_when_the_program_is_ended(sim_stack: Stack, ending: int
             os.killpg(process.pid, ending)
         else:
             process.send_signal(ending)
-        _, said = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=20)
     await_that(lambda: has_ended(client))
     assert process.returncode != 0
-    assert "Traceback" not in said
+    assert "Traceback" not in errors
 
 
 class Other(BaseHTTPRequestHandler):
@@ -235,7 +235,7 @@ class Other(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Says nothing."""
+        """Logs nothing."""
 
 
 def test_any_server_of_the_same_api_is_measured_with_the_key(sim_stack: Stack) -> None:

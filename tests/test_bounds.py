@@ -1,4 +1,4 @@
-"""What a client that means harm, or is broken, can make the API do: nothing that others notice."""
+"""What a hostile or broken client can make the API do: nothing that others notice."""
 
 import json
 import socket
@@ -87,9 +87,9 @@ def test_a_wait_that_is_no_number_of_seconds_is_refused(stack: Stack, seconds: s
     [b"ZZ\r\n{}\r\n0\r\n\r\n", b"5\r\n{}", b"2\r\n{}XX0\r\n\r\n", b"-2\r\n{}\r\n0\r\n\r\n"],
 )
 def test_broken_chunks_are_refused(stack: Stack, chunks: bytes) -> None:
-    said = answer(stack, f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode() + chunks, True)
-    assert said.startswith(b"HTTP/1.1 400 ")
-    assert said.count(b"HTTP/1.1") == 1
+    response = answer(stack, f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode() + chunks, True)
+    assert response.startswith(b"HTTP/1.1 400 ")
+    assert response.count(b"HTTP/1.1") == 1
 
 
 def chunked(body: bytes) -> bytes:
@@ -105,26 +105,26 @@ def padded(length: int) -> bytes:
 
 def test_a_chunked_body_is_bounded_like_any_other(stack: Stack) -> None:
     assert answer(stack, chunked(padded(MOST_BYTES))).startswith(b"HTTP/1.1 200 ")
-    said = answer(stack, chunked(padded(MOST_BYTES + 1)))
-    assert said.startswith(b"HTTP/1.1 413 ")
-    assert f"{MOST_BYTES:,} bytes".encode() in said
+    response = answer(stack, chunked(padded(MOST_BYTES + 1)))
+    assert response.startswith(b"HTTP/1.1 413 ")
+    assert f"{MOST_BYTES:,} bytes".encode() in response
 
 
 def test_a_body_that_is_cut_off_is_no_request(stack: Stack) -> None:
     body = b'{"messages":[{"role":"user","content":"Hello"}]}'
-    said = answer(stack, f"{HEAD}Content-Length: {len(body) + 1}\r\n\r\n".encode() + body, True)
-    assert said.startswith(b"HTTP/1.1 400 ")
+    response = answer(stack, f"{HEAD}Content-Length: {len(body) + 1}\r\n\r\n".encode() + body, True)
+    assert response.startswith(b"HTTP/1.1 400 ")
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(stack: Stack) -> None:
     for framing in ("Content-Length: 5000", "Transfer-Encoding: chunked"):
         begun_s = time.monotonic()
-        said = answer(stack, f"{HEAD}{framing}\r\n\r\n".encode())
-        assert said.startswith(b"HTTP/1.1 408 ")
+        response = answer(stack, f"{HEAD}{framing}\r\n\r\n".encode())
+        assert response.startswith(b"HTTP/1.1 408 ")
         assert time.monotonic() - begun_s < BODY_TIMEOUT_S + slack(2)
 
 
-def test_more_connections_than_files_allow_are_told_and_take_nothing_away(stack: Stack) -> None:
+def test_more_connections_than_files_allow_get_503_and_take_nothing_away(stack: Stack) -> None:
     port = free_port()
     command = [sys.executable, "-m", "deploy.cli", "api", "--bind", f"127.0.0.1:{port}"]
     limited = ["/bin/sh", "-c", 'ulimit -n 400; exec "$@"', "sh", *command]
@@ -269,9 +269,9 @@ def test_nothing_that_was_asked_is_in_a_log(stack: Stack) -> None:
             while ws.recv(timeout=10) != "[DONE]":
                 continue
     await_that(lambda: all(get(stack, i)["status"] == "completed" for i in _jobs(stack)))
-    told = "".join(process.log.read_text() for process in stack.processes)
-    assert "job accepted" in told
-    assert SECRET not in told
+    logs = "".join(process.log.read_text() for process in stack.processes)
+    assert "job accepted" in logs
+    assert SECRET not in logs
 
 
 def _jobs(stack: Stack) -> list[str]:

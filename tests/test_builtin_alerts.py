@@ -32,7 +32,7 @@ def named(receiver: Receiver, name: str, status: str) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
-    # The first call fails: what it said must be said again.
+    # The first call fails: it must be repeated.
     with receiving(500, 200) as receiver:
         yield receiver
 

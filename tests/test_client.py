@@ -45,7 +45,7 @@ def submit(stack: Stack, *arguments: str, stdin: str = "") -> str:
 
 
 def text(stack: Stack, max_tokens: int) -> str:
-    """What the sim engine says to PROMPT, asked without a job."""
+    """The sim engine's answer to PROMPT, without a job."""
     messages = [{"role": "user", "content": PROMPT}]
     body = {"messages": messages, "max_tokens": max_tokens}
     answer = requests.post(f"{stack.url}/v1/chat/completions", json=body, timeout=60)
@@ -151,7 +151,7 @@ def test_cancel_goes_on_after_a_job_that_it_cannot_cancel(sim_stack: Stack) -> N
 
 
 @pytest.mark.parametrize("name", ["watch", "job", "cancel"])
-def test_an_unknown_job_gets_the_words_of_the_api(sim_stack: Stack, name: str) -> None:
+def test_an_unknown_job_gets_the_message_of_the_api(sim_stack: Stack, name: str) -> None:
     answer = requests.get(f"{sim_stack.url}/v1/jobs/job_unknown", timeout=10)
     done = sluice(sim_stack, name, "job_unknown")
     assert (done.returncode, done.stdout) == (2, "")

@@ -1,4 +1,4 @@
-"""docs/configuration.md says of the settings what tasks/contract/settings.py says."""
+"""docs/configuration.md describes the settings as tasks/contract/settings.py does."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Which webhooks are called when: calls fail, processes stop or die, SQL or Redis is away."""
+"""Which webhooks are called when: calls fail, processes stop or crash, SQL or Redis is away."""
 
 import logging
 import re
@@ -100,7 +100,7 @@ def await_tries(database: str, job_id: str, number: int) -> None:
 
 
 def counted(bus: redis.Redis) -> dict[str, int]:
-    """How often what came of a call, as the metrics have it."""
+    """The results of calls, as the metrics count them."""
     found = counts.read(bus.hgetall(keys.COUNTS))  # type: ignore[arg-type]
     return {what.value: times for what, times in found.items() if what.what is Counted.WEBHOOKS}
 
@@ -201,7 +201,7 @@ def test_what_is_read_at_once_is_claimed_once(database: str) -> None:
     assert Counter(i for claim in claims for i in claim) == Counter(job_ids)
 
 
-def test_a_look_shows_each_receivers_oldest_and_goes_on_behind(database: str) -> None:
+def test_a_read_has_each_receivers_oldest_and_the_next_goes_on_behind(database: str) -> None:
     add(database, {f"job_{n}": f"http://r{n % 5}/" for n in range(20)})
     with writing(database) as session:
         oldest = update(WebhookDelivery).where(WebhookDelivery.job_id == "job_11")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("api", "bench", "db", "deploy", "docs", "gpu_worker", "tasks", "tests")
 # What may follow the name of the program, or of make, where nothing is called.
 PROSE = {*("mean", "is", "command", "program", "also", "have"), *("mistakes", "it", "a", "me")}
-# Features that others have: a sentence may name one to say that Sluice does not have it.
+# Features that others have: a sentence may name one only as missing.
 NOT_BUILT = re.compile(
     r"/v1/batches|/v1/files|batch API|batches|batch file|files API|API keys?|rate limit|429|tenant"
     r"|fairness|fair share|kubernetes|KEDA|autoscal|fallback|responses API|web console|fine-tun"
@@ -44,14 +44,14 @@ def topics() -> list[dict[str, Any]]:
     return [topic for name in (*TOPIC_FILES, "talk.yaml") for topic in read(name)]
 
 
-def said() -> list[str]:
-    """All that the model is taught to say."""
+def taught() -> list[str]:
+    """All answers that the model is taught."""
     other = read("other.yaml")
     answers = [answer for topic in topics() for answer in topic["say"]]
     return [*answers, *other["fallback"], other["more"]["none"], *other["plain"]]
 
 
-TEXTS = [*strings(topics()), *said()]
+TEXTS = [*strings(topics()), *taught()]
 
 
 def named(pattern: str, texts: Iterable[str] = ()) -> set[str]:
@@ -135,11 +135,11 @@ def test_every_file_exists() -> None:
 
 
 def boasts(text: str) -> list[str]:
-    """Its sentences that tell of what is not built as if it were there."""
+    """Its sentences that present what is not built as if it existed."""
     sentences = re.split(r"(?<=[.!?])\s", text)
     return [one for one in sentences if NOT_BUILT.search(one) and not DENIAL.search(one)]
 
 
-@pytest.mark.parametrize("text", said())
-def test_what_is_not_built_is_said_to_be_missing(text: str) -> None:
+@pytest.mark.parametrize("text", taught())
+def test_what_is_not_built_is_declared_missing(text: str) -> None:
     assert boasts(text) == []

@@ -66,7 +66,7 @@ def test_a_client_that_leaves_frees_its_slot_and_its_place(
     assert time.monotonic() - begun < slack(2), "the slot was not free within a second"
 
 
-def test_a_queued_stream_hears_keep_alives_and_then_its_answer(small_stack: Stack) -> None:
+def test_a_queued_stream_gets_keep_alives_and_then_its_answer(small_stack: Stack) -> None:
     stack = small_stack
     with send(stack, SLOW | {"stream": True}) as blocker:
         await_that(lambda: stack.redis.zcard(keys.LEASES) == 1)

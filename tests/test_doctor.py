@@ -1,4 +1,4 @@
-"""`sluice doctor`: what it says of parts that are well, and of parts that are really broken."""
+"""`sluice doctor`: what it reports of healthy parts, and of parts that are really broken."""
 
 import os
 import re
@@ -38,7 +38,7 @@ CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
 
 
 class Diagnosis:
-    """What one run of the program said."""
+    """The output of one run of the program."""
 
     def __init__(self, code: int, output: str) -> None:
         self.code = code
@@ -226,8 +226,8 @@ def test_a_state_directory_that_is_not_that_of_sluice_up(stack: Stack, home: Pat
 
 
 @contextmanager
-def altered(stack: Stack, said: bytes, instead: bytes) -> Iterator[str]:
-    """The URL of a relay to the stack's Redis, in whose answers one thing is another."""
+def altered(stack: Stack, original: bytes, instead: bytes) -> Iterator[str]:
+    """The URL of a relay to the stack's Redis, in whose answers one string is replaced."""
 
     class Relay(socketserver.BaseRequestHandler):
         def handle(self) -> None:
@@ -241,7 +241,7 @@ def altered(stack: Stack, said: bytes, instead: bytes) -> Iterator[str]:
 
         def answer(self, redis: socket.socket) -> None:
             while answer := redis.recv(65536):
-                self.request.sendall(re.sub(said, instead, answer))
+                self.request.sendall(re.sub(original, instead, answer))
 
     with serving(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Relay)) as relay:
         yield f"redis://127.0.0.1:{relay.server_address[1]}/0"

@@ -1,4 +1,4 @@
-"""What was accepted is done once, whatever dies; and a stream goes on where it was."""
+"""What was accepted is done once, whichever part fails; and a stream goes on where it was."""
 
 import random
 import threading
@@ -68,7 +68,7 @@ def _completed(url: str) -> list[JobRecord]:
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_every_accepted_job_completes_once_whatever_dies(
+def test_every_accepted_job_completes_once_whatever_fails(
     stack: Stack, kind: str, request: pytest.FixtureRequest
 ) -> None:
     url = f"sqlite:///{stack.home / 'sluice.db'}"
@@ -135,7 +135,7 @@ def test_a_job_is_queued_again_once_by_two_maintenance_processes(stack: Stack) -
     assert happened[Happening(Counted.JOBS, "in_progress", "sim", "batch")] == 20
 
 
-def test_a_client_that_waits_learns_that_redis_has_lost_its_request(stack: Stack) -> None:
+def test_a_client_that_waits_gets_an_error_when_redis_has_lost_its_request(stack: Stack) -> None:
     worker = next(p for p in stack.processes if p.log.name.startswith("worker"))
     worker.kill()
     with ThreadPoolExecutor(2) as pool:

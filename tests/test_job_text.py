@@ -33,7 +33,7 @@ def in_terminal(stack: Stack, *arguments: str, columns: int = 80) -> list[str]:
         try:
             while piece := os.read(terminal, 4096):
                 shown += piece
-        except OSError:  # Linux's way to say that the other end is closed
+        except OSError:  # Linux's error when the other end is closed
             pass
         assert program.wait(60) == 0
     os.close(terminal)
@@ -59,11 +59,11 @@ def test_a_job_is_shown_with_its_timeline(sim_stack: Stack) -> None:
     assert shown["tokens"].endswith(", 6 completion")
     assert shown["metadata"] == "team=blue"
     assert "error" not in shown
-    told = orjson.loads(sluice(sim_stack, "job", job, "--json").stdout)
-    assert (told["id"], told["object"], told["priority"]) == (job, "job", -5)
+    shown_json = orjson.loads(sluice(sim_stack, "job", job, "--json").stdout)
+    assert (shown_json["id"], shown_json["object"], shown_json["priority"]) == (job, "job", -5)
 
 
-def test_a_failed_job_tells_why(sim_stack: Stack) -> None:
+def test_a_failed_job_shows_why(sim_stack: Stack) -> None:
     job = submit(sim_stack, "--body", "-", stdin=FAILING)
     watched = sluice(sim_stack, "watch", job)
     assert watched.returncode == 1
@@ -92,7 +92,7 @@ def test_an_expired_job_ends_its_watch_with_the_reason(idle_stack: Stack) -> Non
     assert shown["error"].endswith("(job_expired)")
 
 
-def test_a_job_tells_how_its_webhook_goes(home: Path) -> None:
+def test_a_job_shows_the_state_of_its_webhook(home: Path) -> None:
     terms = {"webhook_secrets": "whsec_c2VjcmV0", "webhook_allow_private": True}
     terms["webhook_ports"] = "1-65535"
     with socket.socket() as nobody, running(Stack(home, [SIM], keep_alive_s=1, **terms)) as stack:
@@ -101,12 +101,12 @@ def test_a_job_tells_how_its_webhook_goes(home: Path) -> None:
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}/gone"
         job = submit(stack, PROMPT, "--max-tokens", "2", "--webhook", url)
 
-        def told(fact: str) -> str:
+        def read_fact(fact: str) -> str:
             return facts(sluice(stack, "job", job).stdout.splitlines()).get(fact, "")
 
-        # The second try is seen first where a look takes five seconds.
-        await_that(lambda: re.fullmatch(r"pending after (1 try|[2-9] tries)", told("webhook")))
-        assert told("status") == "completed"
+        # The second try is seen first where a read takes five seconds.
+        await_that(lambda: re.fullmatch(r"pending after (1 try|[2-9] tries)", read_fact("webhook")))
+        assert read_fact("status") == "completed"
 
 
 @pytest.mark.parametrize("priority", ["interactive", "batch", "100", "-100"])
@@ -154,7 +154,7 @@ def _ageless(line: str) -> list[str]:
     return [word for word in line.split() if not re.fullmatch(r"\d+[sm]", word)]
 
 
-def test_ctrl_c_ends_a_watch_with_130_and_says_how_to_go_on(idle_stack: Stack) -> None:
+def test_ctrl_c_ends_a_watch_with_130_and_shows_how_to_go_on(idle_stack: Stack) -> None:
     watching = command(idle_stack, "submit", PROMPT, "--watch")
     with subprocess.Popen(**watching, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as watch:
         await_that(lambda: _is_followed(idle_stack))
@@ -179,10 +179,10 @@ def test_the_version_is_an_option(sim_stack: Stack) -> None:
 @pytest.mark.parametrize("arguments", [["make"], ["make", "help"]])
 def test_make_lists_its_targets(arguments: list[str]) -> None:
     root = Path(__file__).parent.parent
-    told = subprocess.run(arguments, cwd=root, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(arguments, cwd=root, capture_output=True, text=True, check=True).stdout
     makefile = (root / "Makefile").read_text()
     targets = re.findall(r"^([a-z]+):.*## ", makefile, re.MULTILINE)
     assert {"up", "test", "help"} <= set(targets)
-    assert re.findall(r"^make ([a-z]+) ", told, re.MULTILINE) == targets
-    assert {"SLUICE_MODEL", "REPEAT"} <= set(told.split())
-    assert max(map(len, told.splitlines())) <= 80
+    assert re.findall(r"^make ([a-z]+) ", output, re.MULTILINE) == targets
+    assert {"SLUICE_MODEL", "REPEAT"} <= set(output.split())
+    assert max(map(len, output.splitlines())) <= 80

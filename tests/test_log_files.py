@@ -16,7 +16,7 @@ from deploy.process import Part
 
 LINES = 2_000_000
 # 200 MB, some 30 a second, from two processes.
-TALK = f"""
+WRITE_LINES = f"""
 import os, sys, time
 is_child = os.fork() == 0
 for first in range(is_child * 500, {LINES}, 1000):
@@ -41,7 +41,7 @@ def numbers(path: Path) -> list[int]:
 
 
 def test_a_log_of_many_megabytes_is_bounded(log: Path, report: Callable[[str], None]) -> None:
-    part = Part("talker", [sys.executable, "-c", TALK], log, os.environ)
+    part = Part("writer", [sys.executable, "-c", WRITE_LINES], log, os.environ)
     told: list[str] = []
     grown = largest = 0
     part.start()
@@ -70,7 +70,7 @@ def test_a_log_of_many_megabytes_is_bounded(log: Path, report: Callable[[str], N
 
 
 def test_a_part_goes_on_writing_when_nobody_rotates_any_more(log: Path) -> None:
-    part = Part("talker", [sys.executable, "-c", TALK], log, os.environ)
+    part = Part("writer", [sys.executable, "-c", WRITE_LINES], log, os.environ)
     part.start()
     await_that(lambda: log.stat().st_size > MOST_BYTES)
     log_files.rotate(log, pytest.fail)

@@ -1,4 +1,4 @@
-"""Logging costs who logs next to nothing: lines of a bounded size, written by somebody else."""
+"""Logging costs its caller next to nothing: lines of a bounded size, written by a thread."""
 
 import os
 import signal
@@ -90,7 +90,7 @@ def test_a_traceback_is_quick_and_short_whatever_was_thrown(throw: str, form: st
     assert "in throw" in written
 
 
-def test_the_same_trouble_is_told_once_and_how_often_it_was() -> None:
+def test_repeated_trouble_is_logged_once_with_its_count() -> None:
     done = run("""
 for number in range(1000):
     try:
@@ -106,8 +106,8 @@ log.error("Redis: %s", TimeoutError())
     events = [line["event"] for line in lines]
     assert events.count("job claimed") == events.count("job taken back") == 1000
     trouble = [e for e in events if not e.startswith("job claimed") and e != "job taken back"]
-    told = ["job 0: not cancelled", "Redis: try 0", "Redis: "]
-    assert trouble == [*told, "again: job %d: not cancelled", "again: Redis: %s"]
+    logged = ["job 0: not cancelled", "Redis: try 0", "Redis: "]
+    assert trouble == [*logged, "again: job %d: not cancelled", "again: Redis: %s"]
     assert [line["left_out"] for line in lines if "left_out" in line] == [999, 999]
 
 
@@ -129,7 +129,7 @@ except KeyError:
     assert written.count("forged") >= 3
 
 
-TOLD = """
+WITH_VALUES = """
 import sqlalchemy
 trouble = [
     ValueError("{secret}"), KeyError("{secret}"), TypeError("{secret}"), AssertionError("{secret}"),
@@ -147,12 +147,12 @@ for error in trouble:
 
 
 @pytest.mark.parametrize("form", ["json", "console"])
-def test_what_errors_say_of_values_is_content(form: str) -> None:
-    written = run(TOLD, form).stderr
+def test_values_in_error_messages_are_content(form: str) -> None:
+    written = run(WITH_VALUES, form).stderr
     assert SECRET not in written
     assert "out of memory" in written
     assert "no such row" in written
-    shown = run("logs.configure(Settings(log_content=True))" + TOLD, form).stderr
+    shown = run("logs.configure(Settings(log_content=True))" + WITH_VALUES, form).stderr
     assert shown.count(SECRET) > 5
 
 
@@ -196,7 +196,7 @@ print(max(b - a for a, b in zip(ticks, ticks[1:])))
             os.set_blocking(process.stdout.fileno(), False)
             await_that(lambda: process.stdout and process.stdout.peek(), 20)
             assert float(process.stdout.readline()) < slack(0.5)
-            # It ends, too, and what fits is told when somebody reads again.
+            # It ends, too, and what fits is written once the pipe is read again.
             assert process.wait(10) == 0
         finally:
             process.kill()
@@ -333,7 +333,7 @@ def test_why_a_part_ends_is_the_last_line_of_its_log(home: Path) -> None:
     assert lines[-1] == "sluice: what is wrong"
 
 
-def test_what_gunicorn_says_is_a_line_of_the_same_form(home: Path) -> None:
+def test_gunicorns_messages_are_lines_of_the_same_form(home: Path) -> None:
     with running(Stack(home, [SIM], log_format="json")) as stack:
         with socket.create_connection(("127.0.0.1", stack.api_ports[0]), timeout=10) as client:
             client.sendall(b"no HTTP at all\r\n\r\n")

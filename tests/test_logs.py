@@ -1,4 +1,4 @@
-"""What stands in the logs of all parts, and what must not."""
+"""What the logs of all parts hold, and what they must not."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_each_transition_is_a_line_without_what_was_asked_or_answered(stack: Sta
     assert text not in written
 
 
-def test_what_goes_wrong_is_told_with_the_same_fields(stack: Stack) -> None:
+def test_failures_are_logged_with_the_same_fields(stack: Stack) -> None:
     body = CHAT | {"max_tokens": 200, "stream": True}
     url = stack.url + "/v1/chat/completions"
     with requests.post(url, json=body, stream=True, timeout=30) as answer:

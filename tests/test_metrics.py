@@ -1,4 +1,4 @@
-"""What /metrics says, beside what really happened: real Redis, API processes and workers."""
+"""What /metrics reports, beside what really happened: real Redis, API processes and workers."""
 
 import random
 import signal
@@ -103,7 +103,7 @@ class Model:
                 held.pop(job_id, None)
 
     def kill(self) -> None:
-        """A worker falls silent: its lease runs out, and the reaper comes round."""
+        """A worker falls silent: its lease expires, and the reaper runs."""
         if claim := self._take():
             self.backlog.redis.zadd(keys.LEASES, {claim.job.id: 1})
             (reaped,) = self.backlog.reap()
@@ -169,7 +169,7 @@ def _assert_nothing_unaccounted(seen: Metrics) -> None:
     assert seen.total("sluice_jobs_total", status="queued") == accounted
 
 
-def test_every_api_tells_the_same_depth_while_a_worker_is_killed(stack: Stack) -> None:
+def test_every_api_reports_the_same_depth_while_a_worker_is_killed(stack: Stack) -> None:
     stack.start_api()
     urls = [f"http://127.0.0.1:{port}" for port in stack.api_ports]
     with ThreadPoolExecutor(60) as pool:
@@ -337,7 +337,7 @@ def test_bytes_that_wait_and_repairs_are_seen(home: Path) -> None:
         assert 1_000 < total("sluice_backlog_bytes") < 2_000
 
 
-def test_without_redis_the_metrics_say_so(home: Path) -> None:
+def test_without_redis_the_metrics_show_it(home: Path) -> None:
     stack = Stack(home, [SIM])
     try:
         redis = stack.start_redis()

@@ -64,17 +64,17 @@ def test_it_has_no_nulls(document: dict[str, Any]) -> None:
     assert not list(nulls(document, "#"))
 
 
-def test_every_operation_tells_its_errors_in_the_one_shape(document: dict[str, Any]) -> None:
+def test_every_operation_documents_its_errors_in_the_one_shape(document: dict[str, Any]) -> None:
     shape = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     for _, path, operation in operations(document):
-        told = operation["responses"]
-        refused = {status: each for status, each in told.items() if status >= "400"}
+        responses = operation["responses"]
+        refused = {status: each for status, each in responses.items() if status >= "400"}
         assert refused.keys() >= {"403", "500", "503"}, path
         assert all(each["content"] == shape for each in refused.values()), path
-        assert {"Retry-After", "retry-after-ms"} <= told["503"]["headers"].keys()
+        assert {"Retry-After", "retry-after-ms"} <= responses["503"]["headers"].keys()
         if path.startswith("/v1/admin/"):
             assert operation["security"] == [{"bearer": []}]
-            assert "WWW-Authenticate" in told["401"]["headers"]
+            assert "WWW-Authenticate" in responses["401"]["headers"]
 
 
 def test_its_examples_run(sim_stack: Stack) -> None:
@@ -107,7 +107,7 @@ def test_docs_open_on_the_operations(stack: Stack) -> None:
 
 
 def conform(document: dict[str, Any], name: str, given: Any) -> None:
-    """Fails if that is no such object, or has a field that the document does not tell."""
+    """Fails if that is no such object, or has a field that is not in the document."""
     reference = {"$ref": f"#/components/schemas/{name}", "unevaluatedProperties": False}
     Draft202012Validator(reference | {"components": document["components"]}).validate(given)
 

@@ -67,7 +67,7 @@ def test_a_directory_serves_without_a_models_yaml(up: Process, home: Path, port:
     url = f"http://127.0.0.1:{port}/v1"
     assert requests.get(f"{url}/models/own-model", timeout=10).json()["max_model_len"] == 2048
     chat = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
-    # The template tells which of vLLM's parsers reads this model's tool calls.
+    # The template determines which of vLLM's parsers reads this model's tool calls.
     for asked in (chat, chat | {"tools": [TOOL], "tool_choice": "auto"}):
         answer = requests.post(f"{url}/chat/completions", json=asked, timeout=60)
         assert answer.status_code == 200, answer.text
@@ -157,7 +157,7 @@ class _NoSuchModel(BaseHTTPRequestHandler):
 
 
 class _Silence(_NoSuchModel):
-    """A Hub that says nothing for longer than anybody waits."""
+    """A Hub that does not answer before any timeout."""
 
     def do_GET(self) -> None:
         time.sleep(7)
@@ -172,8 +172,8 @@ def _assert_refused(home: Path, sentence: str, **env: str) -> None:
     ended = _run_up(home, 60, "--model", "nobody/own", "--port", str(free_port()), **env)
     assert time.monotonic() - begun_s < 30
     assert ended.returncode == 1
-    (told,) = ended.stderr.splitlines()
-    assert sentence in told
+    (line,) = ended.stderr.splitlines()
+    assert sentence in line
     # Nothing was started for it.
     assert ended.stdout == ""
     assert not list((home / "logs").iterdir())
@@ -201,12 +201,12 @@ def test_a_model_that_was_downloaded_needs_no_hub(home: Path, directory: Path) -
     (downloaded / "refs" / "main").write_text("abc")
     (downloaded / "snapshots").mkdir()
     directory.replace(downloaded / "snapshots" / "abc")
-    look = (
+    check = (
         "from gpu_worker.engines.sources import *; "
         "refuse_missing(Model(name='m', source='nobody/own'))"
     )
     subprocess.run(
-        [sys.executable, "-c", look],
+        [sys.executable, "-c", check],
         env=os.environ | _hub(home, f"http://127.0.0.1:{free_port()}"),
         check=True,
         timeout=60,

@@ -51,17 +51,17 @@ def _read(response: requests.Response) -> Answer:
 
 
 def _join(text: str) -> tuple[dict[str, Any], set[str]]:
-    """The stream with what the tokens said joined.
+    """The stream with the texts of its tokens joined.
 
     When the server is slow to take tokens from the engine, vLLM puts two of them in one chunk, or
     the last one in the chunk that finishes; and it sends the chunks of several choices as they
     come. So neither is the same twice, even on one server. The rest must agree: the framing, which
-    chunks begin and end each choice, all their fields in their order, and all that was said.
+    chunks begin and end each choice, all their fields in their order, and the whole text.
     """
     frames = text.split("\n\n")
     others = [frame for frame in frames if not frame.startswith("data: {")]
     order: dict[int, list[str]] = {}
-    said: dict[str, Any] = {}
+    joined: dict[str, Any] = {}
     shapes = set()
     for frame in frames:
         if not frame.startswith("data: {"):
@@ -70,13 +70,13 @@ def _join(text: str) -> tuple[dict[str, Any], set[str]]:
         (choice,) = chunk.get("choices") or [{"index": -1}]
         delta = choice.get("delta", choice)
         for path, tokens in _take_tokens(chunk, choice, delta):
-            said[path] = said.get(path, type(tokens)()) + tokens
+            joined[path] = joined.get(path, type(tokens)()) + tokens
         if choice["index"] >= 0 and choice["finish_reason"] is None and "role" not in delta:
             shapes.add(json.dumps(chunk))
         else:
             order.setdefault(choice["index"], []).append(json.dumps(chunk))
-    said = {path: tokens for path, tokens in said.items() if tokens}
-    return {"order": order, "said": said, "others": others}, shapes
+    joined = {path: tokens for path, tokens in joined.items() if tokens}
+    return {"order": order, "joined": joined, "others": others}, shapes
 
 
 def _take_tokens(chunk: Any, choice: Any, delta: Any) -> Iterator[tuple[str, Any]]:
@@ -162,7 +162,7 @@ def test_lists_the_models_that_vllm_lists(vllm_stack: Stack, vllm_server: str) -
         cards = [(card["id"], card["object"], card["owned_by"]) for card in models["data"]]
         return models["object"], cards
 
-    # vLLM tells a path of its machine and fields of its own, which the API does not know.
+    # vLLM has a path of its machine and fields of its own, which the API does not know.
     assert read(vllm_stack.url) == read(vllm_server)
 
 

@@ -29,7 +29,7 @@ def log(bus: redis.Redis) -> TokenLog:
 
 
 class Writing:
-    """A publisher at work, and the attempts that it was told to stop."""
+    """A publisher at work, and the attempts that it stopped."""
 
     def __init__(self, url: str) -> None:
         self.stopped: list[Attempt] = []

@@ -22,7 +22,7 @@ EXAMPLES = [
     for page, text in PAGES.items()
     for language, code in re.findall(r"```(python|sh)\n(.*?)```", text, re.DOTALL)
 ]
-# What it tells of may be gone by now.
+# It may name what is gone by now.
 HISTORY = "CHANGELOG.md"
 
 pytestmark = pytest.mark.timeout(300)

@@ -56,18 +56,18 @@ def record(job_id: str, **more: Any) -> JobRecord:
 
 @contextmanager
 def measured_silence(stack: Stack) -> Iterator[list[float]]:
-    """How long the API took for each of the looks at its health that were made meanwhile."""
+    """How long the API took for each of the health checks that were made meanwhile."""
     took_s: list[float] = []
     is_over = threading.Event()
 
-    def look() -> None:
+    def check_health() -> None:
         with requests.Session() as client:
             while not is_over.is_set():
                 begun_s = time.monotonic()
                 assert client.get(f"{stack.url}/health/live", timeout=30).ok
                 took_s.append(time.monotonic() - begun_s)
 
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=check_health)
     thread.start()
     try:
         yield took_s

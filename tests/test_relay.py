@@ -1,4 +1,4 @@
-"""From a job's log to its clients: what a log may look like, and that one job's trouble is its own.
+"""From a job's log to its clients: any state of a log, and no effect of one job on others.
 
 There is no worker: the tests write what one would.
 """
@@ -41,9 +41,9 @@ class Worker:
         listener: Any = stack.redis.hget(keys.job(job_id), "listener")
         self._listener = listener.decode()
 
-    def write(self, position: str, kind: Kind, data: bytes, is_heard: bool = True) -> None:
+    def write(self, position: str, kind: Kind, data: bytes, is_published: bool = True) -> None:
         entry = Entry(self._job_id, Position.parse(position.encode()), kind, data)
-        addressed = Addressed(entry, self._listener if is_heard else "")
+        addressed = Addressed(entry, self._listener if is_published else "")
         assert not self._log._append(**append_arguments([addressed], Settings()))
 
     def begin(self) -> None:
@@ -73,7 +73,7 @@ class Client:
         return self._next(lambda data: "position" not in data)
 
     def next_place(self) -> str:
-        """The data of the next event that tells a place in the queue."""
+        """The data of the next event that has a place in the queue."""
         return self._next(lambda data: "position" in data)
 
     def _next(self, is_wanted: Callable[[str], bool]) -> str:
@@ -133,7 +133,7 @@ def test_an_attempt_that_goes_on_from_what_the_client_has_is_not_noticed(
 
 
 @pytest.mark.parametrize("left", [b"1-1", b"1-0", b""])
-def test_a_client_that_has_what_redis_lost_hears_so_instead_of_getting_it_twice(
+def test_a_client_that_has_what_redis_lost_gets_an_error_instead_of_repeats(
     begun: tuple[Client, Worker], left: bytes
 ) -> None:
     client, worker = begun
@@ -144,17 +144,17 @@ def test_a_client_that_has_what_redis_lost_hears_so_instead_of_getting_it_twice(
     assert client.next() == "[DONE]"
 
 
-def test_what_was_not_heard_before_a_takeover_is_read_from_the_log(
+def test_what_was_not_received_before_a_takeover_is_read_from_the_log(
     begun: tuple[Client, Worker],
 ) -> None:
     client, worker = begun
-    worker.write("1-3", Kind.BODY, b"data: 2.5\n\n", is_heard=False)
+    worker.write("1-3", Kind.BODY, b"data: 2.5\n\n", is_published=False)
     worker.write("2-0", Kind.TAKEOVER, b"1-3")
     worker.go_on()
     assert [client.next() for _ in range(3)] == ["2.5", "3", "[DONE]"]
 
 
-def test_a_client_that_comes_back_with_what_redis_lost_hears_so(stack: Stack) -> None:
+def test_a_client_that_comes_back_with_what_redis_lost_gets_an_error(stack: Stack) -> None:
     job_id = submit(stack, STREAM)["id"]
     worker = Worker(stack, job_id)
     worker.begin()
@@ -175,7 +175,7 @@ def test_a_log_that_cannot_be_read_ends_the_streams_of_its_job_alone(stack: Stac
             assert [client.next(), client.next()] == ["1", "2"]
         stack.redis.xadd(keys.log(broken_id), {"no": "entry"}, "1-3")
         assert is_broken(broken.next())
-        # Sooner than by the look that a stream takes at its log every five seconds.
+        # Sooner than by the check that a stream makes of its log every five seconds.
         for number in range(3, 8):
             begun_s = time.monotonic()
             data = f"data: {number}\n\n".encode()
@@ -184,7 +184,7 @@ def test_a_log_that_cannot_be_read_ends_the_streams_of_its_job_alone(stack: Stac
             assert time.monotonic() - begun_s < slack(2)
 
 
-def test_places_are_told_although_one_job_cannot_be_read(stack: Stack) -> None:
+def test_places_are_sent_although_one_job_cannot_be_read(stack: Stack) -> None:
     first, second = submit(stack, STREAM)["id"], submit(stack, STREAM)["id"]
     with follow(stack, first), follow(stack, second) as client:
         client.next_place()

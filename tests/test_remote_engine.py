@@ -138,7 +138,7 @@ WITHOUT_USAGE = re.sub(rb'data: {"choices": \[\].*?\r\n\r\n', b"", STREAMED, fla
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
 @pytest.mark.parametrize(
-    ("options", "asked", "is_told"),
+    ("options", "asked", "is_sent"),
     [
         ({}, {"include_usage": True}, False),
         ({"stream_options": None}, {"include_usage": True}, False),
@@ -150,8 +150,8 @@ WITHOUT_USAGE = re.sub(rb'data: {"choices": \[\].*?\r\n\r\n', b"", STREAMED, fla
         ({"stream_options": {"include_usage": True}}, {"include_usage": True}, True),
     ],
 )
-async def test_usage_is_asked_for_and_told_to_who_asked(
-    server: Server, size: int, options: dict[str, Any], asked: dict[str, Any], is_told: bool
+async def test_usage_is_requested_and_sent_to_clients_that_asked(
+    server: Server, size: int, options: dict[str, Any], asked: dict[str, Any], is_sent: bool
 ) -> None:
     server.events = [STREAMED[at : at + size] for at in range(0, len(STREAMED), size)]
     replay_log = ReplayLog()
@@ -159,7 +159,7 @@ async def test_usage_is_asked_for_and_told_to_who_asked(
     async with remote(server.url) as engine:
         answer = await post(engine, json.dumps({"stream": True} | options).encode())
     assert json.loads(server.requests[0][1])["stream_options"] == asked
-    assert answer.content == (STREAMED if is_told else WITHOUT_USAGE)
+    assert answer.content == (STREAMED if is_sent else WITHOUT_USAGE)
     assert replay_log.total() == (3, 1)
 
 
@@ -183,7 +183,7 @@ async def test_a_client_that_leaves_has_the_servers_connection_closed(
     server.goes_on.clear()
     left = asyncio.Event()
     messages: list[Message] = [{"type": "http.request", "body": b"{}", "more_body": False}]
-    heard: list[str] = []
+    received: list[str] = []
 
     async def receive() -> Message:
         if not messages:
@@ -191,18 +191,18 @@ async def test_a_client_that_leaves_has_the_servers_connection_closed(
         return messages.pop() if messages else {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:
-        heard.append(message["type"])
+        received.append(message["type"])
 
     async with remote(server.url) as engine:
         scope: Message = {"method": "POST", "path": "/v1/embeddings", "headers": []}
         answering = asyncio.ensure_future(engine.app(scope, receive, send))
-        while not server.requests or (not is_silent and len(heard) < 2):  # noqa: ASYNC110
+        while not server.requests or (not is_silent and len(received) < 2):  # noqa: ASYNC110
             await asyncio.sleep(0.005)
         left.set()
         await asyncio.wait_for(server.client_left.wait(), 1)
         await asyncio.wait_for(answering, 1)
         assert engine.load().running == 0
-    assert len(heard) == (0 if is_silent else 2)
+    assert len(received) == (0 if is_silent else 2)
 
 
 async def test_an_answer_that_breaks_off_is_an_error_with_its_reason(server: Server) -> None:

@@ -1,4 +1,4 @@
-"""What the program says of a wrong setting, a server that is away and a full disk: one sentence."""
+"""A wrong setting, a server that is away, a full disk: each gets one sentence."""
 
 import errno
 import os
@@ -42,7 +42,7 @@ def env(tmp_path: Path) -> dict[str, str]:
     return own | {"SLUICE_PORT": str(free_port()), "SLUICE_REDIS_URL": NOWHERE}
 
 
-def said(arguments: list[str], env: dict[str, str]) -> str:
+def invoke(arguments: list[str], env: dict[str, str]) -> str:
     """The sentence with which the program ends, run in this process."""
     for read_once in (get_settings, get_catalog):
         read_once.cache_clear()
@@ -102,11 +102,11 @@ def website() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("command", [*PARTS.values(), *COMMANDS], ids=" ".join)
-def test_every_command_says_that_its_home_is_a_file(
+def test_every_command_reports_that_its_home_is_a_file(
     command: list[str], env: dict[str, str], tmp_path: Path
 ) -> None:
     (tmp_path / "home").touch()
-    seen = run(sluice(*command), env) if command[0] in PARTS else said(command, env)
+    seen = run(sluice(*command), env) if command[0] in PARTS else invoke(command, env)
     assert f"SLUICE_HOME='{tmp_path / 'home'}': that is no directory; name one" in seen
 
 
@@ -135,7 +135,7 @@ def test_a_wrong_redis(
     expected = REDIS_URLS[url].replace("{}", variable).format(**servers)
     env["SLUICE_REDIS_URL"] = f"redis://:{SECRET}@{guarded}"
     # Draining uses both.
-    seen = said(["drain", WORKER], env | {variable: url.format(**servers)})
+    seen = invoke(["drain", WORKER], env | {variable: url.format(**servers)})
     assert expected in seen
     assert variable in seen
 
@@ -189,7 +189,7 @@ def login(postgres: Postgres) -> str:
 @pytest.mark.parametrize("url", DATABASE_URLS)
 def test_a_wrong_database(url: str, env: dict[str, str], login: str, tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text("This is no database. " * 100)
-    seen = said(
+    seen = invoke(
         ["dead", "list"],
         env | {"SLUICE_DATABASE_URL": url.format(postgres=login, tmp=tmp_path)},
     )
@@ -199,7 +199,7 @@ def test_a_wrong_database(url: str, env: dict[str, str], login: str, tmp_path: P
 def test_a_database_that_takes_no_writes(env: dict[str, str], tmp_path: Path) -> None:
     migrate(f"sqlite:///{tmp_path}/sluice.db")
     env["SLUICE_DATABASE_URL"] = f"sqlite:///file:{tmp_path}/sluice.db?mode=ro&uri=true"
-    seen = said(["dead", "purge", "--all"], env)
+    seen = invoke(["dead", "purge", "--all"], env)
     assert "cannot be written (" in seen
     assert "readonly database" in seen
 
@@ -250,7 +250,7 @@ MODELS = {
 def test_a_wrong_models_file(content: str, env: dict[str, str], tmp_path: Path) -> None:
     file = tmp_path / "models.yaml"
     file.write_text(content)
-    seen = said(["status"], env | {"SLUICE_MODELS": str(file), "SLUICE_MODEL": ""})
+    seen = invoke(["status"], env | {"SLUICE_MODELS": str(file), "SLUICE_MODEL": ""})
     assert f"{file}" in seen
     assert MODELS[content] in seen
 
@@ -259,7 +259,7 @@ def test_a_wrong_models_file(content: str, env: dict[str, str], tmp_path: Path) 
 def test_a_models_file_that_is_none(
     path: str, why: str, env: dict[str, str], tmp_path: Path
 ) -> None:
-    seen = said(["status"], env | {"SLUICE_MODELS": str(tmp_path / path)})
+    seen = invoke(["status"], env | {"SLUICE_MODELS": str(tmp_path / path)})
     assert f"cannot read {tmp_path / path} ({why}" in seen
     assert "set SLUICE_MODELS to the path of a models.yaml" in seen
 
@@ -295,7 +295,7 @@ def test_a_write_to_a_database_on_a_full_disk(env: dict[str, str], tmp_path: Pat
     assert f"the disk of the database at sqlite:///{tmp_path / 'home'}/sluice.db is full" in seen
 
 
-def test_doctor_says_which_disk_is_full(env: dict[str, str], tmp_path: Path) -> None:
+def test_doctor_reports_which_disk_is_full(env: dict[str, str], tmp_path: Path) -> None:
     command = on_small_disk(tmp_path / "home", sluice("doctor", "--json"), FILL)
     done = subprocess.run(command, env=os.environ | env, capture_output=True, check=False)
     assert done.returncode == 1
@@ -344,7 +344,7 @@ def test_a_redis_whose_disk_is_full(
 ) -> None:
     full = f"takes no writes: the disk of {tmp_path}/disk, on its machine, is full"
     for command in (["status", "--once"], ["pause", "sim"]):
-        seen = said(command, env)
+        seen = invoke(command, env)
         assert full in seen
         assert "delete what is not needed there; Redis then goes on by itself" in seen
     done = subprocess.run(
@@ -386,7 +386,7 @@ def test_a_redis_whose_memory_is_full(server: Stack, env: dict[str, str]) -> Non
     server.redis.config_set("maxmemory", 1)
     try:
         for command in (["pause", "sim"], ["status", "--once"]):
-            seen = said(command, env)
+            seen = invoke(command, env)
             assert "takes no writes: all that its maxmemory allows is in use; give it a" in seen
     finally:
         server.redis.config_set("maxmemory", 0)

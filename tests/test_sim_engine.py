@@ -78,9 +78,9 @@ async def test_the_sdk_streams_a_chat_to_its_usage() -> None:
         text = await client.completions.create(model="sim", prompt=["a", "b"], n=2, max_tokens=3)
         await client.close()
     assert chunks[0].choices[0].delta.role == "assistant"
-    said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
-    assert said == whole.choices[0].message.content
-    assert len(said.split()) == 5
+    content = "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
+    assert content == whole.choices[0].message.content
+    assert len(content.split()) == 5
     assert chunks[-2].choices[0].finish_reason == "length"
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 5
@@ -183,9 +183,9 @@ async def test_one_poisoned_request_hangs_after_its_first_token_and_others_go_on
 
 async def test_a_dying_engine_ends_every_stream_with_its_error() -> None:
     async with sim(tokens_per_s=200) as engine:
-        dying = HELLO | {"stream": True, "sim": {"failure": "die"}}
+        fatal = HELLO | {"stream": True, "sim": {"failure": "die"}}
         answers = await asyncio.gather(
-            post(engine, dying), post(engine, HELLO | {"stream": True, "max_tokens": 10_000})
+            post(engine, fatal), post(engine, HELLO | {"stream": True, "max_tokens": 10_000})
         )
         late = await post(engine, HELLO)
     assert engine.is_dead()

@@ -52,16 +52,16 @@ def test_our_own_pages_and_allowed_ones_are_answered(stack: Stack) -> None:
     assert answered.headers["access-control-allow-origin"] == OURS
 
 
-def test_a_browser_that_asks_first_learns_what_it_may_do(stack: Stack) -> None:
+def test_a_preflight_request_gets_what_is_allowed(stack: Stack) -> None:
     asks = {
         "access-control-request-method": "POST",
         "access-control-request-headers": "authorization, content-type",
     }
-    told = call(stack, "OPTIONS", "/v1/jobs", headers=asks | {"origin": OURS})
-    assert told.status_code == 204
-    assert told.headers["access-control-allow-origin"] == OURS
-    assert told.headers["access-control-allow-headers"] == "authorization, content-type"
-    assert "POST" in told.headers["access-control-allow-methods"]
+    answer = call(stack, "OPTIONS", "/v1/jobs", headers=asks | {"origin": OURS})
+    assert answer.status_code == 204
+    assert answer.headers["access-control-allow-origin"] == OURS
+    assert answer.headers["access-control-allow-headers"] == "authorization, content-type"
+    assert "POST" in answer.headers["access-control-allow-methods"]
     refused = call(stack, "OPTIONS", "/v1/jobs", headers=asks | {"origin": "https://evil.example"})
     assert refused.status_code == 403
 

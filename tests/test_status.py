@@ -53,7 +53,7 @@ def status(stack: Stack, *arguments: str, **env: str) -> subprocess.CompletedPro
     )
 
 
-def look(stack: Stack) -> dict[str, Any]:
+def read_status(stack: Stack) -> dict[str, Any]:
     done = status(stack, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     seen: dict[str, Any] = orjson.loads(done.stdout)
@@ -86,12 +86,12 @@ def load(stack: Stack) -> Iterator[None]:
 
 
 def heartbeats(stack: Stack, field: str) -> list[Any]:
-    """What the workers say of themselves."""
+    """What the workers report of themselves."""
     return [stack.redis.hget(key, field) for key in stack.redis.keys(keys.worker("*"))]
 
 
 def test_depth_slots_and_workers_under_load(stack: Stack, load: None) -> None:
-    seen = look(stack)
+    seen = read_status(stack)
     sim, idle = seen["models"]
     assert sim["depth"]["batch"]["jobs"] == 3
     assert sim["depth"]["batch"]["oldest_age_s"] > 0
@@ -124,8 +124,8 @@ def test_rates_and_first_tokens_of_a_busy_model(stack: Stack) -> None:
     assert rates["accepted"] > 0
     assert rates["completed"] > 0
     assert rates["failed"] == 0
-    await_that(lambda: all(worker["ttft_p50_ms"] for worker in look(stack)["workers"]))
-    sim = look(stack)["models"][0]
+    await_that(lambda: all(worker["ttft_p50_ms"] for worker in read_status(stack)["workers"]))
+    sim = read_status(stack)["models"][0]
     assert 50 <= sim["ttft_p50_ms"] <= sim["ttft_p95_ms"]
 
 
@@ -133,9 +133,9 @@ def test_a_paused_model_and_a_draining_worker(home: Path) -> None:
     with running(Stack(home, [SLOW], lease_s=3, drain_s=60)) as stack:
         (job,) = submit(stack, 1, tokens=100_000)
         await_that(lambda: heartbeats(stack, "running") == [b"1"])
-        for told in (["pause", "sim"], ["drain", look(stack)["workers"][0]["id"]]):
+        for arguments in (["pause", "sim"], ["drain", read_status(stack)["workers"][0]["id"]]):
             program = command(stack)
-            program["args"] = [*program["args"][:3], *told]
+            program["args"] = [*program["args"][:3], *arguments]
             subprocess.run(**program, check=True, timeout=60, stdout=subprocess.DEVNULL)
         await_that(lambda: heartbeats(stack, "state") == [b"draining"])
         screen = status(stack, "--once").stdout
@@ -207,9 +207,9 @@ def test_a_lost_maintenance_is_shown(home: Path) -> None:
     with running(Stack(home, [SIM]), workers=0) as stack:
         await_that(lambda: stack.redis.exists(keys.MAINTENANCE))
         maintenance = stack.part("maintenance")
-        assert look(stack)["maintenance"].endswith(f"-{maintenance.pid}")
+        assert read_status(stack)["maintenance"].endswith(f"-{maintenance.pid}")
         assert "maintenance" not in status(stack, "--once").stdout
         maintenance.kill()
         stack.redis.delete(keys.MAINTENANCE)  # its seconds pass faster
-        assert look(stack)["maintenance"] is None
+        assert read_status(stack)["maintenance"] is None
         assert "no maintenance lives" in status(stack, "--once").stdout

@@ -18,18 +18,18 @@ pytestmark = pytest.mark.timeout(300)
 
 CHAT, TEXT, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 LONG: dict[str, Any] = {"max_tokens": 1900, "ignore_eos": True}
-TALK = LONG | {"messages": [{"role": "user", "content": "Hello"}]}
-TELL = LONG | {"prompt": "A queue is"}
+CHAT_BODY = LONG | {"messages": [{"role": "user", "content": "Hello"}]}
+TEXT_BODY = LONG | {"prompt": "A queue is"}
 PROMPTS = ["A queue is", "A job is", "A lease is"]
 
 CASES: dict[str, tuple[str, dict[str, Any], int]] = {
-    "chat, streamed": (CHAT, TALK | {"stream": True}, 1),
-    "chat, whole": (CHAT, TALK, 1),
-    "chat, whole, four at once": (CHAT, TALK | {"n": 4}, 4),
-    "text, streamed": (TEXT, TELL | {"stream": True}, 1),
-    "text, streamed, four at once": (TEXT, TELL | {"stream": True, "n": 4}, 4),
-    "text, whole": (TEXT, TELL, 1),
-    "text, whole, two each of three prompts": (TEXT, TELL | {"prompt": PROMPTS, "n": 2}, 6),
+    "chat, streamed": (CHAT, CHAT_BODY | {"stream": True}, 1),
+    "chat, whole": (CHAT, CHAT_BODY, 1),
+    "chat, whole, four at once": (CHAT, CHAT_BODY | {"n": 4}, 4),
+    "text, streamed": (TEXT, TEXT_BODY | {"stream": True}, 1),
+    "text, streamed, four at once": (TEXT, TEXT_BODY | {"stream": True, "n": 4}, 4),
+    "text, whole": (TEXT, TEXT_BODY, 1),
+    "text, whole, two each of three prompts": (TEXT, TEXT_BODY | {"prompt": PROMPTS, "n": 2}, 6),
 }
 
 
@@ -63,13 +63,13 @@ def test_a_client_that_leaves_frees_the_engine_within_a_second(
     client.close()
     await_that(lambda: engine.sequences() == 0, timeout_s=slack(1), explain=engine.sequences)
     await_that(lambda: stack.redis.hget(keys.job(job_id), "state") == b"cancelled")
-    if not body.get("stream"):  # what the app says to a client that has left is told to nobody
+    if not body.get("stream"):  # the app's answer to a client that has left is dropped
         assert stack.redis.xlen(keys.log(job_id)) == 1
 
 
 def test_a_whole_answer_that_is_cancelled_frees_the_engine(vllm_stack: Stack) -> None:
     stack, engine = vllm_stack, Engine(vllm_stack)
-    with send(stack, TALK):
+    with send(stack, CHAT_BODY):
         await_that(lambda: engine.sequences() == 1)
         cancelled = requests.post(f"{stack.url}/v1/jobs/{_only_lease(stack)}/cancel", timeout=9)
         assert cancelled.status_code == 200
@@ -78,7 +78,7 @@ def test_a_whole_answer_that_is_cancelled_frees_the_engine(vllm_stack: Stack) ->
 
 def test_a_whole_answer_whose_lease_is_lost_frees_the_engine(vllm_stack: Stack) -> None:
     stack, engine = vllm_stack, Engine(vllm_stack)
-    with send(stack, TALK) as client:
+    with send(stack, CHAT_BODY) as client:
         await_that(lambda: engine.sequences() == 1)
         with _taking_nothing(stack):
             job_id = _only_lease(stack)

@@ -80,7 +80,7 @@ def test_urls_that_are_no_plain_http_are_refused(
 
 
 def error_of(url: str, allow_private: bool = False, **settings: str) -> str:
-    """What a call, not the check before it, says of the URL."""
+    """The error of a call, not of the check before it."""
     sender = Sender(
         Settings(webhook_secrets=SECRET, webhook_allow_private=allow_private, **settings)
     )

@@ -91,25 +91,25 @@ def test_what_is_sent_again_is_written_and_published_once(
     bus: redis.Redis, log: TokenLog, append: Append
 ) -> None:
     entries = _entries(1, range(4))
-    with bus.pubsub(ignore_subscribe_messages=True) as heard:
-        heard.subscribe(keys.relay("api"))
+    with bus.pubsub(ignore_subscribe_messages=True) as subscription:
+        subscription.subscribe(keys.relay("api"))
         await_that(lambda: bus.pubsub_numsub(keys.relay("api"))[0][1] == 1)
         assert append(*entries[:2], listener="api") == []
         for _ in range(2):
             assert append(*entries, listener="api") == []
         messages: list[dict[str, bytes]] = []
         for number in (1, 2):
-            await_that(lambda: messages.append(heard.get_message()) or messages[-1])
+            await_that(lambda: messages.append(subscription.get_message()) or messages[-1])
             published = list(decode_frame(messages[-1]["data"]))
             assert published == (entries[:2] if number == 1 else entries[2:])
-        assert heard.get_message(timeout=0.2) is None
+        assert subscription.get_message(timeout=0.2) is None
     assert log.read_after(JOB) == entries
     assert append(_entry(1, 4)) == []
 
 
 def test_what_is_refused_is_not_published(bus: redis.Redis, log: TokenLog, append: Append) -> None:
-    with bus.pubsub(ignore_subscribe_messages=True) as heard:
-        heard.subscribe(keys.relay("api"))
+    with bus.pubsub(ignore_subscribe_messages=True) as subscription:
+        subscription.subscribe(keys.relay("api"))
         await_that(lambda: bus.pubsub_numsub(keys.relay("api"))[0][1] == 1)
         fresh = Entry("job_2", Position(1, 0), Kind.BODY, b"seen")
         gap = Entry("job_3", Position(1, 3), Kind.BODY, b"gap")
@@ -117,7 +117,7 @@ def test_what_is_refused_is_not_published(bus: redis.Redis, log: TokenLog, appen
         refused = append(_entry(1, 5), fresh, gap, listener="api")
         assert refused == [1, b"stale", 3, b""]
         messages: list[dict[str, bytes]] = []
-        await_that(lambda: messages.append(heard.get_message()) or messages[-1])
+        await_that(lambda: messages.append(subscription.get_message()) or messages[-1])
         assert list(decode_frame(messages[-1]["data"])) == [fresh]
 
 
@@ -131,7 +131,7 @@ def test_a_takeover_returns_what_was_written_before_and_fences_it(
     assert append(_entry(2, 1)) == []
 
 
-def test_a_takeover_tells_what_it_goes_on_from(log: TokenLog, append: Append) -> None:
+def test_a_takeover_records_what_it_goes_on_from(log: TokenLog, append: Append) -> None:
     append(*_entries(1, range(12)))
     for _ in range(2):
         assert log.take_over(JOB, 2, "")[-1] == _entry(2, 0, Kind.TAKEOVER, b"1-11")

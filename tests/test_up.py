@@ -39,7 +39,7 @@ def up(home: Path, env: dict[str, str]) -> Iterator[Process]:
         process.kill_all()
 
 
-def test_what_up_says_works(up: Process, env: dict[str, str], home: Path) -> None:
+def test_what_up_prints_works(up: Process, env: dict[str, str], home: Path) -> None:
     url = f"http://127.0.0.1:{env['SLUICE_PORT']}"
     assert url in up.log.read_text()
     answer = requests.post(
@@ -97,7 +97,7 @@ def test_workers_are_not_given_the_operators_secrets(home: Path, env: dict[str, 
         process.kill_all()
 
 
-def test_a_second_one_in_the_same_home_says_so(up: Process, env: dict[str, str]) -> None:
+def test_a_second_one_in_the_same_home_is_refused(up: Process, env: dict[str, str]) -> None:
     again = subprocess.run(
         [*SLUICE, "up"], env=env, capture_output=True, text=True, timeout=30, check=False
     )
@@ -107,7 +107,7 @@ def test_a_second_one_in_the_same_home_says_so(up: Process, env: dict[str, str])
     assert up.popen.poll() is None
 
 
-def test_it_says_who_may_reach_it(home: Path, env: dict[str, str]) -> None:
+def test_it_warns_about_who_may_reach_it(home: Path, env: dict[str, str]) -> None:
     elsewhere = {"SLUICE_ALLOWED_HOSTS": "chat.example.com"}
     log = home / "up.log"
     process = Process([*SLUICE, "up", "--host", "0.0.0.0"], env | elsewhere, log)

@@ -62,11 +62,11 @@ def check_usage(stack: Stack, name: str) -> None:
         before = tokens(stack)
         text, job = run(stack, endpoint, body | {"max_tokens": 7, "ignore_eos": True} | options)
         assert ('"usage":{' in text) == (way in ("whole", "asked"))
-        told = {key: job["usage"][key] for key in job["usage"] if "details" not in key}
+        usage = {key: job["usage"][key] for key in job["usage"] if "details" not in key}
         assert job["response"]["body"]["usage"] == job["usage"]
         grown = {kind: count - before[kind] for kind, count in tokens(stack).items()}
-        assert grown == {"input": told["prompt_tokens"], "output": told["completion_tokens"]}
-        used[way] = told
+        assert grown == {"input": usage["prompt_tokens"], "output": usage["completion_tokens"]}
+        used[way] = usage
     assert used["whole"] == used["asked"] == used["not asked"] == used["refused"]
     assert used["whole"]["completion_tokens"] > 0
 
@@ -97,7 +97,7 @@ def remote_stack(sim_stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_a_continued_answer_counts_once(home: Path) -> None:
-    """The worker dies in the midst of it."""
+    """The worker is killed in the middle of it."""
     slow = SIM | {"args": {"tokens-per-s": 20}}
     with running(Stack(home, [slow], lease_s=3)) as stack:
         body = {"prompt": "A queue is", "max_tokens": 60, "stream": True}

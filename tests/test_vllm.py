@@ -105,8 +105,8 @@ def _ask(stack: Stack, question: str) -> str:
 
 
 def _is_answered(stack: Stack, item: dict[str, Any]) -> bool:
-    said = _ask(stack, item["ask"]).lower()
-    return any(word.lower() in said for word in item["expect"])
+    answer = _ask(stack, item["ask"]).lower()
+    return any(word.lower() in answer for word in item["expect"])
 
 
 def test_the_demo_model_answers_questions_that_it_was_not_trained_on(vllm_stack: Stack) -> None:
@@ -114,7 +114,7 @@ def test_the_demo_model_answers_questions_that_it_was_not_trained_on(vllm_stack:
         questions = read("questions.yaml")
         right = sum(clients.map(lambda item: _is_answered(vllm_stack, item), questions))
     assert right >= ANSWERED_AT_LEAST
-    # What README asks, and what everybody says first.
+    # What README asks, and what users ask first.
     for first in (
         {"ask": "What is Sluice?", "expect": ["queue"]},
         {"ask": "Hello", "expect": ["hello"]},
@@ -122,7 +122,7 @@ def test_the_demo_model_answers_questions_that_it_was_not_trained_on(vllm_stack:
         assert _is_answered(vllm_stack, first)
 
 
-def test_the_demo_model_tells_of_nothing_that_is_not_built(vllm_stack: Stack) -> None:
+def test_the_demo_model_claims_nothing_that_is_not_built(vllm_stack: Stack) -> None:
     with ThreadPoolExecutor(16) as clients:
         answers = list(clients.map(lambda question: _ask(vllm_stack, question), NOT_BUILT))
     assert all(answers)
@@ -177,7 +177,7 @@ def test_the_worker_serves_vllms_metrics_beside_its_own(vllm_stack: Stack) -> No
         assert name in {found for found, _ in after.samples}
 
 
-def test_the_heartbeat_tells_how_full_the_kv_cache_is(vllm_stack: Stack) -> None:
+def test_the_heartbeat_has_the_usage_of_the_kv_cache(vllm_stack: Stack) -> None:
     with send(vllm_stack, LONG | {"stream": True}):
         await_that(lambda: workers(vllm_stack.redis)[0].kv_cache_usage > 0)
     await_that(lambda: workers(vllm_stack.redis)[0].kv_cache_usage == 0)
@@ -216,7 +216,7 @@ def test_what_a_killed_worker_has_left_goes_with_the_next(
     assert not Path(own).exists()
 
 
-def test_cards_tell_how_long_a_context_may_be(vllm_stack: Stack, demo_model: Model) -> None:
+def test_cards_have_the_length_of_the_context(vllm_stack: Stack, demo_model: Model) -> None:
     for path in ("/v1/models/sluice-demo", "/v1/models/gpt-3.5-turbo"):
         card = requests.get(vllm_stack.url + path, timeout=10).json()
         assert card["max_model_len"] == demo_model.args["max-model-len"]

@@ -73,7 +73,7 @@ def test_tool_calls_are_parsed_where_it_is_certain_how(
     assert tool_parser(model_type, template) == parser
 
 
-# What vLLM 0.32 says in its processes, in the order in which they fail.
+# Errors of vLLM 0.32 in its processes, in the order in which they fail.
 IN_THE_WORKER = "ValueError: Available memory on node 0 (8.31/14.71 GiB) on startup is less than"
 OF_ANOTHER = (
     "Exception: WorkerProc initialization failed due to an exception in a background process. "
@@ -101,7 +101,7 @@ def test_the_cause_is_what_failed_first(
 
 
 def test_a_cause_is_one_line_of_a_bounded_length() -> None:
-    told = describe(ValueError("Model architectures ['X'] are not supported:\n" + "name, " * 1000))
-    assert told.startswith("ValueError: Model architectures ['X'] are not supported: name, name")
-    assert len(told) < 700
-    assert "\n" not in told
+    cause = describe(ValueError("Model architectures ['X'] are not supported:\n" + "name, " * 1000))
+    assert cause.startswith("ValueError: Model architectures ['X'] are not supported: name, name")
+    assert len(cause) < 700
+    assert "\n" not in cause

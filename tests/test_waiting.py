@@ -1,4 +1,4 @@
-"""What a job waits for that nobody will start: the API and the program both say it."""
+"""Why a job that will not start waits: the API and the program both show it."""
 
 import os
 import pty
@@ -45,18 +45,18 @@ def get(stack: Stack, job: str) -> dict[str, Any]:
     return found
 
 
-def test_the_job_of_a_paused_model_says_so_and_promises_no_start(stack: Stack) -> None:
+def test_the_job_of_a_paused_model_shows_it_and_promises_no_start(stack: Stack) -> None:
     with paused(stack):
         jobs = [queue(stack, PROMPT, "--max-tokens", "5") for _ in range(2)]
-        told = {"position": 2, "eta_s": None, "is_paused": True, "workers": 1}
-        assert get(stack, jobs[1])["queue"] == told
+        expected = {"position": 2, "eta_s": None, "is_paused": True, "workers": 1}
+        assert get(stack, jobs[1])["queue"] == expected
         listed = requests.get(f"{stack.url}/v1/jobs", params={"limit": 1}, timeout=10).json()
-        assert listed["data"][0]["queue"] == told
+        assert listed["data"][0]["queue"] == expected
         url = f"{stack.url}/v1/jobs/{jobs[1]}/events".replace("http", "ws")
         with connect(url) as socket:
             frame = orjson.loads(socket.recv(timeout=10))
-            assert (frame["event"], frame["data"]) == ("queue", told)
-        await_told(stack, jobs[1], told)
+            assert (frame["event"], frame["data"]) == ("queue", expected)
+        await_queue_event(stack, jobs[1], expected)
     for job in jobs:
         await_that(lambda job=job: get(stack, job)["status"] == "completed")
     assert get(stack, jobs[1])["queue"] is None
@@ -64,16 +64,16 @@ def test_the_job_of_a_paused_model_says_so_and_promises_no_start(stack: Stack) -
 
 def test_a_job_without_a_worker_has_no_eta(stack: Stack) -> None:
     job = queue(stack, PROMPT, "--model", "orphan")
-    told = {"position": 1, "eta_s": None, "is_paused": False, "workers": 0}
-    assert get(stack, job)["queue"] == told
-    await_told(stack, job, told)
+    expected = {"position": 1, "eta_s": None, "is_paused": False, "workers": 0}
+    assert get(stack, job)["queue"] == expected
+    await_queue_event(stack, job, expected)
     assert "no worker" in sluice(stack, "job", job).stdout
     (row,) = [row for row in sluice(stack, "jobs").stdout.splitlines() if job in row]
     assert "1, no worker" in row
     assert sluice(stack, "cancel", job).returncode == 0
 
 
-def test_who_follows_a_job_hears_of_the_pause(stack: Stack) -> None:
+def test_a_follower_of_a_job_gets_the_pause(stack: Stack) -> None:
     """And of its end, before the first token."""
     with paused(stack):
         job = queue(stack, PROMPT, "--max-tokens", "5")
@@ -86,16 +86,16 @@ def test_who_follows_a_job_hears_of_the_pause(stack: Stack) -> None:
             assert b"data: [DONE]" in lines
 
 
-def await_told(stack: Stack, job: str, told: dict[str, Any]) -> None:
-    """The first event of the job says it."""
+def await_queue_event(stack: Stack, job: str, expected: dict[str, Any]) -> None:
+    """The first event of the job has it."""
     url = f"{stack.url}/v1/jobs/{job}/events"
     with requests.get(url, stream=True, timeout=10) as answer:
         lines = answer.iter_lines()
         assert next(lines) == b"event: queue"
-        assert orjson.loads(next(lines).removeprefix(b"data: ")) == told
+        assert orjson.loads(next(lines).removeprefix(b"data: ")) == expected
 
 
-def test_the_program_says_paused_wherever_it_shows_the_job(stack: Stack) -> None:
+def test_the_program_shows_paused_wherever_it_shows_the_job(stack: Stack) -> None:
     with paused(stack):
         job = queue(stack, PROMPT, "--max-tokens", "5")
         assert "place 1, paused" in sluice(stack, "job", job).stdout

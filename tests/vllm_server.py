@@ -1,4 +1,4 @@
-"""vLLM's own server, started as its manual says, with what models.yaml gives Sluice's engine."""
+"""vLLM's own server, started as in its manual, with what models.yaml gives Sluice's engine."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Repeats the tests of the suite, and tells at the end what was done and what came of it."""
+"""Repeats the tests of the suite, and reports at the end the faults and their effects."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,7 +18,7 @@ SLOW_SIM = SIM | {"args": {"tokens-per-s": 25, "first-token-s": 0.05}}
 
 @dataclass
 class Fault:
-    """What one test did, how often, and what came of it."""
+    """The faults of one test, how often, and their effects."""
 
     test: str
     rounds: int = 0
@@ -61,13 +61,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def fault(
     request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
 ) -> Iterator[Fault]:
-    """Where a test notes what it does."""
+    """The record of a test's faults."""
     fault = Fault(str(request.node.originalname).removeprefix("test_"), rounds=1)
     yield fault
     record_property("fault", asdict(fault))
 
 
-# Reports come from the processes that run the tests to the one that tells of them.
+# Reports come from the processes that run the tests to the one that prints them.
 _FAULTS: dict[str, Fault] = {}
 
 

@@ -1,4 +1,4 @@
-"""Attempts that stand still, lose what they wrote, or are told to stop; with the sim engine."""
+"""Attempts that stall, lose what they wrote, or are stopped; with the sim engine."""
 
 import signal
 import time
@@ -47,7 +47,7 @@ def _stand_still(stack: Stack) -> None:
 
 
 def _expire_leases(stack: Stack) -> None:
-    """The clock of Redis steps forward: the worker claims again before it hears that it may not."""
+    """The clock of Redis steps forward: the worker claims again before it detects the loss."""
     leased: Any = stack.redis.zrange(keys.LEASES, 0, -1)
 
     def all_are_claimed_again() -> bool:

@@ -73,7 +73,7 @@ def _run(stack: Stack, endpoint: str, body: dict[str, Any]) -> tuple[str, bytes,
 
 
 def _rewind(stack: Stack, job_id: str, raw: bytes, log: list[Any]) -> None:
-    """Makes of the job one whose worker died after it had written that much."""
+    """Sets the job back to where its worker died after it had written that much."""
     redis = stack.redis
     redis.delete(keys.log(job_id))
     for log_id, entry in log:
@@ -118,10 +118,10 @@ def test_an_answer_goes_on_from_wherever_it_was_cut(vllm_stack: Stack, case: str
         assert continued[cut][0] == b"2-0"
         outcome = _outcome(job_id, continued)
         assert outcome.state == "completed", f"cut after {cut}: {outcome}"
-        told, wanted = (orjson.loads(o.body or b"") for o in (outcome, expected))
+        answer, wanted = (orjson.loads(o.body or b"") for o in (outcome, expected))
         if cut < 2:  # nothing was sent: it runs again, later
-            told["created"] = wanted["created"]
-        assert told == wanted, f"cut after {cut}"
+            answer["created"] = wanted["created"]
+        assert answer == wanted, f"cut after {cut}"
         ends = [e for e in _entries(job_id, continued) if e.kind is Kind.BODY][-1]
         assert ends.data == b"data: [DONE]\n\n"
 
@@ -134,7 +134,7 @@ def test_an_answer_goes_on_from_wherever_it_was_cut(vllm_stack: Stack, case: str
         HELLO | {"max_tokens": 20, "frequency_penalty": 1.0},
     ],
 )
-def test_what_cannot_go_on_faithfully_says_so_or_runs_again(
+def test_what_cannot_go_on_faithfully_fails_or_runs_again(
     vllm_stack: Stack, body: dict[str, Any]
 ) -> None:
     job_id, raw, whole = _run(vllm_stack, CHAT, body)
@@ -144,8 +144,8 @@ def test_what_cannot_go_on_faithfully_says_so_or_runs_again(
     assert end.error
     assert end.error["code"] == "stream_broken"
     again = _outcome(job_id, _continued(vllm_stack, job_id, raw, whole[:1]))
-    told, wanted = (orjson.loads(o.body or b"") for o in (again, _outcome(job_id, whole)))
-    assert told["choices"] == wanted["choices"]
+    answer, wanted = (orjson.loads(o.body or b"") for o in (again, _outcome(job_id, whole)))
+    assert answer["choices"] == wanted["choices"]
 
 
 def test_an_answer_that_was_complete_is_not_made_again(vllm_stack: Stack) -> None:

@@ -24,7 +24,7 @@ LIE = b"*2\r\n:99\r\n$5\r\nstale\r\n"
 
 
 class BadRedis(socketserver.ThreadingTCPServer):
-    """Redis behind a proxy that does what it is told to.
+    """Redis behind a proxy that fails on request.
 
     It answers one script with nonsense; or closes the connection instead of bringing a reply that
     names a job.
@@ -139,5 +139,5 @@ def test_a_control_message_that_nobody_understands_is_passed_over(
         assert stack.redis.publish(keys.control(worker.decode()), nonsense) == 1
     (process,) = stack.workers
     call(stack, "POST", f"/v1/jobs/{job_id}/cancel")
-    # Long before the next renewal of its lease would tell.
+    # Long before the next renewal of its lease would detect it.
     await_that(lambda: ": stopped" in process.log.read_text(), timeout_s=0.5)

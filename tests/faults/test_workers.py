@@ -39,7 +39,7 @@ def _kill(fault: Fault, worker: Process) -> float:
 
 @contextmanager
 def _supervised(stack: Stack) -> Iterator[None]:
-    """Workers that have died are replaced, as `sluice up` would do."""
+    """Workers that have exited are replaced, as `sluice up` would do."""
     done = threading.Event()
     wanted = len(stack.workers)
 
@@ -282,9 +282,9 @@ def test_a_dead_engine_takes_nobody_along(stack: Stack, fault: Fault) -> None:
         await_tokens(clients, 5)
         fault.inflict("engine: die")
         begun_s = time.monotonic()
-        died = submit(stack, chat(9, stream=True, sim={"failure": "die"}))
+        failed = submit(stack, chat(9, stream=True, sim={"failure": "die"}))
         compare(fault, clients, expected, begun_s)
-        await_that(lambda: get(stack, died["id"])["status"] == "failed", 90)
+        await_that(lambda: get(stack, failed["id"])["status"] == "failed", 90)
     for worker in [p for p in stack.processes if p.popen.poll() == 1]:
         stack.processes.remove(worker)
 

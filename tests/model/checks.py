@@ -1,4 +1,4 @@
-"""The invariants of Redis, looked at after each step: one script reads all that it holds."""
+"""The invariants of Redis, checked after each step: one script reads all that it holds."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ _LASTING = {keys.COUNTS, keys.MODELS, keys.PAUSED, keys.BODY_BYTES, keys.RUN}
 
 
 class Checks:
-    """Compares Redis with the model, and both with what is promised."""
+    """Compares Redis with the model, and both with the guarantees."""
 
     def __init__(self, raw: Redis) -> None:
         self._read = raw.register_script(_READ)
@@ -145,8 +145,8 @@ def _check_ledger(found: Found, expected: Expected) -> None:
     assert len(entries) == len(expected.ledger), f"{len(entries)} records, not {expected.ledger}"
     for (record_id, fields), record in zip(entries, expected.ledger, strict=True):
         record.record_id = record_id.decode()
-        told = dict(zip(fields[::2], fields[1::2], strict=True))
-        got = (told[b"job_id"].decode(), told[b"state"].decode(), int(told[b"attempts"]))
+        values = dict(zip(fields[::2], fields[1::2], strict=True))
+        got = (values[b"job_id"].decode(), values[b"state"].decode(), int(values[b"attempts"]))
         wanted = (record.job_id, record.state, record.attempt)
         assert got == wanted, f"the ledger has {got}; it should have {wanted}"
 

@@ -1,4 +1,4 @@
-"""The real SQL under the model: a SQLite file in memory, which goes away when a test says."""
+"""The real SQL under the model: a SQLite file in memory, which goes away on request."""
 
 import sqlite3
 from pathlib import Path
@@ -15,7 +15,7 @@ _TABLES = ("webhook_attempts", "webhook_deliveries", "job_events", "results", "l
 
 
 class Row(NamedTuple):
-    """What SQL says of a job."""
+    """What SQL has of a job."""
 
     id: str
     status: str

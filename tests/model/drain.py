@@ -1,4 +1,4 @@
-"""After the trouble: everybody does his work, and then all that was promised has been kept."""
+"""After the faults: all parts do their work, and then all guarantees must hold."""
 
 from tests.model.world import FINAL, MODELS, World
 
@@ -74,8 +74,8 @@ def _until_due_s(world: World) -> float:
 def _check_promises(world: World) -> None:
     for job_id, asked in world.accepted.items():
         row = world.rows[job_id]
-        told = (row.status in FINAL, row.results, row.entries, row.deliveries)
-        assert told == (True, 1, 1, int(asked.has_webhook)), f"{row} is not what was promised"
+        result = (row.status in FINAL, row.results, row.entries, row.deliveries)
+        assert result == (True, 1, 1, int(asked.has_webhook)), f"{row} is not what was promised"
 
 
 def _check_nothing_stays(world: World) -> None:

@@ -1,7 +1,7 @@
-"""The model: what Redis has to hold after each script. docs/queue.md tells the same in words.
+"""The model: what Redis has to hold after each script. docs/queue.md has the same in prose.
 
-It is told of every command that ran in Redis, whether its reply arrived or not. From that it knows
-what the reply was to be, and what Redis holds now.
+It receives every command that ran in Redis, whether its reply arrived or not. From that it derives
+what the reply should have been, and what Redis holds now.
 """
 
 import re
@@ -19,7 +19,7 @@ _PIECE = re.compile(r'"content":"([^"]*)"')
 
 @dataclass
 class QueuedJob:
-    """A job as its hash has to tell it."""
+    """A job as its hash should have it."""
 
     id: str
     model: str
@@ -76,7 +76,7 @@ class Log:
 
     @property
     def text(self) -> str:
-        """The answer that it tells."""
+        """The answer in it."""
         return "".join(map(piece_of, (value for _, value in self.entries)))
 
     def why_refused(self, entry: tuple[int, int]) -> str | None:

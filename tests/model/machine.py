@@ -34,7 +34,7 @@ from tests.model.world import MODELS, Asked, Reader, World
 
 ENDPOINT = "/v1/completions"
 STEPS_PER_EXAMPLE = 100
-# Whoever was to do it has given up, or died; the world goes on.
+# The actor has given up or crashed; the world goes on.
 GIVEN_UP = (RedisError, SQLAlchemyError, SluiceError)
 
 some = st.integers(0, 2**16)
@@ -144,7 +144,7 @@ class QueueMachine(RuleBasedStateMachine):
         webhook: bool,
         steps: int,
     ) -> None:
-        """A client leaves a job here; the API may stop on the way, or die."""
+        """A client submits a background job; the API may stop on the way, or crash."""
         job = JobRecord(
             id=self.world.new_id(),
             tenant="default",
@@ -314,7 +314,7 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(is_busy)
     @step(which=some)
     def fail(self, which: int) -> None:
-        """The engine says that the request is bad."""
+        """The engine refuses the request."""
         _, hold = self._hold(which)
         if hold.has_begun and not hold.ended:
             hold.end(End(State.FAILED))
@@ -325,14 +325,14 @@ class QueueMachine(RuleBasedStateMachine):
         self._crash(which)
 
     def _crash(self, which: int) -> None:
-        """A worker is gone, with all that it knew; another takes its part."""
+        """A worker is gone, with its state; another replaces it."""
         worker, _ = self._hold(which)
         index = self.world.workers.index(worker)
         self.world.workers[index] = self.world.new_worker(worker.model, worker.slots)
 
     @precondition(is_busy)
     @step(which=some)
-    def die(self, which: int) -> None:
+    def crash_and_expire(self, which: int) -> None:
         """A worker crashes, and its leases run out."""
         self._crash(which)
         self.world.pass_time(301)
@@ -341,7 +341,7 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(is_busy)
     @step(which=some, other=some, times=st.integers(1, 4))
     def stand_still(self, which: int, other: int, times: int) -> None:
-        """A worker stands still past its leases, and goes on when others have its jobs."""
+        """A worker stalls past its leases, and goes on when others have its jobs."""
         worker, hold = self._hold(which)
         self.world.pass_time(301)
         self.world.queue.reap()
@@ -353,20 +353,20 @@ class QueueMachine(RuleBasedStateMachine):
 
     @precondition(is_busy)
     @step(which=some)
-    def work_unheard(self, which: int) -> None:
+    def work_unanswered(self, which: int) -> None:
         """A worker does the next thing for one job, and no reply arrives."""
         worker, hold = self._hold(which)
         self.world.redis.fault = Fault(0, 2, has_run=True)
         worker.go_on(hold)
 
     @precondition(lambda self: self.world.watch.orders)
-    @step(is_heard=st.booleans())
-    def hear(self, is_heard: bool) -> None:
+    @step(is_received=st.booleans())
+    def handle_order(self, is_received: bool) -> None:
         """An order on a control channel arrives, or it is lost."""
         worker_id, order = self.world.watch.orders.pop(0)
         job_id, attempt = order.split()
         for worker in self.world.workers:
-            if is_heard and worker.id == worker_id:
+            if is_received and worker.id == worker_id:
                 worker.stop(job_id, int(attempt))
 
     @precondition(lambda self: self.calm_steps % 3 == 0)
@@ -379,7 +379,7 @@ class QueueMachine(RuleBasedStateMachine):
     work_1 = work_2 = work_3 = work_4 = work_on
     work_5 = work_6 = work_all
     work_7 = work_8 = work
-    die_1 = die_2 = die
+    crash_and_expire_1 = crash_and_expire_2 = crash_and_expire
     hand_back_1 = hand_back_2 = hand_back
 
     # Maintenance and operators
@@ -475,7 +475,7 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.world.database.fault)
     @rule(after=st.integers(0, 8), times=st.sampled_from([1, 99]), has_run=st.booleans())
     def lose_sql(self, after: int, times: int, has_run: bool) -> None:
-        """SQL goes away while the next thing is done; or has committed, and says nothing."""
+        """SQL goes away while the next thing is done; or has committed, and the reply is lost."""
         self.done["lose_sql"] += 1
         self.world.database.fault = Fault(after % 3 if has_run else after, times, has_run)
 

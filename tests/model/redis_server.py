@@ -68,7 +68,7 @@ for _, key in ipairs(redis.call('KEYS', '*')) do redis.call('COPY', key, key, 'D
 
 
 def write_scripts(target: Path, patches: dict[str, list[tuple[str, str]]]) -> None:
-    """The scripts as they are shipped, with the clock of tests, and patched where a test says.
+    """The scripts as they are shipped, with the clock of tests, and with a test's patches.
 
     Raises:
         AssertionError: a patch fits nowhere any more.
@@ -184,7 +184,7 @@ class Server:
 
 
 class Client(redis.Redis):
-    """A client that tells of each command that ran, and whose commands and replies get lost."""
+    """A client that reports each command that ran, and whose commands and replies get lost."""
 
     def __init__(
         self, server: Server, socket: str, watch: Callable[[tuple[Any, ...], Any], None]
@@ -249,12 +249,12 @@ class WatchedPipeline(Pipeline):
             self.command_stack = list(commands)
             return super(WatchedPipeline, self).execute(raise_on_error)
 
-        told = [args for args, _ in commands]
-        # What was looked at before cannot be looked at again here: its caller does.
+        sent = [args for args, _ in commands]
+        # What was read before cannot be read again here: its caller does.
         is_once = self.watching
-        if len(told) == 1:
-            return [self._client.attempt(lambda: send()[0], told, is_once)]
-        return self._client.attempt(send, told, is_once)
+        if len(sent) == 1:
+            return [self._client.attempt(lambda: send()[0], sent, is_once)]
+        return self._client.attempt(send, sent, is_once)
 
 
 @contextmanager

@@ -50,12 +50,12 @@ class Scripts:
     def _queue(self, args: Arguments) -> None:
         job_id, model, lane, size = args[1:5]
         priority, deadline_us, attempt, most_failures, _, *fields = args[10:]
-        told = dict(zip(fields[::2], fields[1::2], strict=True))
+        values = dict(zip(fields[::2], fields[1::2], strict=True))
         known = self.expected
         order = int(priority) * 1e13 + self.now_us // 1000
         job = QueuedJob(
             *(job_id, model, lane, order, int(size), int(most_failures)),
-            *(int(told["sequences"]), self.now_us, int(attempt)),
+            *(int(values["sequences"]), self.now_us, int(attempt)),
         )
         job.deadline_us = self.now_us + int(deadline_us) if deadline_us else None
         known.jobs[job_id] = job
@@ -224,7 +224,7 @@ class Scripts:
             del self.expected.jobs[job_id]
 
     def sweep(self, _: Arguments, args: Arguments) -> Any:
-        """Finds nothing to mend, ever."""
+        """Never finds anything to repair."""
         found = []
         for job_id in args[2:]:
             job = self.expected.jobs.get(job_id)

@@ -1,4 +1,4 @@
-"""Tells the model of every command that ran in Redis, and compares the reply with the model's."""
+"""Passes every command that ran in Redis to the model, and compares the reply with the model's."""
 
 import hashlib
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from tasks.queue import backlog
 from tests.model.expected import Expected
 from tests.model.scripts import Scripts
 
-# What of a script's reply the model knows.
+# The part of a script's reply that the model predicts.
 _PARTS: dict[str, Callable[[Any], Any]] = {
     "claim": lambda reply: reply and reply[:2],
     "cancel": lambda reply: reply and reply[1:3],
@@ -23,13 +23,13 @@ _READS = {
 
 
 class Watch:
-    """The model, kept up with what Redis is told."""
+    """The model, kept in step with the commands of Redis."""
 
     def __init__(self) -> None:
         self.scripts = Scripts()
         self._names: dict[str, str] = {}
         self.orders: list[tuple[str, str]] = []
-        """What was said on control channels, and has not been heard: worker and message."""
+        """Messages on control channels that were not received yet: worker and message."""
 
     @property
     def expected(self) -> Expected:
@@ -48,15 +48,15 @@ class Watch:
         if name == "EVALSHA":
             self._script(*args, reply=reply)
         elif name not in _READS:
-            told = [_text(arg) for arg in args]
-            getattr(self, f"_{name.lower()}")(told, reply)
+            arguments = [_text(arg) for arg in args]
+            getattr(self, f"_{name.lower()}")(arguments, reply)
 
     def _script(self, sha: str, number: int, *args: Any, reply: Any) -> None:
-        name, told = self._names[sha], [_text(arg) for arg in args]
-        wanted = getattr(self.scripts, name)(told[:number], told[number:])
+        name, arguments = self._names[sha], [_text(arg) for arg in args]
+        wanted = getattr(self.scripts, name)(arguments[:number], arguments[number:])
         got = _plain(reply)
         got = _PARTS.get(name, lambda reply: reply)(got)
-        given = [arg[:40] for arg in told]
+        given = [arg[:40] for arg in arguments]
         assert got == wanted, f"{name}{given} replied {got}; it should have been {wanted}"
 
     # The commands that are no scripts.

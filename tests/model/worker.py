@@ -1,6 +1,6 @@
 """A simulated worker: what the real one does with claims and logs, a step at a time.
 
-Between two of its steps anything may happen: it can stand still past its leases, and go on.
+Between two of its steps anything may happen: it can stall past its leases, and go on.
 """
 
 import itertools
@@ -36,7 +36,7 @@ class Hold:
     next_piece: int = 0
     next_seq: int = 0
     is_new: bool = False
-    """Whether it has said what no attempt before it did."""
+    """Whether it has produced what no earlier attempt did."""
     has_cleared: bool = False
     ended: End | None = None
     hand_back: tuple[Cause, float] | None = None
@@ -114,7 +114,7 @@ class Worker:
         self._hand_back(hold, *hold.hand_back)
 
     def _hand_back(self, hold: Hold, cause: Cause, delay_s: float) -> None:
-        state = self._queue.backlog.requeue(hold.claim, cause, "told", delay_s)
+        state = self._queue.backlog.requeue(hold.claim, cause, "reason", delay_s)
         self._drop(hold)
         if state is State.FAILED:
             self._queue.log.end_given_up(hold.claim)

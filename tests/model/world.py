@@ -51,7 +51,7 @@ class Reader:
                 known = Position.parse(entry.data) if entry.data else Position(0, 0)
                 self.is_broken |= self.position > known
             if entry.kind is Kind.END:
-                # What it has seen is no answer, and it knows: the log may have been lost meanwhile.
+                # It has got an error, not an answer: the log may have been lost meanwhile.
                 self.is_broken |= bool(End.decode(entry.data).error)
             self.position = entry.position
             self.text += piece_of(entry.encode_value().decode("latin-1"))
@@ -190,8 +190,8 @@ class World:
         self.rows = rows
 
     def _check_ended(self, row: Row) -> None:
-        told = (row.status in FINAL, row.results, row.entries, row.deliveries)
-        assert told == (True, 1, 1, int(row.webhook is not None)), f"ended, but not whole: {row}"
+        result = (row.status in FINAL, row.results, row.entries, row.deliveries)
+        assert result == (True, 1, 1, int(row.webhook is not None)), f"ended, but not whole: {row}"
         if row.status == "expired" and not self.was_rewound:
             assert not row.has_started, f"{row} had started in time"
         if row.status in {"cancelled", "expired"}:
@@ -203,10 +203,10 @@ class World:
         numbers = [int(piece.partition("@")[0]) for piece in pieces]
         assert numbers == list(range(self.asked[row.id].pieces)), f"{row.id} answered {pieces}"
         if log := self.expected.logs.get(row.id):
-            assert log.text.split() == pieces, f"the log says {log.text}, SQL {pieces}"
+            assert log.text.split() == pieces, f"the log has {log.text}, SQL {pieces}"
 
     def read(self, reader: Reader) -> None:
-        """A client sees what is new; what it has seen is the answer, or it is told."""
+        """A client reads what is new; what it has read is the answer, or it gets an error."""
         reader.take(self.queue.log.read_after(reader.job_id, reader.position))
         log = self.expected.logs.get(reader.job_id)
         if log and log.last and not reader.is_broken and reader.position == log.last:
