@@ -42,16 +42,16 @@ def numbers(path: Path) -> list[int]:
 
 def test_a_log_of_many_megabytes_is_bounded(log: Path, report: Callable[[str], None]) -> None:
     part = Part("writer", [sys.executable, "-c", WRITE_LINES], log, os.environ)
-    told: list[str] = []
+    messages: list[str] = []
     grown = largest = 0
     part.start()
     while part.exit_code() is None:
         time.sleep(0.02)
         grown = max(grown, log.stat().st_size)
-        log_files.rotate(log, told.append)
+        log_files.rotate(log, messages.append)
         largest = max(largest, sum(path.stat().st_size for path in log.parent.iterdir()))
     assert part.exit_code() == 0
-    assert told == []
+    assert messages == []
     kept = [log.with_name(f"{log.name}.{number}") for number in range(KEPT, 0, -1)]
     assert sorted(log.parent.iterdir()) == sorted([log, *kept])
     # It grows between two looks, and while it is copied.
@@ -93,11 +93,11 @@ def test_a_log_that_cannot_be_kept_is_dropped(log: Path) -> None:
     log.write_bytes(bytes(MOST_BYTES))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
-    told: list[str] = []
+    messages: list[str] = []
     try:
-        log_files.rotate(log, told.append)
+        log_files.rotate(log, messages.append)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    (sentence,) = told
+    (sentence,) = messages
     assert "is dropped" in sentence
     assert [(path.name, path.stat().st_size) for path in log.parent.iterdir()] == [(log.name, 0)]

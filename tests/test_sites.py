@@ -1,4 +1,4 @@
-"""Web pages of other sites cannot use the API of whoever opens them."""
+"""Web pages of other sites cannot use the API through their visitors' browsers."""
 
 from collections.abc import Iterator
 from typing import Any
