@@ -13,7 +13,7 @@ from tests.faults.conftest import Fault
 from tests.stack import Stack, await_that
 
 ENDPOINT = "/v1/chat/completions"
-LONGEST_S = 120.0
+LONGEST_S = 240.0
 
 
 def chat(number: int = 0, **options: Any) -> dict[str, Any]:
