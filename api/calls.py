@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
+from pydantic import TypeAdapter, ValidationError
 from werkzeug.datastructures import Headers
 
 from api import limits
@@ -22,6 +23,7 @@ _SEQUENCES = {
     "/v1/completions": ("prompt", ("n", "best_of")),
     "/v1/embeddings": ("input", ()),
 }
+_NUMBER = TypeAdapter(int)
 _SECONDS = re.compile("[0-9]{1,9}")
 _ON_DISCONNECT = ("abort", "continue")
 
@@ -77,9 +79,16 @@ def count_sequences(endpoint: str, document: dict[str, Any]) -> int:
     What is malformed counts as one: the engine refuses it.
     """
     inputs, numbers = _SEQUENCES[endpoint]
-    asked = [document.get(name) for name in numbers]
-    each = max([1, *(number for number in asked if type(number) is int)])
+    each = max([1, *(_read_number(document.get(name)) for name in numbers)])
     return each * _count_inputs(document.get(inputs))
+
+
+def _read_number(given: Any) -> int:
+    """As engines read it, which take "64" and 64.0 for 64."""
+    try:
+        return _NUMBER.validate_python(given)
+    except ValidationError:
+        return 1
 
 
 def _count_inputs(given: Any) -> int:

@@ -24,7 +24,8 @@ COUNTED: list[tuple[str, dict[str, Any], int]] = [
     ("/v1/embeddings", {"input": [1, 2, 3]}, 1),
     ("/v1/embeddings", {"input": [[1], [2]]}, 2),
     ("/v1/embeddings", {"input": [[1]] * 65}, 64),
-    *(("/v1/chat/completions", CHAT | {"n": n}, 1) for n in ("3", 0, -5, None, 2.5, True, [9])),
+    *(("/v1/chat/completions", CHAT | {"n": n}, 3) for n in ("3", 3.0, " 3 ")),
+    *(("/v1/chat/completions", CHAT | {"n": n}, 1) for n in (0, -5, None, 2.5, True, [9], "x")),
 ]
 
 
@@ -41,7 +42,7 @@ def test_a_request_is_counted_by_its_sequences(
 @pytest.mark.parametrize(
     ("endpoint", "body", "param", "number"),
     [
-        ("/v1/chat/completions", CHAT | {"n": 2000}, "n", "2,000"),
+        *(("/v1/chat/completions", CHAT | {"n": n}, "n", "2,000") for n in (2000, "2000", 2e3)),
         ("/v1/completions", {"prompt": ["Once"] * 1024}, "prompt", "1,024"),
         ("/v1/completions", {"prompt": "Once", "best_of": 65}, "n", "65"),
     ],
