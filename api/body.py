@@ -13,6 +13,8 @@ from tasks.errors import BodyTimeoutError, BodyTooLargeError, InvalidRequestErro
 from tasks.settings import get_settings
 
 PIECE_BYTES = 1 << 20
+# Of a chunked body, whose chunks may have a byte each: between two of these others have their turn.
+CHUNKED_PIECE_BYTES = 1 << 12
 # Tools' schemas are the deepest that anybody sends; parsers downstream give up at some hundred.
 MOST_LEVELS = 100
 
@@ -48,11 +50,13 @@ def _read(most_bytes: int) -> bytes:
     """Not by Flask, which takes a chunked body that is too long for one that ends at the bound."""
     pieces: list[bytes] = []
     left = most_bytes
-    while piece := request.environ["wsgi.input"].read(min(PIECE_BYTES, left + 1)):
+    piece_bytes = CHUNKED_PIECE_BYTES if request.content_length is None else PIECE_BYTES
+    while piece := request.environ["wsgi.input"].read(min(piece_bytes, left + 1)):
         left -= len(piece)
         if left < 0:
             raise BodyTooLargeError(most_bytes)
         pieces.append(piece)
+        gevent.sleep(0)
     return b"".join(pieces)
 
 
