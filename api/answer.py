@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from urllib.parse import quote
 
 import orjson
 from flask import Response
@@ -12,6 +13,8 @@ from api.services import Services
 from tasks.errors import RequestTimeoutError, StreamBrokenError
 from tasks.events import End, Entry, Kind, Start
 
+# Of a name, what a header holds as it is.
+_IN_HEADERS = "".join(set(map(chr, range(0x20, 0x7F))) - {"%"})
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -86,7 +89,7 @@ class Answer:
         return respond_again(self.end.error)
 
     def _headers(self) -> dict[str, str]:
-        headers = {"x-sluice-job": self._stream.job_id, "x-sluice-model": self._model}
+        headers = {"x-sluice-job": self._stream.job_id, "x-sluice-model": as_header(self._model)}
         if self.head is None:
             return headers
         passed_on = {n: v for n, v in self.head.headers if n not in NOT_PASSED_ON}
@@ -182,6 +185,11 @@ class Answer:
                 self.end = End.failed(StreamBrokenError())
                 break
         return b"".join(pieces)
+
+
+def as_header(name: str) -> str:
+    """A model's name as headers can hold it: what is not ASCII in the form of URLs."""
+    return quote(name, safe=_IN_HEADERS)
 
 
 def event_stream(events: Iterator[bytes]) -> Response:

@@ -8,6 +8,7 @@ import gevent
 import orjson
 from flask import Response
 
+from api.answer import as_header
 from api.errors import respond_again
 from api.job_stream import ENTRIES_AT_ONCE
 from api.services import Services
@@ -76,7 +77,7 @@ def stored_response(services: Services, tenant: str, job_id: str) -> Response:
     else:
         response = Response(result.body, result.status_code, content_type="application/json")
     response.headers["x-sluice-job"] = job_id
-    response.headers["x-sluice-model"] = found[0].model
+    response.headers["x-sluice-model"] = as_header(found[0].model)
     response.headers["x-sluice-attempts"] = str(found[0].attempts)
     return response
 

@@ -119,8 +119,8 @@ def _of_call(call: Call) -> dict[str, Any]:
 
 
 def _accept(services: Services, job: JobRecord) -> Response:
-    job_id = services.acceptance.accept(job)
     prefer = Preference.read(request.headers)
+    job_id = services.acceptance.accept(job)
     if job_id != job.id or prefer.wait_s:
         return _answer(services, job_id, prefer.wait_s)
     return _respond(of_record(job, None), 202)
@@ -157,7 +157,9 @@ def _page(services: Services, query: schemas.JobQuery) -> list[dict[str, Any]]:
     """One job more than asked for, if there are so many."""
     found: list[dict[str, Any]] = []
     after, wanted = query.after, query.limit + 1
-    url, terms = services.settings.database_url, {"model": query.model, "status": query.status}
+    named = services.catalog.names.get(query.model or "")
+    model = named.name if named else query.model
+    url, terms = services.settings.database_url, {"model": model, "status": query.status}
     for look in range(MOST_LOOKS):
         limit = max(wanted, ROWS_AT_A_LOOK if look else 0)
         rows = records.page(url, TENANT, **terms, after=after, limit=limit)
