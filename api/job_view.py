@@ -15,7 +15,7 @@ from api.services import Services
 from db import jobs
 from db.models import JobRecord, JobResult
 from tasks.depth import Place, places
-from tasks.errors import JobNotFoundError, SluiceError
+from tasks.errors import JobNotFoundError, KeyInUseError, SluiceError
 from tasks.events import Kind
 from tasks.message import Lane, Snapshot, State
 from tasks.response import Outcome, assemble
@@ -66,11 +66,11 @@ def stored_response(services: Services, tenant: str, job_id: str) -> Response:
     """What an ended job answered, or the error that it ended with, as HTTP.
 
     Raises:
-        JobNotFoundError: it is not known.
+        KeyInUseError: it is not known yet, for its key is asked for by two at once.
     """
     found = jobs.get(services.settings.database_url, tenant, job_id)
     if found is None or found[1] is None:
-        raise JobNotFoundError
+        raise KeyInUseError
     result = found[1]
     if result.body is None or result.status_code is None:
         response = respond_again({"error": result.error or SluiceError().body()["error"]})

@@ -293,7 +293,7 @@ def _again(known: Snapshot | None, stored: JobRecord | None, body: bytes) -> Job
         lane=old.lane,
         created_at=datetime.now(UTC),
         request=body,
-        sequences=count_sequences(old.endpoint, read_object(body)),
+        sequences=stored.sequences if stored else count_sequences(old.endpoint, read_object(body)),
         priority=stored.priority if stored else 0,
         deadline_s=stored.deadline_s if stored else None,
         webhook=stored.webhook if stored else None,

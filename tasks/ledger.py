@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import orjson
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DataError, SQLAlchemyError
 
 from db import jobs, migrate
 from db.jobs import Change
@@ -140,7 +140,7 @@ class Recorder:
         while is_full:
             batch: Any = self._redis.xrange(keys.LEDGER, start, count=RECORDS_AT_ONCE)
             changes, done = self._read(batch)
-            ended += jobs.apply(self._url, changes)
+            ended += self._apply(changes)
             if done:
                 self._note_presence()
                 self._settle([change.job.id for change in changes if change.result])
@@ -149,6 +149,16 @@ class Recorder:
             if batch:
                 start = "(" + batch[-1][0].decode()
         return ended
+
+    def _apply(self, changes: list[Change]) -> int:
+        """Writes the changes; what the database cannot hold is left out, and nothing else."""
+        try:
+            return jobs.apply(self._url, changes)
+        except (DataError, OverflowError) as refused:
+            if len(changes) > 1:
+                return sum(self._apply([change]) for change in changes)
+            log.error("ledger: job %s dropped: %s", changes[0].job.id, refused)
+            return 0
 
     def _settle(self, job_ids: Sequence[str]) -> None:
         """Only now that SQL has them may jobs and their logs expire."""

@@ -152,8 +152,15 @@ def terms(job: JobRecord, dispatches: int = 0) -> Terms:
         deadline_s=left_s,
         idempotency_key=job.idempotency_key or "",
         fingerprint=job.fingerprint or "",
-        first_attempt=dispatches * ATTEMPTS_PER_DISPATCH,
+        first_attempt=_first_attempt(job, dispatches),
     )
+
+
+def _first_attempt(job: JobRecord, dispatches: int) -> int:
+    """Above all that have been: its log may live on another Redis, and refuses older ones."""
+    if dispatches == 0:
+        return 0
+    return max(dispatches * ATTEMPTS_PER_DISPATCH, job.attempts + ATTEMPTS_PER_DISPATCH)
 
 
 def _id_at(ago_s: float) -> str:

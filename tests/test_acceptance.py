@@ -95,6 +95,18 @@ def test_every_202_is_of_a_job_that_is_known_also_when_the_lane_fills(stack: Sta
         assert requests.get(f"{stack.url}/v1/jobs/{job_id}", timeout=30).json()["id"] == job_id
 
 
+def test_an_accepted_job_goes_on_above_the_attempts_that_its_log_knows(
+    queue: Jobs, url: str
+) -> None:
+    """The logs' Redis had them yet; the queue's had lost all."""
+    record = job(attempts=3_600_000)
+    records.accept(url, [record])
+    assert Reconciler(queue, url).reconcile() == 1
+    claim = queue.backlog.claim("sim", "w")
+    assert claim
+    assert claim.attempt > 3_600_000
+
+
 def test_one_jobs_trouble_does_not_stop_the_reconciler(queue: Jobs, url: str) -> None:
     """A key that a chat took meanwhile, and a lane that is full, held up all later jobs."""
     troubled = job(1, idempotency_key="k", fingerprint="f")

@@ -127,6 +127,22 @@ def test_each_end_of_a_job_is_recorded(backlog: Backlog, database_url: str) -> N
     assert backlog.redis.xlen(keys.LEDGER) == 0
 
 
+def test_what_the_database_cannot_hold_does_not_hold_up_the_others(
+    backlog: Backlog, database_url: str
+) -> None:
+    odd, sound = run(backlog), run(backlog)
+    for claim in (odd, sound):
+        assert backlog.finish(claim, State.COMPLETED)
+        end_log(backlog, claim.job.id, State.COMPLETED)
+    for record_id, fields in backlog.redis.xrange(keys.LEDGER):
+        if fields[b"job_id"].decode() == odd.job.id:
+            backlog.redis.xdel(keys.LEDGER, record_id)
+            backlog.redis.xadd(keys.LEDGER, fields | {b"attempts": 2**63})
+    recorder_of(backlog, database_url).record()
+    assert sound.job.id in {entry.job_id for entry in entries(database_url)}
+    assert backlog.redis.xlen(keys.LEDGER) == 0
+
+
 def test_a_job_that_was_cancelled_at_its_end_is_recorded_with_the_end_that_counts(
     backlog: Backlog, database_url: str
 ) -> None:

@@ -6,8 +6,8 @@ import orjson
 import pytest
 
 from tasks import keys
-from tests.stack import Stack
-from tests.test_jobs import CHAT, call, submit
+from tests.stack import Stack, await_that
+from tests.test_jobs import CHAT, call, in_sql, submit, wait
 
 COUNTED: list[tuple[str, dict[str, Any], int]] = [
     ("/v1/chat/completions", CHAT, 1),
@@ -37,6 +37,21 @@ def test_a_request_is_counted_by_its_sequences(
     submitted = submit(sim_stack, body, endpoint=endpoint)["id"]
     for job_id in (answered.headers["x-sluice-job"], submitted):
         assert sim_stack.redis.hget(keys.job(job_id), "sequences") == str(sequences).encode()
+
+
+def test_a_job_that_is_sent_again_takes_what_it_took_before(sim_stack: Stack) -> None:
+    """65 inputs to embed took 64 slots, and 65 the second time, which no worker had."""
+    sim_stack.redis.sadd(keys.PAUSED, "sim")
+    try:
+        body = {"input": [[1]] * 65}
+        first = submit(sim_stack, body, endpoint="/v1/embeddings")["id"]
+        assert call(sim_stack, "POST", f"/v1/jobs/{first}/cancel").status_code == 200
+        await_that(lambda: in_sql(sim_stack, first))
+        again = call(sim_stack, "POST", f"/v1/jobs/{first}/retry").json()["id"]
+        assert sim_stack.redis.hget(keys.job(again), "sequences") == b"64"
+    finally:
+        sim_stack.redis.srem(keys.PAUSED, "sim")
+    assert wait(sim_stack, again).json()["status"] in ("completed", "failed")
 
 
 @pytest.mark.parametrize(

@@ -118,8 +118,8 @@ HOLES = {
     ),
     "records leave Redis before SQL has them": Hole(
         (Recorder, "_record"),
-        "ended += jobs.apply(self._url, changes)",
-        "self._redis.xdel(keys.LEDGER, *done, '0-1'); ended += jobs.apply(self._url, changes)",
+        "ended += self._apply(changes)",
+        "self._redis.xdel(keys.LEDGER, *done, '0-1'); ended += self._apply(changes)",
     ),
     "a job is recorded with an end that does not count": Hole(
         (Recorder, "_outcome"),
