@@ -61,9 +61,13 @@ def read_depths(models: Sequence[str], reply: Sequence[int]) -> dict[tuple[str, 
 
 
 def depth(redis: Redis, model: str) -> Depth:
-    """Jobs that wait for the model, and the age of the oldest one."""
-    lanes = depths(redis, [model]).values()
-    return Depth(sum(lane.jobs for lane in lanes), max(lane.oldest_age_s for lane in lanes))
+    """Jobs that wait for the model, and the age of the oldest one.
+
+    Below 0, which `depths` does not show: Redis's clock was set back since all of them were queued.
+    """
+    reply = ask_depths(redis, [model])
+    ages_ms = [age_ms for jobs, age_ms in zip(reply[::2], reply[1::2], strict=True) if jobs]
+    return Depth(sum(reply[::2]), max(ages_ms, default=0) / 1000)
 
 
 def places(redis: Redis, queued: Sequence[Snapshot]) -> list[Place | None]:

@@ -1,4 +1,4 @@
-"""Maintenance: a Celery worker with beat; jobs of dead workers, lost tickets, the ledger.
+"""Maintenance: a Celery worker with a schedule; jobs of dead workers, lost tickets, the ledger.
 
 A thread beside it calls webhooks (deliveries.py). Two may run: every task is atomic in Redis or
 SQL, and doing it twice changes nothing.
@@ -10,9 +10,15 @@ import math
 import os
 import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from celery.beat import EmbeddedService
+import orjson
+from celery import Celery
+from kombu.exceptions import OperationalError
+from redis import Redis
+from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
 from db import reach
@@ -38,6 +44,10 @@ RECONCILE_INTERVAL_S = 5.0
 SWEEP_INTERVAL_S = 1.0
 RETENTION_INTERVAL_S = 60.0
 ALERT_INTERVAL_S = 5.0
+
+# Between two looks at what is due; after an error, until the next try.
+SHORTEST_LOOK_S = 0.02
+LONGEST_LOOK_S = 1.0
 
 # How long maintenance counts as alive after a round of the reaper.
 SHOWN_ROUNDS = 5
@@ -143,6 +153,67 @@ def look_for_alerts() -> None:
         _alerter().look()
 
 
+class Schedule:
+    """Sends each task whenever its interval has passed; one per process.
+
+    Celery's beat goes by the host's clock: set back by an hour, it sends nothing for an hour. The
+    time at which a message expires would be the host's too; instead, a task is not sent while it
+    still waits in the queue, whoever has sent it. So no more than one round is ever caught up with.
+    """
+
+    def __init__(self, celery: Celery, redis: Redis, intervals_s: Mapping[str, float]) -> None:
+        self._celery = celery
+        self._redis = redis
+        self._intervals_s = intervals_s
+        # After a restart all is due.
+        self._due_s = dict.fromkeys(intervals_s, time.monotonic())
+        self._is_away = False
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name="schedule", daemon=True)
+
+    def start(self) -> None:
+        """Begins to send."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Sends no more."""
+        self._is_stopping = True
+        self._thread.join(2 * LONGEST_LOOK_S)
+
+    def _run(self) -> None:
+        while not self._is_stopping:
+            wait_s = LONGEST_LOOK_S
+            try:
+                self._send_due()
+                wait_s = min(self._due_s.values()) - time.monotonic()
+            except (RedisError, OperationalError, OSError) as away:
+                if not self._is_away:
+                    log.warning("maintenance: Redis is away, no tasks are sent: %s", away)
+                self._is_away = True
+            except Exception:
+                # Without this thread no job of a dead worker is handed on.
+                log.exception("maintenance: tasks were not sent")
+            time.sleep(min(max(wait_s, SHORTEST_LOOK_S), LONGEST_LOOK_S))
+
+    def _send_due(self) -> None:
+        due = [name for name, due_s in self._due_s.items() if due_s <= time.monotonic()]
+        if not due:
+            return
+        waiting = self._waiting()
+        for name in due:
+            if name not in waiting:
+                self._celery.send_task(name, queue=MAINTENANCE_QUEUE)
+            self._due_s[name] = time.monotonic() + self._intervals_s[name]
+        if self._is_away:
+            log.info("maintenance: Redis is back")
+        self._is_away = False
+
+    def _waiting(self) -> set[str]:
+        """The tasks in the queue that no worker has taken yet."""
+        messages: Any = self._redis.lrange(keys.CELERY_PREFIX + MAINTENANCE_QUEUE, 0, -1)
+        return {orjson.loads(message)["headers"]["task"] for message in messages}
+
+
 def run() -> int:
     """Runs maintenance until a signal; returns the exit code."""
     settings = get_settings()
@@ -155,7 +226,7 @@ def run() -> int:
         refuse_lasting(database_trouble(failure, settings))
     os.nice(NICENESS)
     celery = get_celery()
-    schedule = {}
+    intervals_s = {}
     for task, interval_s in (
         (reap, settings.reap_interval_s),
         (reissue_tickets, REISSUE_INTERVAL_S),
@@ -167,12 +238,11 @@ def run() -> int:
     ):
         name = f"sluice.{task.__name__}"
         celery.task(task, name=name, shared=False)
-        # A task that was not run in time is worth nothing: the next one does its work.
-        options = {"queue": MAINTENANCE_QUEUE, "expires": interval_s}
-        schedule[name] = {"task": name, "schedule": interval_s, "options": options}
-    celery.conf.update(beat_schedule=schedule, worker_redirect_stdouts=False)
-    # In this process, in which it dies too, and without a file: after a restart all is due.
-    EmbeddedService(celery, thread=True, scheduler_cls="celery.beat:Scheduler").start()
+        intervals_s[name] = interval_s
+    celery.conf.update(worker_redirect_stdouts=False)
+    # In this process, in which it dies too.
+    schedule = Schedule(celery, _jobs().backlog.redis, intervals_s)
+    schedule.start()
     worker = celery.Worker(
         queues=[MAINTENANCE_QUEUE],
         pool_cls="threads",
@@ -187,5 +257,6 @@ def run() -> int:
     deliverer = Deliverer(settings, _jobs().backlog.redis)
     deliverer.start()
     worker.start()
+    schedule.stop()
     deliverer.stop()
     return int(worker.exitcode or 0)

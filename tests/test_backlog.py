@@ -13,8 +13,9 @@ from tasks import keys
 from tasks.app import TICKET, TicketAMQP
 from tasks.backlog import MOST_TICKETS, Backlog, Finished
 from tasks.counts import Counted, Happening, read
-from tasks.depth import depth, places
+from tasks.depth import Depth, depth, depths, places
 from tasks.errors import BacklogBytesError, IdempotencyError, OverloadedError
+from tasks.jobs import Jobs
 from tasks.message import Cause, Job, Lane, State, Terms
 from tasks.settings import Settings
 from tests.stack import Stack, await_that
@@ -406,6 +407,21 @@ def test_tickets_do_not_pile_up_without_a_worker(backlog: Backlog) -> None:
     for _ in range(MOST_TICKETS + 20):
         queue.submit(_job())
     assert queue.redis.llen(keys.tickets("m")) == MOST_TICKETS
+
+
+def test_a_lost_ticket_is_issued_again_after_the_clock_of_redis_was_set_back(
+    backlog: Backlog,
+) -> None:
+    """A step back of a day: jobs of before it will be queued tomorrow, so they have no age."""
+    job = _job()
+    backlog.submit(job)
+    backlog.redis.delete(keys.tickets("m"))
+    place = keys.backlog("m", Lane.INTERACTIVE)
+    backlog.redis.zincrby(place, 24 * 3600 * 1000, job.id)
+    queue = Jobs(backlog.redis, backlog.redis, SETTINGS)
+    assert queue.reissue_tickets() == 1
+    assert queue.reissue_tickets() == 0
+    assert depths(backlog.redis, ["m"])["m", Lane.INTERACTIVE] == Depth(1, 0)
 
 
 def test_a_claim_wakes_the_next_slot_when_all_tickets_are_gone(backlog: Backlog) -> None:

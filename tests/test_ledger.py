@@ -2,25 +2,26 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from db import reading
+from db import jobs, reading
+from db.jobs import Change
 from db.models import JobResult
 from tasks import dead, keys
-from tasks.backlog import Backlog
+from tasks.backlog import Backlog, load_script
 from tasks.connections import connect
 from tasks.errors import JobCancelledError
-from tasks.events import End
+from tasks.events import End, Entry, Kind, Position, Start
 from tasks.jobs import Jobs
 from tasks.ledger import RECORDS_AT_ONCE, Recorder
 from tasks.message import Claim, Job, State
 from tasks.settings import Settings
-from tasks.token_log import TokenLog
+from tasks.token_log import Addressed, TokenLog, append_arguments
 from tests.conftest import SIM
 from tests.postgres import Postgres
 from tests.stack import Stack, await_that
@@ -183,6 +184,37 @@ def test_one_round_moves_all_records(backlog: Backlog, database_url: str) -> Non
     ids = {cancel(backlog) for _ in range(number)}
     assert recorder_of(backlog, database_url).record() == number
     assert {e.job_id for e in entries(database_url)} == ids
+    assert backlog.redis.xlen(keys.LEDGER) == 0
+
+
+def test_large_answers_are_recorded_a_few_at_a_time(
+    backlog: Backlog, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = b'{"text": "' + 1000 * b"x" + b'"}'
+    append = load_script(backlog.redis, "append")
+    for _ in range(20):
+        claim = run(backlog)
+        parts = [(Kind.START, Start(200, [], 0, 1).encode()), (Kind.BODY, answer)]
+        log = [
+            Addressed(Entry(claim.job.id, Position(1, seq), *part), "")
+            for seq, part in enumerate(parts)
+        ]
+        assert not append(**append_arguments(log, Settings(**SETTINGS)))
+        assert backlog.finish(claim, State.COMPLETED)
+        end_log(backlog, claim.job.id, State.COMPLETED)
+    written, write = [], jobs.apply
+
+    def apply(url: str, changes: Sequence[Change]) -> int:
+        written.append(sum(len(c.result.body or b"") for c in changes if c.result))
+        return write(url, changes)
+
+    monkeypatch.setattr(jobs, "apply", apply)
+    queue = Jobs(backlog.redis, backlog.redis, Settings(**SETTINGS))
+    recorder = Recorder(queue, database_url, bytes_at_once=3000)
+    assert recorder.record() == 20
+    assert sum(written) == 20 * len(answer)
+    assert max(written) <= 3000 + len(answer)
+    assert len(entries(database_url)) == 20
     assert backlog.redis.xlen(keys.LEDGER) == 0
 
 
