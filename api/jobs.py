@@ -89,7 +89,7 @@ def submit() -> Response:
         fingerprint=fingerprint("/v1/jobs", body),
     )
     if wanted.webhook:
-        check_webhook(wanted.webhook, services.settings)
+        check_webhook(wanted.webhook, services.settings, services.lookups.ask)
     return _accept(services, job)
 
 

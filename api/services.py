@@ -7,6 +7,7 @@ from flask import current_app
 from redis import Redis
 
 from api.acceptance import Acceptance
+from api.lookups import Lookups
 from api.places import Places
 from api.relay import Relay
 from tasks.connections import connect
@@ -29,6 +30,7 @@ class Services:
     relay: Relay
     places: Places
     acceptance: Acceptance
+    lookups: Lookups
     started_s: int
 
     @classmethod
@@ -42,8 +44,8 @@ class Services:
         acceptance = Acceptance(jobs, settings.database_url)
         for part in (relay, places, acceptance):
             part.start()
-        now_s = int(time.time())
-        return cls(settings, get_catalog(), redis, jobs, relay, places, acceptance, now_s)
+        now_s, catalog = int(time.time()), get_catalog()
+        return cls(settings, catalog, redis, jobs, relay, places, acceptance, Lookups(), now_s)
 
 
 def get_services() -> Services:
