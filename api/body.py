@@ -14,7 +14,7 @@ from tasks.settings import get_settings
 
 PIECE_BYTES = 1 << 20
 # Of a chunked body, whose chunks may have a byte each: between two of these others have their turn.
-CHUNKED_PIECE_BYTES = 1 << 12
+CHUNKED_PIECE_BYTES = 1 << 8
 # Tools' schemas are the deepest that anybody sends; parsers downstream give up at some hundred.
 MOST_LEVELS = 100
 

@@ -147,16 +147,15 @@ def test_a_body_in_pieces_of_a_byte_holds_up_nobody(stack: Stack) -> None:
     """One upload in a million chunks stopped all streams of the process for a minute."""
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     head += b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
-    begun_s = time.monotonic()
     with (
         socket.create_connection(("127.0.0.1", stack.api_ports[0]), timeout=60) as client,
         measured_silence(stack) as took_s,
     ):
         client.sendall(head + b"1\r\nx\r\n" * 1_000_000 + b"0\r\n\r\n")
         assert client.recv(65536).startswith(b"HTTP/1.1 400 ")
-        whole_s = time.monotonic() - begun_s
-    # Whatever the machine: a small part of the time in which the body is read.
-    assert max(took_s) < whole_s / 4
+        answered = len(took_s)
+    # Whatever the machine: others are answered again and again while the body is read.
+    assert answered > 20
 
 
 def write_log(stack: Stack, job_id: str, entries: list[Entry]) -> None:
