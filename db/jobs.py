@@ -106,6 +106,15 @@ def still_open(url: str, after: str, limit: int) -> dict[str, int]:
         return dict(session.execute(query).all())
 
 
+def open_among(url: str, job_ids: Sequence[str]) -> list[str]:
+    """Those of the jobs that have not ended."""
+    if not job_ids:
+        return []
+    query = select(JobRecord.id).where(JobRecord.id.in_(job_ids), JobRecord.completed_at.is_(None))
+    with reading(url) as session:
+        return list(session.scalars(query))
+
+
 def load(url: str, job_id: str) -> JobRecord | None:
     """The job, whoever's it is."""
     with reading(url) as session:

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from redis import Redis
 
@@ -264,15 +264,21 @@ class Backlog:
         """Forgets an accepted job that ended without an answer: the reconciler queues it again."""
         self._forget(args=[job_id, attempt])
 
-    def sweep(self, job_ids: Sequence[str], *, place: str = "", is_open: bool = False) -> list[str]:
+    def sweep(
+        self,
+        job_ids: Sequence[str],
+        *,
+        place: str = "",
+        in_sql: Literal["", "open", "still open"] = "",
+    ) -> list[str]:
         """Mends what does not fit (lua/sweep.lua); returns what was found, for each job.
 
-        They are the members of the zset `place` if it is given. `is_open`: SQL says that they have
-        not ended.
+        They are the members of the zset `place` if it is given. `in_sql`: SQL says that they have
+        not ended; and says so still, after they were found "doubtful".
         """
         if not job_ids:
             return []
-        found = self._sweep(args=[place, int(is_open), *job_ids])
+        found = self._sweep(args=[place, in_sql, *job_ids])
         return [kind.decode() for kind in found]
 
     def send_tickets(self, model: str, number: int = 1) -> None:

@@ -84,8 +84,12 @@ class Reconciler:
         dispatches = jobs.still_open(self._url, after, self._jobs_at_once)
         ids = list(dispatches)
         old = [job_id for job_id in ids if job_id < _id_at(OLD_ENOUGH_S)]
-        found = self._queue.backlog.sweep(old, is_open=True)
+        found = self._queue.backlog.sweep(old, in_sql="open")
         lost = [job_id for job_id, kind in zip(old, found, strict=True) if kind == "missing"]
+        doubtful = [job_id for job_id, kind in zip(old, found, strict=True) if kind == "doubtful"]
+        # They have been recorded since SQL was asked; if not, SQL has lost it.
+        unrecorded = jobs.open_among(self._url, doubtful)
+        self._queue.backlog.sweep(unrecorded, in_sql="still open")
         last = ids[-1] if len(ids) == self._jobs_at_once else ""
         return {job_id: dispatches[job_id] for job_id in lost}, last
 

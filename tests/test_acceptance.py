@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import requests
+from sqlalchemy import delete, select, update
 
 from db import jobs as records
-from db import migrate
+from db import migrate, reading, writing
 from db.dead import replace
-from db.models import JobRecord
+from db.models import JobEvent, JobRecord, JobResult, LedgerEntry
 from db.webhooks import attempts_of
-from tasks import keys
+from tasks import counts, keys
 from tasks.connections import connect
+from tasks.counts import Counted
 from tasks.events import End, Entry, Kind, Position, Start
 from tasks.jobs import Jobs
 from tasks.ledger import LONGEST_END_S, Recorder
@@ -179,6 +181,51 @@ def test_what_sql_does_not_have_yet_does_not_expire(queue: Jobs, url: str) -> No
     assert found
     assert found[1]
     assert found[1].body == b'{"answer": 1}'
+
+
+def _repairs(queue: Jobs) -> int:
+    found: Any = queue.backlog.redis.hgetall(keys.COUNTS)
+    return sum(n for what, n in counts.read(found).items() if what.what is Counted.REPAIRS)
+
+
+def test_a_job_that_is_recorded_while_the_reconciler_looks_is_not_recorded_again(
+    queue: Jobs, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = job()
+    records.accept(url, [record])
+    complete(queue, record)
+    look = records.still_open
+
+    def look_and_record(url: str, after: str, limit: int) -> dict[str, int]:
+        found = look(url, after, limit)
+        assert Recorder(queue, url).record() == 1
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "still_open", look_and_record)
+        assert Reconciler(queue, url).reconcile() == 0
+    assert _repairs(queue) == 0
+    assert queue.backlog.redis.xlen(keys.LEDGER) == 0
+    with reading(url) as session:
+        states = list(session.scalars(select(JobEvent.state).order_by(JobEvent.at)))
+    assert states == ["in_progress", "completed"]
+
+
+def test_an_end_that_sql_has_lost_is_recorded_again(queue: Jobs, url: str) -> None:
+    """A database that was restored from a backup of before it."""
+    record = job()
+    records.accept(url, [record])
+    complete(queue, record)
+    recorder = Recorder(queue, url)
+    assert recorder.record() == 1
+    with writing(url) as session:
+        session.execute(delete(LedgerEntry))
+        session.execute(delete(JobResult))
+        session.execute(update(JobRecord).values(completed_at=None, status="queued"))
+    assert Reconciler(queue, url).reconcile() == 0
+    assert _repairs(queue) == 1
+    assert recorder.record() == 1
+    assert records.still_open(url, "", 9) == {}
 
 
 def _age_records(queue: Jobs) -> None:
