@@ -30,6 +30,7 @@ class Server:
     def __init__(self) -> None:
         self.url = ""
         self.requests: list[tuple[str, bytes]] = []
+        self.headers = b""
         self.events = [b"data: one\n\n", b"data: [DONE]\n\n"]
         self.goes_on = asyncio.Event()
         self.client_left = asyncio.Event()
@@ -64,7 +65,7 @@ class Server:
         if self.is_silent:
             await reader.read(1)  # returns when the client has left
             return
-        writer.write(b"HTTP/1.1 418 Teapot\r\ncontent-type: text/event-stream\r\n")
+        writer.write(b"HTTP/1.1 418 Teapot\r\ncontent-type: text/event-stream\r\n" + self.headers)
         writer.write(b"transfer-encoding: chunked\r\nconnection: keep-alive\r\n\r\n")
         first, *others = (b"%x\r\n%b\r\n" % (len(event), event) for event in self.events)
         writer.write(first)
@@ -133,7 +134,8 @@ data: {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 1}}\r
 data: [DONE]
 
 : no end"""
-WITHOUT_USAGE = re.sub(rb'data: {"choices": \[\].*?\r\n\r\n', b"", STREAMED, flags=re.DOTALL)
+TOLD = STREAMED.replace(b"\r", b"").removesuffix(b": no end")
+WITHOUT_USAGE = re.sub(rb'data: {"choices": \[\].*?\n\n', b"", TOLD, flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
@@ -159,8 +161,43 @@ async def test_usage_is_asked_for_and_told_to_who_asked(
     async with remote(server.url) as engine:
         answer = await post(engine, json.dumps({"stream": True} | options).encode())
     assert json.loads(server.requests[0][1])["stream_options"] == asked
-    assert answer.content == (STREAMED if is_told else WITHOUT_USAGE)
+    assert answer.content == (TOLD if is_told else WITHOUT_USAGE)
     assert tape.total() == (3, 1)
+
+
+MEGABYTE = b"x" * 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("events", "why"),
+    [
+        ([b"data: ", *[MEGABYTE] * 11], "longer than 10,000,000 bytes"),
+        ([b"data: " + MEGABYTE + b"\n"] * 11, "longer than 10,000,000 bytes"),
+        ([b": " + MEGABYTE] * 11, "longer than 10,000,000 bytes"),
+        ([b'data: {}\n\ndata: {"a'], "in the midst of an event"),
+    ],
+)
+async def test_an_event_without_an_end_breaks_the_stream(
+    server: Server, events: list[bytes], why: str
+) -> None:
+    server.events = events
+    async with remote(server.url) as engine:
+        with pytest.raises(StreamBrokenError, match=why):
+            await post(engine)
+    await asyncio.wait_for(server.client_left.wait(), 2)
+
+
+async def test_many_long_events_go_through(server: Server) -> None:
+    server.events = [b"data: " + MEGABYTE + b"\n\n"] * 11
+    async with remote(server.url) as engine:
+        assert (await post(engine)).content == b"".join(server.events)
+
+
+async def test_an_encoded_stream_stays_as_it_is(server: Server) -> None:
+    server.headers = b"content-encoding: of-its-own\r\n"
+    server.events = [b"data: a\r\n", b"\r\n: b"]
+    async with remote(server.url) as engine:
+        assert (await post(engine)).content == b"data: a\r\n\r\n: b"
 
 
 async def test_a_request_that_is_cancelled_leaves_the_server_at_once(server: Server) -> None:
