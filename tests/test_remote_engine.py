@@ -30,6 +30,7 @@ class Server:
     def __init__(self) -> None:
         self.url = ""
         self.requests: list[tuple[str, bytes]] = []
+        self.models = b"{}"
         self.headers = b""
         self.events = [b"data: one\n\n", b"data: [DONE]\n\n"]
         self.goes_on = asyncio.Event()
@@ -58,7 +59,8 @@ class Server:
         self, head: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         if head.startswith("GET /v1/models "):
-            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+            size = len(self.models)
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (size, self.models))
             return
         size = int(head.lower().split("content-length: ")[1].split("\r\n")[0])
         self.requests.append((head, await reader.readexactly(size)))
@@ -88,8 +90,10 @@ async def server() -> AsyncIterator[Server]:
 
 
 @asynccontextmanager
-async def remote(source: str, **args: Any) -> AsyncIterator[RemoteEngine]:
-    model = Model(name="far", engine="remote", source=source, slots=4, args=args)
+async def remote(
+    source: str, aliases: tuple[str, ...] = (), **args: Any
+) -> AsyncIterator[RemoteEngine]:
+    model = Model(name="far", aliases=aliases, engine="remote", source=source, slots=4, args=args)
     async with open_engine(model) as engine:
         yield engine
 
@@ -125,6 +129,60 @@ async def test_the_servers_own_name_and_key_are_used(
     head, body = server.requests[0]
     assert "authorization: bearer s3cret" in head.lower()
     assert body == b'{"model": "llama", "n": 1}'
+
+
+def listing(*names: str) -> bytes:
+    return json.dumps({"object": "list", "data": [{"id": name} for name in names]}).encode()
+
+
+UNCHANGED = {name: name for name in ("far", "gpt", "other", "", None)}
+OURS = ("far", "gpt", "", None)
+
+
+# What the server lists, the entry's args, and under which names it is asked.
+NAMED: dict[str, tuple[bytes, dict[str, str], dict[str | None, str]]] = {
+    "one": (listing("llama"), {}, dict.fromkeys(OURS, "llama")),
+    "one, twice": (listing("llama", "llama"), {}, dict.fromkeys(OURS, "llama")),
+    "one, another said": (listing("llama"), {"model": "x"}, dict.fromkeys(UNCHANGED, "x")),
+    "two, another said": (listing("a", "b"), {"model": "x"}, dict.fromkeys(UNCHANGED, "x")),
+    "two, with ours": (listing("a", "far"), {}, dict.fromkeys(OURS, "far")),
+    "two, with an alias": (listing("a", "gpt"), {}, dict.fromkeys(OURS, "gpt")),
+    "both ours": (listing("gpt", "far"), {}, dict.fromkeys(OURS, "far") | {"gpt": "gpt"}),
+    "tags": (listing("a:latest", "far:latest"), {}, dict.fromkeys(OURS, "far")),
+    "none": (listing(), {}, {}),
+    "no JSON": (b"[", {}, {}),
+    "no object": (b"[1]", {}, {}),
+    "no list": (b'{"data": null}', {}, {}),
+    "no objects": (b'{"data": ["a", "b"]}', {}, {}),
+    "no names": (b'{"data": [{"id": 1}]}', {}, {}),
+    "empty names": (listing(""), {}, {}),
+    "too deep": (b'{"data": ' + b"[" * 10_000, {}, {}),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+async def test_the_server_is_asked_by_a_name_that_it_knows(server: Server, case: str) -> None:
+    server.models, args, changes = NAMED[case]
+    async with remote(server.url, aliases=("gpt",), **args) as engine:
+        for name in UNCHANGED:
+            await post(engine, json.dumps({"model": name}).encode())
+        await post(engine, b"{}")
+    *asked, unnamed = [json.loads(body) for _, body in server.requests]
+    wanted = UNCHANGED | changes
+    assert {name: body["model"] for name, body in zip(UNCHANGED, asked, strict=True)} == wanted
+    assert unnamed.get("model") == wanted[None]
+
+
+async def test_of_several_models_one_must_be_named(server: Server) -> None:
+    server.models = listing(*[f"m{number}" for number in range(12)])
+    with pytest.raises(ConfigurationError) as refused:
+        async with remote(server.url):
+            pass
+    assert str(refused.value) == (
+        "the server of far has 12 models: 'm0', 'm1', 'm2', 'm3', 'm4', 'm5', 'm6', 'm7', 'm8', "
+        "'m9', …; name one: `-- --model NAME` behind `sluice up`, "
+        "SLUICE_MODEL_ARGS='--model NAME', or args.model in models.yaml"
+    )
 
 
 STREAMED = b"""data: {"choices": [{"index": 0, "delta": {"content": "Hi"}}]}

@@ -1,4 +1,7 @@
-"""Streams of servers that frame their events in ways of their own, as all clients here get them."""
+"""A server at the URL in SLUICE_MODEL, which knows its own name for its model only.
+
+It frames its events in ways of its own, and all clients here get them in the same.
+"""
 
 import json
 import time
@@ -53,7 +56,9 @@ class Far(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         way = body["messages"][0]["content"]
-        if way == "refused late":
+        if body.get("model") != "far-1":
+            self._answer(404, "application/json", '{"error": "no such model"}')
+        elif way == "refused late":
             time.sleep(2)
             self._answer(400, "application/json", REFUSED)
         elif way == "refused as a stream":
@@ -76,9 +81,9 @@ class Far(BaseHTTPRequestHandler):
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     with serving(ThreadingHTTPServer(("127.0.0.1", 0), Far)) as far:
         url = f"http://127.0.0.1:{far.server_port}"
-        model = {"name": "far", "engine": "remote", "source": url}
+        demo = {"name": "demo", "aliases": ["gpt-3.5-turbo"], "engine": "sim"}
         home = tmp_path_factory.mktemp("far")
-        with running(Stack(home, [model], keep_alive_s=1)) as stack:
+        with running(Stack(home, [demo], model=url, keep_alive_s=1)) as stack:
             yield stack
 
 
@@ -120,7 +125,7 @@ def test_a_streamed_chat_is_whole(stack: Stack, way: str) -> None:
     with openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0) as client:
         chunks = list(
             client.chat.completions.create(
-                model="far", messages=[{"role": "user", "content": way}], stream=True
+                model="gpt-3.5-turbo", messages=[{"role": "user", "content": way}], stream=True
             )
         )
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Hello there"
@@ -132,3 +137,13 @@ def test_a_refusal_in_many_lines_is_one_event(stack: Stack, way: str) -> None:
     first, *others = (fields["data"] for fields in events(answer.text))
     assert others == ([["[DONE]"]] if way == "refused late" else [])
     assert list(map(json.loads, first)) == [REFUSAL]
+
+
+@pytest.mark.parametrize("named", [{}, {"model": "remote"}, {"model": "demo"}])
+def test_the_server_is_asked_for_the_model_that_it_lists(
+    stack: Stack, named: dict[str, str]
+) -> None:
+    answer = requests.post(
+        f"{stack.url}/v1/chat/completions", json=asking("LF") | named, timeout=30
+    )
+    assert answer.text == FRAMED["LF"]
