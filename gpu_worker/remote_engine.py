@@ -19,6 +19,7 @@ from gpu_worker.remote_names import Names, choose, listed_in
 from gpu_worker.remote_usage import usage_option, watched
 from tasks.errors import ConfigurationError, OverloadedError, StreamBrokenError
 from tasks.models import Model
+from tasks.settings import without_password
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -123,12 +124,7 @@ async def open_engine(model: Model) -> AsyncIterator[RemoteEngine]:
     args = read_args(model, Args)
     headers = {"accept-encoding": "identity"}
     if args.api_key_env:
-        key = os.environ.get(args.api_key_env)
-        if not key:
-            raise ConfigurationError(
-                f"{model.name} needs its server's key; set the variable {args.api_key_env}"
-            )
-        headers["authorization"] = f"Bearer {key}"
+        headers["authorization"] = f"Bearer {_read_key(args.api_key_env, model)}"
     async with httpx.AsyncClient(
         headers=headers,
         trust_env=False,  # a proxy meant for the Internet must not see the models' traffic
@@ -142,21 +138,44 @@ async def open_engine(model: Model) -> AsyncIterator[RemoteEngine]:
         yield RemoteEngine(client, names)
 
 
+def _read_key(variable: str, model: Model) -> str:
+    key = os.environ.get(variable, "").strip()  # what is read from a file ends in a line feed
+    if not key:
+        raise ConfigurationError(
+            f"{model.name} needs its server's key; set the variable {variable}"
+        )
+    if not (key.isascii() and key.isprintable()):
+        # What h11 says of such a header holds the key.
+        raise ConfigurationError(
+            f"the key of {model.name}'s server has characters that no header can hold; correct the "
+            f"variable {variable}"
+        )
+    return key
+
+
 async def _list_models(client: httpx.AsyncClient, model: Model) -> list[str]:
     """What the server says that it has; sets the client's base URL once it has answered there."""
     remedy = f"start it, or correct the source of {model.name}"
+    shown = without_password(model.source)
     try:
-        client.base_url = httpx.URL(model.source.rstrip("/").removesuffix("/v1"))
+        url = httpx.URL(model.source.rstrip("/").removesuffix("/v1"))
+        if url.userinfo:
+            # Taken out of the URL, a password is in no message of httpx.
+            client.auth = httpx.BasicAuth(url.username, url.password)
+        client.base_url = url.copy_with(userinfo=b"")
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             answer = await client.get("/v1/models")
     except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as failure:
         reason = str(failure) or type(failure).__name__
+        if isinstance(failure, httpx.InvalidURL) and shown != model.source:
+            reason = "no URL"  # what is wrong may be a part of the password
         raise ConfigurationError(
-            f"no OpenAI-compatible server answers at {model.source} ({reason}); {remedy}"
+            f"no OpenAI-compatible server answers at {shown} ({reason}); {remedy}"
         ) from None
     if answer.status_code != httpx.codes.OK:
         raise ConfigurationError(
-            f"{answer.url} answers {answer.status_code}; {remedy} or its api-key-env"
+            f"{without_password(str(answer.url))} answers {answer.status_code}; {remedy} or its "
+            "api-key-env"
         )
     return listed_in(answer)
 
