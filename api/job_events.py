@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from api.cancellation import cancel, cancel_accepted
 from api.ends import end_without_log, is_kept
 from api.job_stream import ClientGoneError, JobStream, ServerStoppingError
-from api.job_view import describe, find_queued, places_of
+from api.job_view import describe, ended_otherwise, find_queued, places_of
 from api.schemas import EVENT_ID
 from api.services import TENANT, Services
 from tasks.depth import Place
@@ -164,6 +164,7 @@ class Follower:
             self._model = stored["model"]
         else:
             self._model = self._job.model
+            self._stored = ended_otherwise(services, self._job)
         self.stream: JobStream | None = None
         after = _read_position(wanted) if wanted else None
         last = services.jobs.log.last(job_id) if self._stored is None else None
