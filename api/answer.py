@@ -7,6 +7,7 @@ from urllib.parse import quote
 import orjson
 from flask import Response
 
+from api.ends import end_without_log
 from api.errors import respond_again
 from api.job_stream import ClientGoneError, JobStream, ServerStoppingError
 from api.services import Services
@@ -31,7 +32,7 @@ class Answer:
     def __init__(self, services: Services, stream: JobStream, model: str) -> None:
         self.head: Start | None = None
         self.end: End | None = None
-        self._jobs = services.jobs
+        self._services = services
         self._settings = services.settings
         self._stream = stream
         self._model = model
@@ -167,7 +168,7 @@ class Answer:
             self.end = End.failed(broken)
             return b"", False
         if not entries:
-            self.end = self._jobs.end_without_log(self._stream.job_id)
+            self.end = end_without_log(self._services, self._stream.job_id)
         return self._absorb(entries), not entries
 
     def _absorb(self, entries: list[Entry]) -> bytes:

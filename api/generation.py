@@ -15,6 +15,7 @@ from gevent.socket import wait_read
 from api.answer import Answer
 from api.calls import Call
 from api.cancellation import cancel
+from api.ends import is_kept
 from api.job_stream import ClientGoneError, JobStream
 from api.services import Services
 from tasks.message import Job, Terms
@@ -70,7 +71,8 @@ class Generation:
     def _attach(self) -> JobStream:
         """The stream of the job that holds the key, in place of an own one."""
         self._resources.close()
-        if self._services.jobs.backlog.look([self.job_id]) == [None]:
+        is_queued = self._services.jobs.backlog.look([self.job_id]) != [None]
+        if not is_queued and not is_kept(self._services, self.job_id):
             raise AnsweredError(self.job_id)
         return self._resources.enter_context(self._services.relay.follow(self.job_id))
 

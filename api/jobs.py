@@ -31,6 +31,7 @@ from api.document import (
     given,
     operation,
 )
+from api.ends import is_kept
 from api.job_events import Follower, encode
 from api.job_stream import ServerStoppingError
 from api.job_view import describe, describe_all, find_queued, of_record
@@ -317,7 +318,12 @@ def _await_end(services: Services, job_id: str, wait_s: int) -> None:
     with suppress(ServerStoppingError, StreamBrokenError), services.relay.follow(job_id) as stream:
         while (left_s := deadline_s - time.monotonic()) > 0:
             job = find_queued(services, TENANT, job_id)
-            if job is None or (has_log_ended and job.state.is_final):
+            if job is None and not is_kept(services, job_id):
+                return
+            if job is None:
+                # Queued again, it runs anew: what its log has told does not count.
+                has_log_ended = False
+            elif has_log_ended and job.state.is_final:
                 return
             if has_log_ended:
                 gevent.sleep(MOMENT_S)

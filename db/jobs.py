@@ -251,6 +251,15 @@ def accepted(url: str, job_ids: Sequence[str]) -> set[str]:
         return set(session.scalars(query))
 
 
+def ended(url: str, job_ids: Sequence[str]) -> list[str]:
+    """Those of the jobs that have ended."""
+    query = select(JobRecord.id).where(
+        JobRecord.id.in_(job_ids), JobRecord.completed_at.is_not(None)
+    )
+    with reading(url) as session:
+        return list(session.scalars(query))
+
+
 def delete_old(url: str, age_s: float) -> int:
     """Deletes jobs that ended so long ago, a bounded number at once; returns how many."""
     with writing(url) as session:

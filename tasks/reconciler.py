@@ -48,7 +48,11 @@ class Reconciler:
         """
         known, self._redis_run = self._redis_run, ""
         run = self._run_of_redis()
-        again = self._look_on() if run == known else self._look_at_all()
+        if run == known:
+            again = self._look_on()
+        else:
+            self._end_what_has_ended()
+            again = self._look_at_all()
         self._redis_run = run
         return again
 
@@ -56,6 +60,16 @@ class Reconciler:
         """Changes when a Redis has started, or another one has taken its part."""
         redis = self._queue.backlog.redis
         return f"{redis.info('server')['run_id']} {redis.info('replication')['master_replid']}"
+
+    def _end_what_has_ended(self) -> None:
+        """Cancels what a Redis that lost its last second holds open, though SQL has its end."""
+        for _, members in self._queue.backlog.members():
+            ended = jobs.ended(self._url, members) if members else []
+            for job_id, job in zip(ended, self._queue.backlog.look(ended), strict=True):
+                # No end comes to SQL but by Redis, or when Redis does not have the job.
+                if job and not job.state.is_final:
+                    log.warning("job %s has ended, and Redis had lost its end: cancelled", job_id)
+                    self._queue.cancel(job_id, job.model)
 
     def _look_on(self) -> int:
         again, self._after = self._look(self._after)

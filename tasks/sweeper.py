@@ -11,7 +11,6 @@ from redis import Redis
 
 from tasks import keys
 from tasks.jobs import Jobs
-from tasks.message import Lane
 
 log = logging.getLogger(__name__)
 
@@ -50,17 +49,8 @@ class Sweeper:
             yield self._mend([key.removeprefix(keys.JOB_PREFIX) for key in found])
 
     def _sweep_places(self) -> Iterator[int]:
-        redis = self._queue.backlog.redis
-        lanes = [(model, lane) for model in self._queue.backlog.models() for lane in Lane]
-        places = [keys.backlog(*lane) for lane in lanes] + [keys.suspects(*lane) for lane in lanes]
-        for place in [*places, keys.DELAYED, keys.LEASES, keys.DEADLINES]:
-            cursor = 0
-            while True:
-                reply: Any = redis.zscan(place, cursor, count=KEYS_AT_ONCE)
-                cursor, members = reply
-                yield self._mend([member.decode() for member, _ in members], place)
-                if cursor == 0:
-                    break
+        for place, members in self._queue.backlog.members():
+            yield self._mend(members, place)
 
     def _sweep_logs(self) -> Iterator[int]:
         """Logs that no job's end will give a TTL any more."""

@@ -296,3 +296,31 @@ def test_a_started_job_that_redis_has_lost_does_not_expire(queue: Jobs, url: str
     claim = queue.backlog.claim("sim", "w")
     assert claim
     assert claim.job.id == late.id
+
+
+def test_what_sql_has_ended_does_not_run_after_redis_lost_its_last_second(
+    queue: Jobs, url: str, stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was cancelled ran, and GET told of a completed one that it was queued."""
+    monkeypatch.setattr("tasks.backlog.MEMBERS_AT_ONCE", 2)
+    done, waiting = [job(n) for n in range(5)], job(5)
+    records.accept(url, [*done, waiting])
+    for record in [*done, waiting]:
+        queue.backlog.queue(queued(record), terms(record))
+    claim = queue.backlog.claim("sim", "w")
+    assert claim
+    for record in done:
+        assert records.end_lost(url, record.id, "cancelled", {"message": "cancelled"})
+    stack.start_api()
+    shown = requests.get(f"{stack.url}/v1/jobs/{done[1].id}", timeout=30).json()
+    assert shown["status"] == "cancelled"
+    told = requests.get(f"{stack.url}/v1/jobs/{done[1].id}/events", timeout=30).text
+    assert told == 'data: {"error":{"message":"cancelled"}}\n\ndata: [DONE]\n\n'
+    reconciler = Reconciler(queue, url)
+    assert reconciler.reconcile() == 0
+    states = [found and found.state for found in queue.backlog.look([r.id for r in done])]
+    assert states == [State.CANCELLED] * len(done)
+    assert queue.backlog.renew([claim]) == [claim]
+    (still,) = queue.backlog.look([waiting.id])
+    assert still
+    assert still.state is State.QUEUED
