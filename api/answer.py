@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Iterator
+from urllib.parse import quote
 
 import orjson
 from flask import Response
 
 from api.encoders.sse import KEEP_ALIVE, error_event, event_stream
+from api.ends import end_without_log
 from api.errors import respond_again
 from api.relay import ClientDisconnectedError, JobStream, ServerStoppingError
 from api.services import Services
@@ -14,6 +16,8 @@ from tasks.contract.errors import RequestTimeoutError, StreamBrokenError
 from tasks.contract.events import End, Entry, Start
 from tasks.contract.response import Chunk, Finish, read, split_events
 
+# Of a name, what a header holds as it is.
+_IN_HEADERS = "".join(set(map(chr, range(0x20, 0x7F))) - {"%"})
 # The connection's own, or set by this server.
 NOT_PASSED_ON = {
     *("content-length", "content-type", "transfer-encoding", "connection", "date", "server"),
@@ -27,7 +31,7 @@ class Answer:
     def __init__(self, services: Services, stream: JobStream, model: str) -> None:
         self.head: Start | None = None
         self.end: End | None = None
-        self._jobs = services.jobs
+        self._services = services
         self._settings = services.settings
         self._stream = stream
         self._model = model
@@ -84,7 +88,7 @@ class Answer:
         return respond_again(self.end.error)
 
     def _headers(self) -> dict[str, str]:
-        headers = {"x-sluice-job": self._stream.job_id, "x-sluice-model": self._model}
+        headers = {"x-sluice-job": self._stream.job_id, "x-sluice-model": as_header(self._model)}
         if self.head is None:
             return headers
         passed_on = {n: v for n, v in self.head.headers if n not in NOT_PASSED_ON}
@@ -162,7 +166,7 @@ class Answer:
             self.end = End.failed(broken)
             return b"", False
         if not entries:
-            self.end = self._jobs.end_without_log(self._stream.job_id)
+            self.end = end_without_log(self._services, self._stream.job_id)
         return self._absorb(entries), not entries
 
     def _absorb(self, entries: list[Entry]) -> bytes:
@@ -180,3 +184,8 @@ class Answer:
                 self.end = End.failed(StreamBrokenError())
                 break
         return b"".join(pieces)
+
+
+def as_header(name: str) -> str:
+    """A model's name as headers can hold it: what is not ASCII in the form of URLs."""
+    return quote(name, safe=_IN_HEADERS)

@@ -56,9 +56,10 @@ def create_app() -> OpenAPI:
     app.register_api(admin.blueprint)
     document.complete(app.api_doc)
     app.add_url_rule("/openapi.json", view_func=lambda: app.api_doc)
-    websocket.register(app)
+    # Their checks come in this order: what is refused is counted too.
     instruments.register(app)
     sites.register(app, services.settings)
+    websocket.register(app)
     app.after_request(_add_request_id)
     errors.register(app)
     # What is there now stays: a full collection over it would hold up every stream for 50 ms.

@@ -15,11 +15,16 @@ import gevent
 from flask import Response
 from gevent.socket import wait_read
 from redis.exceptions import RedisError
+from sqlalchemy.exc import SQLAlchemyError
 
 from api.answer import Answer
+from api.ends import is_kept
 from api.intake import Call
 from api.relay import ClientDisconnectedError, JobStream
 from api.services import Services
+from db import jobs as records
+from tasks.contract.errors import JobCancelledError
+from tasks.contract.job import State
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +73,8 @@ class Generation:
     def _attach(self) -> JobStream:
         """The stream of the job that holds the key, in place of an own one."""
         self._resources.close()
-        if self._services.jobs.backlog.snapshots([self.job_id]) == [None]:
+        is_queued = self._services.jobs.backlog.snapshots([self.job_id]) != [None]
+        if not is_queued and not is_kept(self._services, self.job_id):
             raise AnsweredError(self.job_id)
         return self._resources.enter_context(self._services.relay.follow(self.job_id))
 
@@ -128,3 +134,17 @@ def cancel(services: Services, job_id: str, model: str, *, unless_attached: bool
         wait_s = CANCEL_RETRY_S * random.uniform(1, 2)  # noqa: S311
         again = {"unless_attached": unless_attached}
         gevent.spawn_later(wait_s, cancel, services, job_id, model, **again)
+
+
+def cancel_accepted(services: Services, job_id: str, model: str) -> None:
+    """Cancels a job that the queue may not hold yet: then only SQL has it."""
+    try:
+        if services.jobs.backlog.snapshots([job_id]) != [None]:
+            services.jobs.cancel(job_id, model)
+            return
+        error = JobCancelledError().body()["error"]
+        records.end_lost(services.settings.database_url, job_id, State.CANCELLED, error)
+    except (RedisError, SQLAlchemyError) as away:
+        log.error("job %s: not cancelled yet: %s", job_id, away)
+        wait_s = CANCEL_RETRY_S * random.uniform(1, 2)  # noqa: S311
+        gevent.spawn_later(wait_s, cancel_accepted, services, job_id, model)

@@ -16,6 +16,7 @@ import gevent
 import orjson
 from flask import request
 from gunicorn.http.errors import NoMoreData, ParseException
+from pydantic import TypeAdapter, ValidationError
 from werkzeug.datastructures import Headers
 
 from api.services import TENANT, Services
@@ -25,6 +26,8 @@ from tasks.contract.models import Model
 from tasks.contract.settings import get_settings
 
 PIECE_BYTES = 1 << 20
+# Of a chunked body, whose chunks may have a byte each: between two of these others have their turn.
+CHUNKED_PIECE_BYTES = 1 << 8
 # Tools' schemas are the deepest that anybody sends; parsers downstream give up at some hundred.
 MOST_LEVELS = 100
 
@@ -36,6 +39,7 @@ _SEQUENCES = {
     "/v1/completions": ("prompt", ("n", "best_of")),
     "/v1/embeddings": ("input", ()),
 }
+_NUMBER = TypeAdapter(int)
 _SECONDS = re.compile("[0-9]{1,9}")
 _ON_DISCONNECT = ("abort", "continue")
 # They reach into how the engine runs. A model's entry may allow them (`allow`).
@@ -82,11 +86,13 @@ def _read(most_bytes: int) -> bytes:
     """Not by Flask, which takes a chunked body that is too long for one that ends at the bound."""
     pieces: list[bytes] = []
     left = most_bytes
-    while piece := request.environ["wsgi.input"].read(min(PIECE_BYTES, left + 1)):
+    piece_bytes = CHUNKED_PIECE_BYTES if request.content_length is None else PIECE_BYTES
+    while piece := request.environ["wsgi.input"].read(min(piece_bytes, left + 1)):
         left -= len(piece)
         if left < 0:
             raise BodyTooLargeError(most_bytes)
         pieces.append(piece)
+        gevent.sleep(0)
     return b"".join(pieces)
 
 
@@ -165,9 +171,16 @@ def count_sequences(endpoint: str, document: dict[str, Any]) -> int:
     What is malformed counts as one: the engine refuses it.
     """
     inputs, numbers = _SEQUENCES[endpoint]
-    asked = [document.get(name) for name in numbers]
-    each = max([1, *(number for number in asked if type(number) is int)])
+    each = max([1, *(_read_number(document.get(name)) for name in numbers)])
     return each * _count_inputs(document.get(inputs))
+
+
+def _read_number(given: Any) -> int:
+    """As engines read it, which take "64" and 64.0 for 64."""
+    try:
+        return _NUMBER.validate_python(given)
+    except ValidationError:
+        return 1
 
 
 def _count_inputs(given: Any) -> int:

@@ -6,17 +6,27 @@ lives, is told in between and not again.
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import orjson
+from redis.exceptions import RedisError
+from sqlalchemy.exc import SQLAlchemyError
 
-from api.generation import cancel
-from api.job_view import describe, find_queued, positions_of
+from api.ends import end_without_log, is_kept
+from api.generation import cancel, cancel_accepted
+from api.job_view import describe, ended_otherwise, find_queued, positions_of
 from api.relay import ClientDisconnectedError, JobStream, ServerStoppingError
 from api.schemas import EVENT_ID
 from api.services import TENANT, Services
-from tasks.contract.errors import InvalidRequestError, StreamBrokenError
+from tasks.contract.errors import (
+    InvalidRequestError,
+    JobLostError,
+    JobNotFoundError,
+    StreamBrokenError,
+)
 from tasks.contract.events import End, Kind, Position, Start
+from tasks.contract.job import State
 from tasks.contract.response import DONE, Finish, Head, Part, read
 from tasks.queue.depth import QueuePosition
 
@@ -60,6 +70,7 @@ class JobEvents:
         self._stream = stream
         self._head = head
         self._has_ended = False
+        self._has_sent = False
         self._body: list[bytes] = []
 
     def follow(self, place: QueuePosition | None) -> Iterator[Event]:
@@ -81,22 +92,43 @@ class JobEvents:
                 moved = queue.take()
                 if moved and not entries and self._head is None:
                     yield _position_event(moved)
-                elif not entries and (end := self._vanished()):
-                    yield from self._encode_end("", end)
+                elif not entries and (end := end_without_log(self._services, self._job_id)):
+                    yield from self._encode_missing_end(end)
                 elif not entries:
                     yield KEEP_ALIVE
                 for part in read(entries):
                     yield from self._encode(part)
+                    if self._has_ended:
+                        break
 
-    def _vanished(self) -> End | None:
-        return self._services.jobs.end_without_log(self._stream.job_id)
+    @property
+    def _job_id(self) -> str:
+        return self._stream.job_id
+
+    def _encode_missing_end(self, end: End) -> Iterator[Event]:
+        """An end that the log does not tell; SQL may know more of one that Redis has lost."""
+        stored = None
+        if end.error == JobLostError().body() and not self._has_sent:
+            with suppress(JobNotFoundError, RedisError, SQLAlchemyError):
+                stored = describe(self._services, TENANT, self._job_id)
+        if stored is None or not State(stored["status"]).is_final:
+            yield from self._encode_end("", end)
+            return
+        self._has_ended = True
+        yield Event("", "", _stored_answer(stored))
+        yield Event("", "", DONE)
 
     def _encode(self, part: Part) -> Iterator[Event]:
-        if isinstance(part, Head):
+        if isinstance(part, Head) and self._has_sent:
+            # The job runs anew: Redis has lost what this client has.
+            yield from self._encode_end("", End.failed(StreamBrokenError()))
+        elif isinstance(part, Head):
+            self._body.clear()
             self._head = part.start
         elif isinstance(part, Finish):
             yield from self._encode_end(str(part.position), part.end)
         elif self._head and self._head.is_event_stream:
+            self._has_sent = True
             yield Event(str(part.position), "", part.event_data)
         else:
             self._body.append(part.data)
@@ -123,24 +155,35 @@ class Follower:
             InvalidRequestError: the position is none, or beyond the end.
         """
         self._services = services
-        self._job = find_queued(services, TENANT, job_id)
         self._job_id = job_id
+        self._job = find_queued(services, TENANT, job_id)
+        self._stored: dict[str, Any] | None = None
+        if self._job is None:
+            # One that SQL keeps is about to be queued: what is to be followed is its log.
+            is_coming = is_kept(services, job_id)
+            stored = describe(services, TENANT, job_id)
+            self._stored = None if is_coming else stored
+            self._model = stored["model"]
+        else:
+            self._model = self._job.job.model
+            self._stored = ended_otherwise(services, self._job)
         self.stream: JobStream | None = None
         after = _read_position(wanted) if wanted else None
-        last = services.jobs.log.last(job_id) if self._job else None
-        if self._job and after and (last is None or after > last.position):
+        last = services.jobs.log.last(job_id) if self._stored is None else None
+        if self._stored is None and after and (last is None or after > last.position):
             raise InvalidRequestError(
                 f"The job has no event {wanted} yet; go on after one that you have received.",
                 param="starting_after",
             )
         self._after = after
         self._is_over = last is not None and last.kind is Kind.END and after == last.position
-        self._stored = describe(services, TENANT, job_id) if self._job is None else None
 
     def cancel(self) -> None:
         """Cancels the job."""
         if self._job:
-            cancel(self._services, self._job_id, self._job.model)
+            cancel(self._services, self._job_id, self._model)
+        elif self._stored is None:
+            cancel_accepted(self._services, self._job_id, self._model)
 
     def client_disconnected(self) -> None:
         """The client is gone: ends `events`."""
@@ -151,7 +194,7 @@ class Follower:
         """The events; closing the iterator lets go of the job."""
         if self._stored is not None:
             yield Event("", "", _stored_answer(self._stored))
-        if self._stored is not None or self._is_over or self._job is None:
+        if self._stored is not None or self._is_over:
             yield Event("", "", DONE)
             return
         head, after = self._head(), self._after
@@ -159,7 +202,7 @@ class Follower:
             after = None
         with self._services.relay.follow(self._job_id, after) as stream:
             self.stream = stream
-            (place,) = positions_of(self._services, [self._job])
+            (place,) = positions_of(self._services, [self._job]) if self._job else [None]
             yield from JobEvents(self._services, stream, head).follow(place)
 
     def _head(self) -> Start | None:
@@ -182,6 +225,8 @@ def _read_position(text: str) -> Position:
 def _stored_answer(job: dict[str, Any]) -> bytes:
     if job["response"]:
         return orjson.dumps(job["response"]["body"])
+    if not State(job["status"]).is_final:
+        return orjson.dumps(JobLostError().body())
     return orjson.dumps({"error": job["error"]})
 
 

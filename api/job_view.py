@@ -7,13 +7,15 @@ from typing import Any
 import gevent
 import orjson
 from flask import Response
+from sqlalchemy.exc import SQLAlchemyError
 
+from api.answer import as_header
 from api.errors import respond_again
 from api.relay import ENTRIES_AT_ONCE
 from api.services import Services
 from db import jobs
 from db.models import JobRecord, JobResult
-from tasks.contract.errors import JobNotFoundError, SluiceError
+from tasks.contract.errors import JobNotFoundError, KeyInUseError, SluiceError
 from tasks.contract.events import Kind
 from tasks.contract.job import Lane, Snapshot, State
 from tasks.contract.response import Outcome, assemble
@@ -28,7 +30,8 @@ def describe(services: Services, tenant: str, job_id: str) -> dict[str, Any]:
     """
     seen = find_queued(services, tenant, job_id)
     if seen is not None and not seen.state.is_final:
-        return _of_snapshot(seen, *positions_of(services, [seen]))
+        ended = ended_otherwise(services, seen)
+        return ended or _of_snapshot(seen, *positions_of(services, [seen]))
     found = jobs.get(services.settings.database_url, tenant, job_id)
     if found is not None and found[0].completed_at is not None and (seen is None or found[1]):
         return of_record(*found)
@@ -54,6 +57,20 @@ def find_queued(services: Services, tenant: str, job_id: str) -> Snapshot | None
     return seen
 
 
+def ended_otherwise(services: Services, seen: Snapshot) -> dict[str, Any] | None:
+    """The job object of one that SQL has ended, and Redis not, or not so: it lost what it knew.
+
+    SQL hears of an end once, and from Redis. While it is away, Redis is believed.
+    """
+    try:
+        found = jobs.get(services.settings.database_url, seen.job.tenant, seen.job.id)
+    except SQLAlchemyError:
+        return None
+    if found is None or found[0].completed_at is None or found[0].status == seen.state:
+        return None
+    return of_record(*found)
+
+
 def positions_of(services: Services, found: Sequence[Snapshot]) -> list[QueuePosition | None]:
     """Where the queued ones of these jobs stand."""
     queued = [seen.job for seen in found if seen.state is State.QUEUED]
@@ -65,18 +82,18 @@ def stored_response(services: Services, tenant: str, job_id: str) -> Response:
     """What an ended job answered, or the error that it ended with, as HTTP.
 
     Raises:
-        JobNotFoundError: it is not known.
+        KeyInUseError: it is not known yet, for its key is asked for by two at once.
     """
     found = jobs.get(services.settings.database_url, tenant, job_id)
     if found is None or found[1] is None:
-        raise JobNotFoundError
+        raise KeyInUseError
     result = found[1]
     if result.body is None or result.status_code is None:
         response = respond_again({"error": result.error or SluiceError().body()["error"]})
     else:
         response = Response(result.body, result.status_code, content_type="application/json")
     response.headers["x-sluice-job"] = job_id
-    response.headers["x-sluice-model"] = found[0].model
+    response.headers["x-sluice-model"] = as_header(found[0].model)
     response.headers["x-sluice-attempts"] = str(found[0].attempts)
     return response
 

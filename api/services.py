@@ -7,6 +7,7 @@ from flask import current_app
 from redis import Redis
 
 from api.acceptance import Acceptance
+from api.lookups import Lookups
 from api.queue_positions import QueuePositions
 from api.relay import Relay
 from tasks.contract.connections import connect
@@ -29,6 +30,7 @@ class Services:
     relay: Relay
     queue_positions: QueuePositions
     acceptance: Acceptance
+    lookups: Lookups
     started_s: int
 
     @classmethod
@@ -42,8 +44,17 @@ class Services:
         acceptance = Acceptance(jobs, settings.database_url)
         for part in (relay, queue_positions, acceptance):
             part.start()
-        now_s = int(time.time())
-        return cls(settings, get_catalog(), redis, jobs, relay, queue_positions, acceptance, now_s)
+        return cls(
+            settings,
+            get_catalog(),
+            redis,
+            jobs,
+            relay,
+            queue_positions,
+            acceptance,
+            Lookups(),
+            started_s=int(time.time()),
+        )
 
 
 def get_services() -> Services:

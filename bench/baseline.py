@@ -15,6 +15,7 @@ from pydantic import AwareDatetime, BaseModel, Field, ValidationError
 from bench.load import Load, Measurement
 from bench.spread import Spread
 from tasks.contract.errors import SluiceError
+from tasks.contract.settings import without_password
 
 TIMES = {"TTFT": "ttft_ms", "TPOT": "tpot_ms", "gap": "gap_ms", "end to end": "end_to_end_ms"}
 PERCENTILES = ("p50", "p95", "p99")
@@ -45,7 +46,7 @@ class Run(BaseModel):
         return cls(
             date=datetime.now(UTC),
             sluice_version=version("sluice"),
-            url=load.url,
+            url=without_password(load.url),
             model=load.model,
             streams=load.streams,
             requests=load.requests,

@@ -45,7 +45,7 @@ COPIES = {
         ("gpu_worker/runner.py", "self.meter.output(self.replay_log.output_tokens)", "pass"),
         (
             "gpu_worker/runner.py",
-            "self.meter.end(self.replay_log.input_tokens, self.replay_log.output_tokens)",
+            "self.meter.end(*self.replay_log.total())",
             "pass",
         ),
         ("api/instruments.py", "app.after_request(_note_answer)", "pass"),

@@ -100,6 +100,15 @@ def still_open(url: str, after: str, limit: int) -> dict[str, int]:
         return dict(session.execute(query).all())
 
 
+def open_among(url: str, job_ids: Sequence[str]) -> list[str]:
+    """Those of the jobs that have not ended."""
+    if not job_ids:
+        return []
+    query = select(JobRecord.id).where(JobRecord.id.in_(job_ids), JobRecord.completed_at.is_(None))
+    with reading(url) as session:
+        return list(session.scalars(query))
+
+
 def load(url: str, job_id: str) -> JobRecord | None:
     """The job, of any tenant."""
     with reading(url) as session:
@@ -235,6 +244,15 @@ def accepted(url: str, job_ids: Sequence[str]) -> set[str]:
     )
     with reading(url) as session:
         return set(session.scalars(query))
+
+
+def ended(url: str, job_ids: Sequence[str]) -> list[str]:
+    """Those of the jobs that have ended."""
+    query = select(JobRecord.id).where(
+        JobRecord.id.in_(job_ids), JobRecord.completed_at.is_not(None)
+    )
+    with reading(url) as session:
+        return list(session.scalars(query))
 
 
 def delete_old(url: str, age_s: float) -> int:

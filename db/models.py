@@ -73,6 +73,7 @@ class JobRecord(Base):
     __table_args__ = (
         UniqueConstraint("tenant", "idempotency_key"),
         Index(None, "tenant", "id"),
+        Index(None, "tenant", "model", "id"),
         Index(None, "status", "id"),
         Index(None, "completed_at"),
         Index(None, "died_at"),

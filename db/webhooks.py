@@ -22,11 +22,12 @@ class Due(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Noted:
-    """A try, and what follows from it: the delivery's new state, when it is tried next."""
+    """A try, and what follows from it: the delivery's new state, how long it waits for the next."""
 
     attempt: WebhookAttempt
     state: str
-    next_at: datetime | None
+    wait_s: float | None
+    """None: it is not tried again."""
 
 
 def due(url: str, after: str, limit: int) -> list[Due]:
@@ -105,6 +106,8 @@ def note_attempts(url: str, notes: Sequence[Noted]) -> int:
     before = select(WebhookDelivery.job_id, WebhookDelivery.attempts)
     before = before.where(WebhookDelivery.job_id.in_(tries)).order_by(WebhookDelivery.job_id)
     with writing(url) as session:
+        # Of the clock that `due` goes by, not of a host's.
+        now = database_now(session)
         rows = session.execute(before.with_for_update()).all()
         new = [tries[job_id] for job_id, n in rows if tries[job_id].attempt.attempt == n + 1]
         changes = [
@@ -112,13 +115,17 @@ def note_attempts(url: str, notes: Sequence[Noted]) -> int:
                 "job_id": note.attempt.job_id,
                 "attempts": note.attempt.attempt,
                 "state": note.state,
-                "next_at": note.next_at,
+                "next_at": _after(now, note.wait_s),
             }
             for note in new
         ]
         if changes:
             session.execute(update(WebhookDelivery), changes)
         return insert_new(session, [note.attempt for note in new])
+
+
+def _after(now: datetime, wait_s: float | None) -> datetime | None:
+    return None if wait_s is None else now + timedelta(seconds=wait_s)
 
 
 def attempts_of(url: str, job_id: str) -> tuple[WebhookDelivery | None, list[WebhookAttempt]]:

@@ -1,5 +1,7 @@
 """The program `sluice`: one command for each part; docs/configuration.md has the settings."""
 
+import io
+import math
 import os
 import sys
 from contextlib import suppress
@@ -126,6 +128,29 @@ def _read_object(
     return content
 
 
+def _read_deadline(
+    _ctx: click.Context, _param: click.Parameter, value: float | None
+) -> float | None:
+    # JSON has neither NaN nor infinity.
+    if value is None or 0 < value < math.inf:
+        return value
+    raise click.BadParameter(f"{value:g} is not a number of seconds above 0")
+
+
+def _read_prompt(prompt: str) -> str:
+    """The text: UTF-8 in every locale, as it is on its way."""
+    if prompt == "-" and sys.stdin is None:
+        raise click.UsageError("standard input is closed")
+    try:
+        if prompt == "-":
+            return io.TextIOWrapper(sys.stdin.buffer, "utf-8").read()
+        # Bytes that the locale has no characters for come as surrogates.
+        return prompt.encode("utf-8", "surrogateescape").decode()
+    except UnicodeDecodeError:
+        what = "standard input" if prompt == "-" else "PROMPT"
+        raise click.UsageError(f"{what} is not text in UTF-8") from None
+
+
 @main.command()
 @click.argument("prompt", required=False)
 @click.option(
@@ -140,7 +165,12 @@ def _read_object(
     callback=_read_priority,
     help="interactive, batch, or -100 … 100 within batch: lower ones go first; default: batch.",
 )
-@click.option("--deadline-s", type=float, help="Expires when it has not begun by then.")
+@click.option(
+    "--deadline-s",
+    type=float,
+    callback=_read_deadline,
+    help="Expires when it has not begun by then.",
+)
 @click.option("--webhook", metavar="URL", help="Called when the job has ended.")
 @click.option("--metadata", metavar="NAME=VALUE", multiple=True, callback=_read_pairs)
 @click.option("--watch", "is_watched", is_flag=True, help="Show the job to its end.")
@@ -159,10 +189,12 @@ def submit(
         raise click.UsageError("give either PROMPT or --body")
     if options["endpoint"] and body is None:
         raise click.UsageError("--endpoint needs --body")
-    if prompt == "-":
-        prompt = sys.stdin.read()
+    text = prompt and _read_prompt(prompt)
     api = client.Api(url)
-    job = api.submit(client.compose(prompt, body, **options))
+    try:
+        job = api.submit(client.compose(text, body, **options))
+    except UnicodeEncodeError:
+        raise click.UsageError("an option is not text in UTF-8") from None
     if is_watched:
         sys.exit(client.watch(api, job["id"]))
     click.echo(job["id"])

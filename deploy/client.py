@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from deploy.job_text import describe, outlook, reason, show_table
 from tasks.contract.errors import SluiceError
-from tasks.contract.settings import get_settings
+from tasks.contract.settings import get_settings, without_password
 
 # The API sends keep-alives at least every 10 s: a stream that is silent for longer is broken.
 TIMEOUT_S = 30.0
@@ -77,12 +77,20 @@ class Api:
 
     def __init__(self, url: str | None = None) -> None:
         settings = get_settings()
-        self.url = url or settings.api_url
+        url = (url or settings.api_url).strip()
+        self.shown_url = without_password(url)
         headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
         try:
-            self._client = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT_S)
-        except httpx.InvalidURL as wrong:
-            raise RequestRefusedError(f"{self.url} is not a URL: {wrong}") from None
+            self._client = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT_S)
+        except (httpx.InvalidURL, UnicodeEncodeError) as wrong:
+            # What is taken for a port, say, may be a piece of a password.
+            why = "" if "@" in url else f": {wrong}"
+            raise RequestRefusedError(f"{self.shown_url} is not a URL{why}") from None
+
+    @property
+    def address(self) -> str:
+        """The URL without user and password."""
+        return str(self._client.base_url.copy_with(userinfo=b"")).rstrip("/")
 
     def submit(self, job: Json) -> Json:
         return self._call("POST", "/v1/jobs", json=job)
@@ -129,7 +137,7 @@ class Api:
                         return
                     last_id = event.id or last_id
                     yield event
-                raise ApiAwayError(f"{self.url} ended the stream of {job_id} too early")
+                raise ApiAwayError(f"{self.shown_url} ended the stream of {job_id} too early")
             except ApiAwayError as away:
                 lost_s = lost_s or time.monotonic()
                 if not has_answered or time.monotonic() - lost_s > GIVE_UP_S:
@@ -157,9 +165,10 @@ class Api:
                     raise self._refusal(answer)
                 yield answer
         except httpx.TransportError as failure:
+            why = str(failure) or type(failure).__name__
             raise ApiAwayError(
-                f"no API answers at {self.url} ({str(failure) or type(failure).__name__}); start "
-                "one with `make up`, or give its address: --url or SLUICE_API_URL"
+                f"no API answers at {self.shown_url} ({why}); start one with `make up`, "
+                "or give its address: --url or SLUICE_API_URL"
             ) from None
 
     def _refusal(self, answer: httpx.Response) -> RequestRefusedError:
@@ -168,7 +177,7 @@ class Api:
         try:
             return kind(orjson.loads(answer.content)["error"]["message"])
         except (orjson.JSONDecodeError, KeyError, TypeError):
-            return kind(f"{self.url} answered {answer.status_code}: {answer.text[:200]!r}")
+            return kind(f"{self.shown_url} answered {answer.status_code}: {answer.text[:200]!r}")
 
 
 def _path(job_id: str) -> str:

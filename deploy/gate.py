@@ -66,15 +66,15 @@ def run(options: Options) -> int:
 def _compose(options: Options) -> Load:
     """The load of a round, on a server that answers."""
     api = Api(options.url)
-    if urlsplit(api.url).scheme == "https":
+    if urlsplit(api.address).scheme == "https":
         raise RequestRefusedError(
-            f"`sluice bench` speaks http only, not {api.url}; run it where the API listens"
+            f"`sluice bench` speaks http only, not {api.shown_url}; run it where the API listens"
         )
     names = api.models()
     if not (model := options.model or next(iter(names), "")):
-        raise RequestRefusedError(f"{api.url} lists no model; name one with --model")
+        raise RequestRefusedError(f"{api.shown_url} lists no model; name one with --model")
     return Load(
-        url=api.url,
+        url=api.address,  # it is sent as Host, printed and saved
         model=model,
         streams=options.streams,
         requests=options.requests,

@@ -6,6 +6,10 @@ from collections.abc import Callable
 from tasks.contract.events import Attempt
 from tasks.contract.job import Claim
 
+# What an idle worker offers: a job that wants more slots than any worker has would otherwise stand
+# before all others for ever, as when an operator has taken slots away.
+ANY_NUMBER = 1_000_000
+
 
 class Claims:
     """Counts what is held and what is being claimed under one lock, so that a drain misses none."""
@@ -30,7 +34,7 @@ class Claims:
                 self._is_claiming = True
             claimed = None
             try:
-                claimed = claim(free)
+                claimed = claim(free if self._held else ANY_NUMBER)
                 return claimed
             finally:
                 with self._changed:

@@ -67,6 +67,10 @@ def run(model_name: str) -> int:
     return Worker(get_catalog().resolve(model_name)).run()
 
 
+class TakeoverRefusedError(Exception):
+    """A later attempt has written into the job's log."""
+
+
 class Worker:
     """The parts of a worker, and how they handle a ticket."""
 
@@ -155,6 +159,11 @@ class Worker:
             self.claims.close()
             self.hand_back(claim, Cause.ENGINE_DIED, "the engine died")
             return False
+        except TakeoverRefusedError:
+            self.hand_back(
+                claim, Cause.WORKER_FAILED, "its log has later entries than this attempt"
+            )
+            return True
         except LogLostError as lost:
             self.hand_back(claim, Cause.HANDED_BACK, str(lost))
             return True
@@ -186,7 +195,11 @@ class Worker:
         job = claim.job
         take_over = lambda: self.log.take_over(job.id, claim.attempt, job.listener)
         entries = self.persist(take_over)
-        return None if entries is None else History.read(entries)
+        if entries is None:
+            return None
+        if not entries or entries[-1].position != (claim.attempt, 0):
+            raise TakeoverRefusedError
+        return History.read(entries)
 
     def hand_back(self, claim: Claim, cause: Cause, reason: str, delay_s: float = 0) -> None:
         """Gives the job to other workers, at once or later; it may be its end as a dead letter."""

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import requests
+from sqlalchemy import delete, select, update
 
 from bench.stack import Stack
 from db import jobs as records
-from db import migrate
+from db import migrate, reading, writing
 from db.dead import replace
-from db.models import JobRecord
+from db.models import JobEvent, JobRecord, JobResult, LedgerEntry
 from db.webhooks import attempts_of
 from tasks.contract import keys
 from tasks.contract.connections import connect
@@ -25,6 +26,8 @@ from tasks.contract.settings import Settings
 from tasks.maintenance.accepted import enqueue
 from tasks.maintenance.ledger import LONGEST_END_S, Recorder
 from tasks.maintenance.reconciler import Reconciler
+from tasks.queue import counts
+from tasks.queue.counts import Counted
 from tasks.queue.jobs import Jobs
 from tasks.queue.token_log import Addressed, append_arguments
 from tests.conftest import SIM
@@ -94,6 +97,18 @@ def test_every_202_is_of_a_job_that_is_known_also_when_the_lane_fills(stack: Sta
     assert ids
     for job_id in ids:
         assert requests.get(f"{stack.url}/v1/jobs/{job_id}", timeout=30).json()["id"] == job_id
+
+
+def test_an_accepted_job_goes_on_above_the_attempts_that_its_log_knows(
+    queue: Jobs, url: str
+) -> None:
+    """The logs' Redis had them yet; the queue's had lost all."""
+    record = job(attempts=3_600_000)
+    records.accept(url, [record])
+    assert Reconciler(queue, url).reconcile() == 1
+    claim = queue.backlog.claim("sim", "w")
+    assert claim
+    assert claim.attempt > 3_600_000
 
 
 def test_one_jobs_trouble_does_not_stop_the_reconciler(queue: Jobs, url: str) -> None:
@@ -170,6 +185,51 @@ def test_what_sql_does_not_have_yet_does_not_expire(queue: Jobs, url: str) -> No
     assert found[1].body == b'{"answer": 1}'
 
 
+def _repairs(queue: Jobs) -> int:
+    found: Any = queue.backlog.redis.hgetall(keys.COUNTS)
+    return sum(n for what, n in counts.read(found).items() if what.what is Counted.REPAIRS)
+
+
+def test_a_job_that_is_recorded_while_the_reconciler_looks_is_not_recorded_again(
+    queue: Jobs, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = job()
+    records.accept(url, [record])
+    complete(queue, record)
+    look = records.still_open
+
+    def look_and_record(url: str, after: str, limit: int) -> dict[str, int]:
+        found = look(url, after, limit)
+        assert Recorder(queue, url).record() == 1
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "still_open", look_and_record)
+        assert Reconciler(queue, url).reconcile() == 0
+    assert _repairs(queue) == 0
+    assert queue.backlog.redis.xlen(keys.LEDGER) == 0
+    with reading(url) as session:
+        states = list(session.scalars(select(JobEvent.state).order_by(JobEvent.at)))
+    assert states == ["in_progress", "completed"]
+
+
+def test_an_end_that_sql_has_lost_is_recorded_again(queue: Jobs, url: str) -> None:
+    """A database that was restored from a backup of before it."""
+    record = job()
+    records.accept(url, [record])
+    complete(queue, record)
+    recorder = Recorder(queue, url)
+    assert recorder.record() == 1
+    with writing(url) as session:
+        session.execute(delete(LedgerEntry))
+        session.execute(delete(JobResult))
+        session.execute(update(JobRecord).values(completed_at=None, status="queued"))
+    assert Reconciler(queue, url).reconcile() == 0
+    assert _repairs(queue) == 1
+    assert recorder.record() == 1
+    assert records.still_open(url, "", 9) == {}
+
+
 def _age_records(queue: Jobs) -> None:
     """Makes all records older than the end of a log may be late."""
     for record_id, fields in queue.backlog.redis.xrange(keys.LEDGER):
@@ -238,3 +298,31 @@ def test_a_started_job_that_redis_has_lost_does_not_expire(queue: Jobs, url: str
     claim = queue.backlog.claim("sim", "w")
     assert claim
     assert claim.job.id == late.id
+
+
+def test_what_sql_has_ended_does_not_run_after_redis_lost_its_last_second(
+    queue: Jobs, url: str, stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was cancelled ran, and GET told of a completed one that it was queued."""
+    monkeypatch.setattr("tasks.queue.backlog.MEMBERS_AT_ONCE", 2)
+    done, waiting = [job(n) for n in range(5)], job(5)
+    records.accept(url, [*done, waiting])
+    for record in [*done, waiting]:
+        enqueue(queue.backlog, record)
+    claim = queue.backlog.claim("sim", "w")
+    assert claim
+    for record in done:
+        assert records.end_lost(url, record.id, "cancelled", {"message": "cancelled"})
+    stack.start_api()
+    shown = requests.get(f"{stack.url}/v1/jobs/{done[1].id}", timeout=30).json()
+    assert shown["status"] == "cancelled"
+    told = requests.get(f"{stack.url}/v1/jobs/{done[1].id}/events", timeout=30).text
+    assert told == 'data: {"error":{"message":"cancelled"}}\n\ndata: [DONE]\n\n'
+    reconciler = Reconciler(queue, url)
+    assert reconciler.reconcile() == 0
+    states = [found and found.state for found in queue.backlog.snapshots([r.id for r in done])]
+    assert states == [State.CANCELLED] * len(done)
+    assert queue.backlog.renew([claim]) == [claim]
+    (still,) = queue.backlog.snapshots([waiting.id])
+    assert still
+    assert still.state is State.QUEUED

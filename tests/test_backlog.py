@@ -19,6 +19,8 @@ from tasks.queue.backlog import MOST_TICKETS, Backlog, Finished
 from tasks.queue.celery_app import TICKET, TicketAMQP
 from tasks.queue.counts import Counted, Happening, read
 from tasks.queue.depth import depth, places
+from tasks.queue.jobs import Jobs
+from tasks.queue.statistics import Depth, read_depths
 
 SETTINGS = Settings(lease_s=3, max_backlog=5, max_attempts=2)
 KEY = {"idempotency_key": "k", "fingerprint": "f"}
@@ -408,6 +410,21 @@ def test_tickets_do_not_pile_up_without_a_worker(backlog: Backlog) -> None:
     for _ in range(MOST_TICKETS + 20):
         queue.submit(_job())
     assert queue.redis.llen(keys.tickets("m")) == MOST_TICKETS
+
+
+def test_a_lost_ticket_is_issued_again_after_the_clock_of_redis_was_set_back(
+    backlog: Backlog,
+) -> None:
+    """A step back of a day: jobs of before it will be queued tomorrow, so they have no age."""
+    job = _job()
+    backlog.submit(job)
+    backlog.redis.delete(keys.tickets("m"))
+    place = keys.backlog("m", Lane.INTERACTIVE)
+    backlog.redis.zincrby(place, 24 * 3600 * 1000, job.id)
+    queue = Jobs(backlog.redis, backlog.redis, SETTINGS)
+    assert queue.reissue_tickets() == 1
+    assert queue.reissue_tickets() == 0
+    assert read_depths(backlog.redis, ["m"])["m"][Lane.INTERACTIVE] == Depth(1, 0)
 
 
 def test_a_claim_wakes_the_next_slot_when_all_tickets_are_gone(backlog: Backlog) -> None:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -90,6 +91,22 @@ def test_broken_chunks_are_refused(stack: Stack, chunks: bytes) -> None:
     response = answer(stack, f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode() + chunks, True)
     assert response.startswith(b"HTTP/1.1 400 ")
     assert response.count(b"HTTP/1.1") == 1
+
+
+@pytest.mark.parametrize("headers", [{}, {"Sec-WebSocket-Version": "8"}])
+def test_what_is_no_websocket_is_refused_as_all_else(stack: Stack, headers: dict[str, str]) -> None:
+    headers = headers | {"Connection": "Upgrade", "Upgrade": "websocket"}
+    refused = call(stack, "GET", "/v1/chat/completions", headers=headers)
+    assert refused.status_code == 400
+    assert "Sec-WebSocket-Version: 13" in refused.json()["error"]["message"]
+
+
+def test_a_socket_that_follows_a_job_learns_that_redis_is_away(home: Path) -> None:
+    with running(Stack(home, [FAST]), workers=0) as own:
+        own.part("redis").kill()
+        with connect(f"{own.url.replace('http', 'ws')}/v1/jobs/job_x/events") as ws:
+            assert json.loads(ws.recv(timeout=20))["error"]["code"] == "queue_unavailable"
+            assert ws.recv(timeout=10) == "[DONE]"
 
 
 def chunked(body: bytes) -> bytes:

@@ -14,6 +14,8 @@ import pytest
 import requests
 
 from bench.stack import Stack, await_that, running
+from db import writing
+from db.models import JobRecord
 from deploy.redis_server import free_port
 from tests.conftest import SIM
 
@@ -89,6 +91,62 @@ def test_submit_prints_the_id_alone_and_watch_shows_the_job_as_often_as_asked(
 def test_a_prompt_comes_from_standard_input(sim_stack: Stack) -> None:
     done = sluice(sim_stack, "submit", "-", "--max-tokens", "7", "--watch", stdin=PROMPT)
     assert done.stdout == text(sim_stack, 7) + "\n"
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("locale", [{}, ASCII])
+@pytest.mark.parametrize("is_argument", [False, True])
+def test_a_prompt_is_utf_8_in_every_locale(
+    idle_stack: Stack, locale: dict[str, str], is_argument: bool
+) -> None:
+    prompt = "Où coule la rivière? 河".encode()
+    start = command(idle_stack, "submit")
+    start["args"] += [prompt if is_argument else "-"]
+    start["env"] |= locale
+    done = subprocess.run(**start, input=prompt, capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    with writing(idle_stack.database_url) as session:
+        job = session.get(JobRecord, done.stdout.decode().strip())
+        assert job is not None
+        assert orjson.loads(job.request or b"")["messages"][0]["content"] == prompt.decode()
+
+
+@pytest.mark.parametrize("locale", [{}, ASCII])
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "says"),
+    [
+        (["-"], b"\x89PNG\r\n\xff\0", "standard input is not text in UTF-8"),
+        ([b"\xff"], b"", "PROMPT is not text in UTF-8"),
+        (["x", "--metadata", b"a=\xff"], b"", "an option is not text in UTF-8"),
+    ],
+)
+def test_what_is_no_text_is_refused(
+    sim_stack: Stack, locale: dict[str, str], arguments: list[Any], stdin: bytes, says: str
+) -> None:
+    start = command(sim_stack, "submit", *arguments)
+    start["env"] |= locale
+    done = subprocess.run(**start, input=stdin, capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.decode().splitlines()[-1] == f"Error: {says}"
+    assert done.stderr.startswith(b"Usage: ")
+
+
+def test_a_standard_input_that_is_closed_is_refused(sim_stack: Stack) -> None:
+    start = command(sim_stack, "submit", "-")
+    start["args"] = ["sh", "-c", 'exec "$0" "$@" <&-', *start["args"]]
+    done = subprocess.run(**start, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == "Error: standard input is closed"
+
+
+@pytest.mark.parametrize("deadline", ["nan", "inf", "-inf", "0", "-1"])
+def test_a_deadline_that_never_comes_or_is_over_is_refused(sim_stack: Stack, deadline: str) -> None:
+    done = sluice(sim_stack, "submit", "x", f"--deadline-s={deadline}")
+    assert (done.returncode, done.stdout) == (2, "")
+    says = "Error: Invalid value for '--deadline-s': "
+    assert done.stderr.splitlines()[-1].startswith(says)
 
 
 def test_a_body_goes_to_its_endpoint_with_the_terms_given(sim_stack: Stack) -> None:

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from datetime import UTC, datetime, timedelta, tzinfo
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import pytest
@@ -144,6 +145,25 @@ def test_a_call_that_fails_is_made_again_under_the_same_id(database: str, bus: r
         assert receiver.ids() == {"evt_1": 3}
     assert states(database, "job_1") == ("delivered", False, [(1, 500), (2, 302), (3, 200)])
     assert counted(bus) == {"pending": 2, "delivered": 1}
+
+
+def test_a_call_is_not_made_again_at_once_where_the_hosts_clock_is_behind(
+    database: str, bus: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Behind(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return super().now(tz) - timedelta(hours=12)
+
+    monkeypatch.setattr("tasks.maintenance.deliveries.datetime", Behind)
+    began = datetime.now(UTC)
+    with receiving(500, 500) as receiver, delivering(database, bus):
+        add(database, {"job_1": receiver.url})
+        await_that(lambda: attempts_of(database, "job_1")[1])
+        delivery, _ = attempts_of(database, "job_1")
+    assert delivery
+    assert delivery.next_at
+    assert 4 < (delivery.next_at - began).total_seconds() < 30
 
 
 def test_a_receiver_that_is_gone_is_not_called_again(database: str, bus: redis.Redis) -> None:

@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,17 @@ from tasks.contract import keys
 from tasks.queue import counts
 from tasks.queue.counts import Counted, Happening
 from tests.conftest import SIM
-from tests.test_jobs import CHAT, ENDPOINT, STREAM, call, submit, wait
+from tests.test_jobs import (
+    CHAT,
+    ENDPOINT,
+    STREAM,
+    call,
+    events,
+    ids,
+    repeated,
+    submit,
+    wait,
+)
 
 JOBS = 250
 
@@ -146,3 +157,66 @@ def test_a_client_that_waits_gets_an_error_when_redis_has_lost_its_request(stack
         assert '"code":"job_lost"' in streamed.result().text
         assert waiting.result().status_code == 503
         assert waiting.result().json()["error"]["code"] == "job_lost"
+
+
+def test_who_follows_an_accepted_job_hears_its_answer_though_redis_had_lost_it(
+    stack: Stack,
+) -> None:
+    """They were told that it was lost, or had ended with no error, before it was queued again."""
+    stack.workers[0].kill()
+    job_id = submit(stack, STREAM)["id"]
+    with ThreadPoolExecutor(3) as pool:
+        early = pool.submit(events, stack, job_id)
+        await_that(lambda: stack.redis.zcard(keys.backlog("sim", "batch")) == 1)
+        time.sleep(0.5)  # its place is told, and it listens
+        stack.redis.flushall()
+        late = pool.submit(events, stack, job_id)
+        waiting = pool.submit(wait, stack, job_id, 60)
+        await_that(lambda: stack.redis.zcard(keys.backlog("sim", "batch")) == 1)
+        stack.start_worker("sim")
+        streams = [early.result(), late.result()]
+    whole = repeated(events(stack, job_id))
+    assert len(ids(whole)) >= 5
+    assert [repeated(text) for text in streams] == [whole, whole]
+    assert all(": keep-alive\n\n" in text for text in streams)
+    assert waiting.result().status_code == 200
+    assert waiting.result().json()["status"] == "completed"
+
+
+def test_who_follows_a_job_that_ends_while_redis_lacks_it_hears_how(stack: Stack) -> None:
+    stack.workers[0].kill()
+    job_id = submit(stack, STREAM)["id"]
+    with ThreadPoolExecutor(2) as pool:
+        early = pool.submit(events, stack, job_id)
+        time.sleep(0.5)
+        stack.redis.flushall()
+        late = pool.submit(events, stack, job_id)
+        time.sleep(0.5)
+        assert call(stack, "POST", f"/v1/jobs/{job_id}/cancel").json()["status"] == "cancelled"
+        for text in (early.result(), late.result()):
+            assert '"code":"job_cancelled"' in text
+            assert "job_lost" not in text
+
+
+def test_a_position_that_redis_has_lost_is_none_of_the_accepted_job(stack: Stack) -> None:
+    stack.workers[0].kill()
+    job_id = submit(stack, STREAM)["id"]
+    stack.redis.flushall()
+    path = f"/v1/jobs/{job_id}/events?starting_after=1-3"
+    assert call(stack, "GET", path).status_code == 400
+
+
+def test_a_stream_of_which_redis_has_lost_what_was_sent_does_not_begin_again(stack: Stack) -> None:
+    """It was called lost, though it ran anew; followed on, its first words would come twice."""
+    job_id = submit(stack, STREAM | {"max_tokens": 100})["id"]
+    with ThreadPoolExecutor(1) as pool:
+        followed = pool.submit(events, stack, job_id)
+        await_that(lambda: stack.redis.xlen(keys.log(job_id)) > 10)
+        stack.workers[0].kill()
+        time.sleep(0.5)  # what was in the log is sent
+        stack.redis.flushall()
+        stack.start_worker("sim")
+        text = followed.result()
+    assert text.count('"role":"assistant"') == 1
+    assert '"code":"stream_broken"' in text
+    assert wait(stack, job_id).json()["status"] == "completed"

@@ -3,7 +3,9 @@
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 import requests
@@ -49,6 +51,23 @@ def submit(stack: Stack, body: dict[str, Any] = CHAT, **options: Any) -> dict[st
     assert response.status_code == 202, response.text
     assert response.headers["location"] == f"/v1/jobs/{response.json()['id']}"
     return dict(response.json())
+
+
+def test_what_is_refused_is_not_accepted(sim_stack: Stack) -> None:
+    """A wish that could not be read was refused when the job had been accepted."""
+    known = set(sim_stack.redis.keys(keys.job("*")))
+    job, wish = {"endpoint": ENDPOINT, "body": CHAT}, {"Prefer": "wait=soon"}
+    assert call(sim_stack, "POST", "/v1/jobs", json=job, headers=wish).status_code == 400
+    assert set(sim_stack.redis.keys(keys.job("*"))) <= known
+
+
+def test_any_name_of_a_model_can_be_answered(home: Path) -> None:
+    """One that is not Latin was answered with 500 to every request."""
+    with running(Stack(home, [SIM | {"name": "модель 100%"}], keep_alive_s=1)) as stack:
+        for body in (CHAT, STREAM):
+            answer = call(stack, "POST", ENDPOINT, json=body)
+            assert answer.status_code == 200
+            assert unquote(answer.headers["x-sluice-model"]) == "модель 100%"
 
 
 def get(stack: Stack, job_id: str) -> dict[str, Any]:
@@ -251,6 +270,7 @@ def test_jobs_are_listed_in_pages_and_filtered(slow_stack: Stack) -> None:
     assert [job["id"] for job in listed("status=in_progress")["data"]] == [blocker["id"]]
     assert len(listed("status=queued")["data"]) == 5
     assert listed("status=completed")["data"] == listed("model=other")["data"] == []
+    assert len(listed("model=sim")["data"]) == len(listed("model=gpt-3.5-turbo")["data"]) == 6
 
 
 @pytest.mark.parametrize("how", ["body", "header"])

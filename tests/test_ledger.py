@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,20 @@ import pytest
 
 from bench.postgres import Postgres
 from bench.stack import Stack, await_that
-from db import reading
+from db import jobs, reading
+from db.jobs import Change
 from db.models import JobResult
 from tasks.contract import keys
 from tasks.contract.connections import connect
 from tasks.contract.errors import JobCancelledError
-from tasks.contract.events import End
+from tasks.contract.events import End, Entry, Kind, Position, Start
 from tasks.contract.job import Claim, Job, State
 from tasks.contract.settings import Settings
 from tasks.maintenance import dead_letters as dead
 from tasks.maintenance.ledger import RECORDS_AT_ONCE, Recorder
-from tasks.queue.backlog import Backlog
+from tasks.queue.backlog import Backlog, load_script
 from tasks.queue.jobs import Jobs
-from tasks.queue.token_log import TokenLog
+from tasks.queue.token_log import Addressed, TokenLog, append_arguments
 from tests.conftest import SIM
 from tests.test_db import entries
 
@@ -128,6 +129,22 @@ def test_each_end_of_a_job_is_recorded(backlog: Backlog, database_url: str) -> N
     assert backlog.redis.xlen(keys.LEDGER) == 0
 
 
+def test_what_the_database_cannot_hold_does_not_hold_up_the_others(
+    backlog: Backlog, database_url: str
+) -> None:
+    odd, sound = run(backlog), run(backlog)
+    for claim in (odd, sound):
+        assert backlog.finish(claim, State.COMPLETED)
+        end_log(backlog, claim.job.id, State.COMPLETED)
+    for record_id, fields in backlog.redis.xrange(keys.LEDGER):
+        if fields[b"job_id"].decode() == odd.job.id:
+            backlog.redis.xdel(keys.LEDGER, record_id)
+            backlog.redis.xadd(keys.LEDGER, fields | {b"attempts": 2**63})
+    recorder_of(backlog, database_url).record()
+    assert sound.job.id in {entry.job_id for entry in entries(database_url)}
+    assert backlog.redis.xlen(keys.LEDGER) == 0
+
+
 def test_a_job_that_was_cancelled_at_its_end_is_recorded_with_the_end_that_counts(
     backlog: Backlog, database_url: str
 ) -> None:
@@ -168,6 +185,37 @@ def test_one_round_moves_all_records(backlog: Backlog, database_url: str) -> Non
     ids = {cancel(backlog) for _ in range(number)}
     assert recorder_of(backlog, database_url).record() == number
     assert {e.job_id for e in entries(database_url)} == ids
+    assert backlog.redis.xlen(keys.LEDGER) == 0
+
+
+def test_large_answers_are_recorded_a_few_at_a_time(
+    backlog: Backlog, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = b'{"text": "' + 1000 * b"x" + b'"}'
+    append = load_script(backlog.redis, "append")
+    for _ in range(20):
+        claim = run(backlog)
+        parts = [(Kind.START, Start(200, [], 0, 1).encode()), (Kind.BODY, answer)]
+        log = [
+            Addressed(Entry(claim.job.id, Position(1, seq), *part), "")
+            for seq, part in enumerate(parts)
+        ]
+        assert not append(**append_arguments(log, Settings(**SETTINGS)))
+        assert backlog.finish(claim, State.COMPLETED)
+        end_log(backlog, claim.job.id, State.COMPLETED)
+    written, write = [], jobs.apply
+
+    def apply(url: str, changes: Sequence[Change]) -> int:
+        written.append(sum(len(c.result.body or b"") for c in changes if c.result))
+        return write(url, changes)
+
+    monkeypatch.setattr(jobs, "apply", apply)
+    queue = Jobs(backlog.redis, backlog.redis, Settings(**SETTINGS))
+    recorder = Recorder(queue, database_url, bytes_at_once=3000)
+    assert recorder.record() == 20
+    assert sum(written) == 20 * len(answer)
+    assert max(written) <= 3000 + len(answer)
+    assert len(entries(database_url)) == 20
     assert backlog.redis.xlen(keys.LEDGER) == 0
 
 

@@ -1,6 +1,7 @@
 """Reading jobs costs what is shown, whatever else is stored, and holds up nobody."""
 
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -140,6 +141,21 @@ def test_a_long_answer_that_sql_does_not_have_yet_holds_up_nobody(stack: Stack) 
     content = found["response"]["body"]["choices"][0]["message"]["content"]
     assert content == "word " * 100_000
     assert max(took_s) < slack(0.3)
+
+
+def test_a_body_in_pieces_of_a_byte_holds_up_nobody(stack: Stack) -> None:
+    """One upload in a million chunks stopped all streams of the process for a minute."""
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    head += b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with (
+        socket.create_connection(("127.0.0.1", stack.api_ports[0]), timeout=60) as client,
+        measured_silence(stack) as took_s,
+    ):
+        client.sendall(head + b"1\r\nx\r\n" * 1_000_000 + b"0\r\n\r\n")
+        assert client.recv(65536).startswith(b"HTTP/1.1 400 ")
+        answered = len(took_s)
+    # Whatever the machine: others are answered again and again while the body is read.
+    assert answered > 20
 
 
 def write_log(stack: Stack, job_id: str, entries: list[Entry]) -> None:

@@ -27,6 +27,23 @@ def log_of(chunks: list[dict[str, Any]]) -> list[Entry]:
     return [Entry("job_1", Position(1, seq), *entry) for seq, entry in enumerate(entries)]
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"choices": None, "usage": {"total_tokens": 9}},
+        {"choices": [None]},
+        {"choices": [{"index": "a", "delta": {}}, {"index": 1, "delta": {}}]},
+        {"choices": 7},
+    ],
+)
+def test_chunks_of_any_shape_can_be_recorded(odd: dict[str, Any]) -> None:
+    """One server's `choices: null` held up the records of all jobs."""
+    told = assemble(log_of([chunk({"content": "Hi"}), odd]))
+    assert told
+    assert told.state is State.COMPLETED
+    assert b"Hi" in (told.body or b"")
+
+
 def test_texts_tools_and_choices_are_put_together_from_their_pieces() -> None:
     def call(index: int, arguments: str, **named: str) -> dict[str, Any]:
         function = {"arguments": arguments, **named}

@@ -5,9 +5,9 @@ from typing import Any
 import orjson
 import pytest
 
-from bench.stack import Stack
+from bench.stack import Stack, await_that
 from tasks.contract import keys
-from tests.test_jobs import CHAT, call, submit
+from tests.test_jobs import CHAT, call, in_sql, submit, wait
 
 COUNTED: list[tuple[str, dict[str, Any], int]] = [
     ("/v1/chat/completions", CHAT, 1),
@@ -24,7 +24,8 @@ COUNTED: list[tuple[str, dict[str, Any], int]] = [
     ("/v1/embeddings", {"input": [1, 2, 3]}, 1),
     ("/v1/embeddings", {"input": [[1], [2]]}, 2),
     ("/v1/embeddings", {"input": [[1]] * 65}, 64),
-    *(("/v1/chat/completions", CHAT | {"n": n}, 1) for n in ("3", 0, -5, None, 2.5, True, [9])),
+    *(("/v1/chat/completions", CHAT | {"n": n}, 3) for n in ("3", 3.0, " 3 ")),
+    *(("/v1/chat/completions", CHAT | {"n": n}, 1) for n in (0, -5, None, 2.5, True, [9], "x")),
 ]
 
 
@@ -38,10 +39,25 @@ def test_a_request_is_counted_by_its_sequences(
         assert sim_stack.redis.hget(keys.job(job_id), "sequences") == str(sequences).encode()
 
 
+def test_a_job_that_is_sent_again_takes_what_it_took_before(sim_stack: Stack) -> None:
+    """65 inputs to embed took 64 slots, and 65 the second time, which no worker had."""
+    sim_stack.redis.sadd(keys.PAUSED, "sim")
+    try:
+        body = {"input": [[1]] * 65}
+        first = submit(sim_stack, body, endpoint="/v1/embeddings")["id"]
+        assert call(sim_stack, "POST", f"/v1/jobs/{first}/cancel").status_code == 200
+        await_that(lambda: in_sql(sim_stack, first))
+        again = call(sim_stack, "POST", f"/v1/jobs/{first}/retry").json()["id"]
+        assert sim_stack.redis.hget(keys.job(again), "sequences") == b"64"
+    finally:
+        sim_stack.redis.srem(keys.PAUSED, "sim")
+    assert wait(sim_stack, again).json()["status"] in ("completed", "failed")
+
+
 @pytest.mark.parametrize(
     ("endpoint", "body", "param", "number"),
     [
-        ("/v1/chat/completions", CHAT | {"n": 2000}, "n", "2,000"),
+        *(("/v1/chat/completions", CHAT | {"n": n}, "n", "2,000") for n in (2000, "2000", 2e3)),
         ("/v1/completions", {"prompt": ["Once"] * 1024}, "prompt", "1,024"),
         ("/v1/completions", {"prompt": "Once", "best_of": 65}, "n", "65"),
     ],

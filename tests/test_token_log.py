@@ -50,6 +50,14 @@ def _positions(log: TokenLog) -> list[str]:
     return [str(entry.position) for entry in log.read_after(JOB)]
 
 
+def test_a_log_lives_on_while_it_is_written(bus: redis.Redis, append: Append) -> None:
+    """A stream that ran for longer than the TTL lost its log, and began anew for ever."""
+    append(_entry(1, 0, Kind.START, Start(200, [], 0, 1).encode()))
+    bus.expire(KEY, 5)
+    append(_entry(1, 1))
+    assert bus.ttl(KEY) > 5  # type: ignore[operator]
+
+
 def test_entries_are_read_as_they_were_written(log: TokenLog, append: Append) -> None:
     head = Start(200, [("content-type", "text/plain")], 3, 1)
     assert append(_entry(1, 0, Kind.START, head.encode()), _entry(1, 1)) == []

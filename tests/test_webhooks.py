@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -186,6 +187,40 @@ def test_a_proxy_of_the_environment_is_not_asked(
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
     assert send(receiver.url).is_delivered
+
+
+def name_server(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[object]:
+    """Has every name have these addresses; the names that were asked for."""
+    asked: list[object] = []
+
+    def getaddrinfo(host: object, *_: object, **__: object) -> list[object]:
+        asked.append(host)
+        kind = socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, ""
+        return [(*kind, (address, 0)) for address in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    return asked
+
+
+def test_what_is_called_is_the_address_that_was_checked(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = name_server(monkeypatch, "127.0.0.1")
+    assert send(f"http://moves.test:{receiver.server_port}/hook").is_delivered
+    # A second answer might be another.
+    assert asked == [b"moves.test"]
+    assert receiver.requests[0][1]["host"] == f"moves.test:{receiver.server_port}"
+
+
+@pytest.mark.parametrize("addresses", [["127.0.0.1"], ["127.0.0.1", "8.8.8.8"]])
+def test_a_name_with_a_private_address_is_not_called(
+    receiver: Receiver, addresses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name_server(monkeypatch, *addresses)
+    sender = Sender(SETTINGS.model_copy(update={"webhook_allow_private": False}))
+    outcome = send(f"http://moves.test:{receiver.server_port}/hook", sender)
+    assert "not public" in str(outcome.error)
+    assert receiver.requests == []
 
 
 def test_nothing_is_sent_unsigned(receiver: Receiver) -> None:

@@ -5,6 +5,7 @@ job's events a frame is `{"event", "id", "data"}`. `{"type": "cancel"}` cancels 
 """
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,8 +26,12 @@ from api.job_events import KEEP_ALIVE, Follower
 from api.job_view import stored_response
 from api.relay import ClientDisconnectedError, ServerStoppingError
 from api.services import TENANT, Services, get_services
-from tasks.contract.errors import QueueUnavailableError, SluiceError
+from tasks.contract.errors import InvalidRequestError, QueueUnavailableError, SluiceError
 
+log = logging.getLogger(__name__)
+
+# RFC 6455
+VERSION = "13"
 PING_INTERVAL_S = 25
 # A reader that takes nothing for so long is gone.
 LONGEST_STALL_S = 30.0
@@ -84,6 +89,12 @@ def register(app: Flask) -> None:
 
 def _prepare_socket() -> None:
     if request.headers.get("upgrade", "").lower() == "websocket":
+        version = request.headers.get("Sec-WebSocket-Version")
+        if version != VERSION or "Sec-WebSocket-Key" not in request.headers:
+            raise InvalidRequestError(
+                f"A WebSocket begins with the headers Sec-WebSocket-Version: {VERSION} and "
+                "Sec-WebSocket-Key; send them, or no Upgrade."
+            )
         request.environ["gunicorn.socket"] = WholeWrites(request.environ["gunicorn.socket"])
         # No compression: a frame of some kilobytes can say a gigabyte.
         request.environ.pop("HTTP_SEC_WEBSOCKET_EXTENSIONS", None)
@@ -182,11 +193,12 @@ def _serve(
     """Answers one request."""
     try:
         body = frame.encode() if isinstance(frame, str) else frame
-        generation = Generation(services, Call.read(services, endpoint, body, request.headers))
-    except AnsweredError as answered:
-        conversation.send(stored_response(services, TENANT, answered.job_id).get_data(True))
-        conversation.send(DONE)
-        return
+        try:
+            generation = Generation(services, Call.read(services, endpoint, body, request.headers))
+        except AnsweredError as answered:
+            conversation.send(stored_response(services, TENANT, answered.job_id).get_data(True))
+            conversation.send(DONE)
+            return
     except SluiceError as error:
         conversation.refuse(error)
         return
@@ -220,5 +232,12 @@ def _job_events(ws: Any, job_id: str) -> None:
     except ServerStoppingError:
         ws.close(TRY_AGAIN_LATER, "this server restarts; go on after the last id")
     except SluiceError as error:
-        with contextlib.suppress(ClientDisconnectedError):
-            conversation.refuse(error)
+        _refuse(conversation, error)
+    except (RedisError, SQLAlchemyError) as away:
+        log.error("job %s: not followed any more: %s", job_id, away)
+        _refuse(conversation, QueueUnavailableError())
+
+
+def _refuse(conversation: Conversation, error: SluiceError) -> None:
+    with contextlib.suppress(ClientDisconnectedError):
+        conversation.refuse(error)

@@ -13,6 +13,7 @@ from werkzeug.datastructures import Headers
 
 from api import replies, schemas
 from api.encoders.sse import event_stream
+from api.ends import is_kept
 from api.intake import Call, Preference, fingerprint, read_body, read_key, read_object
 from api.job_events import Follower, encode
 from api.job_view import describe, describe_all, find_queued, of_record
@@ -83,7 +84,7 @@ def submit() -> Response:
     metadata = orjson.dumps(wanted.metadata).decode()
     job = replace(call.job, lane=lane, metadata=metadata, options=options)
     if wanted.webhook:
-        check_webhook(wanted.webhook, services.settings)
+        check_webhook(wanted.webhook, services.settings, services.lookups.ask)
     return _accept(services, to_record(job, wanted.webhook))
 
 
@@ -95,8 +96,8 @@ def accept_call(services: Services, call: Call) -> Response:
 
 
 def _accept(services: Services, job: JobRecord) -> Response:
-    job_id = services.acceptance.accept(job)
     prefer = Preference.read(request.headers)
+    job_id = services.acceptance.accept(job)
     if job_id != job.id or prefer.wait_s:
         return _answer(services, job_id, prefer.wait_s)
     return _respond(of_record(job, None), 202)
@@ -133,7 +134,9 @@ def _page(services: Services, query: schemas.JobQuery) -> list[dict[str, Any]]:
     """One job more than asked for, if there are so many."""
     found: list[dict[str, Any]] = []
     after, wanted = query.after, query.limit + 1
-    url, terms = services.settings.database_url, {"model": query.model, "status": query.status}
+    named = services.catalog.names.get(query.model or "")
+    model = named.name if named else query.model
+    url, terms = services.settings.database_url, {"model": model, "status": query.status}
     for look in range(MOST_LOOKS):
         limit = max(wanted, ROWS_AT_A_LOOK if look else 0)
         rows = records.page(url, TENANT, **terms, after=after, limit=limit)
@@ -217,9 +220,9 @@ def get_webhook(path: schemas.JobPath) -> Response:
 def cancel(path: schemas.JobPath) -> Response:
     """Takes it out of the queue or off the engine; one that has ended gets 409."""
     services = get_services()
-    job = find_queued(services, TENANT, path.job_id)
-    has_cancelled = job is not None and services.jobs.cancel(job.id, job.model)
-    if job is None:
+    seen = find_queued(services, TENANT, path.job_id)
+    has_cancelled = seen is not None and services.jobs.cancel(seen.job.id, seen.job.model)
+    if seen is None:
         describe(services, TENANT, path.job_id)  # none of another tenant is touched
         error = JobCancelledError().body()["error"]
         url = services.settings.database_url
@@ -272,8 +275,13 @@ def _await_end(services: Services, job_id: str, wait_s: int) -> None:
     has_log_ended = False
     with suppress(ServerStoppingError, StreamBrokenError), services.relay.follow(job_id) as stream:
         while (left_s := deadline_s - time.monotonic()) > 0:
-            job = find_queued(services, TENANT, job_id)
-            if job is None or (has_log_ended and job.state.is_final):
+            seen = find_queued(services, TENANT, job_id)
+            if seen is None and not is_kept(services, job_id):
+                return
+            if seen is None:
+                # Queued again, it runs anew: what its log has told does not count.
+                has_log_ended = False
+            elif has_log_ended and seen.state.is_final:
                 return
             if has_log_ended:
                 gevent.sleep(MOMENT_S)

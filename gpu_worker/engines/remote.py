@@ -22,9 +22,11 @@ from gpu_worker.engines.engine import (
     read_args,
     read_body,
 )
+from gpu_worker.engines.remote_names import Names, choose, listed_in
 from gpu_worker.engines.remote_usage import read_object, usage_option, watched
 from tasks.contract.errors import ConfigurationError, OverloadedError, StreamBrokenError, headers_of
 from tasks.contract.models import Model
+from tasks.contract.settings import without_password
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -58,9 +60,9 @@ class RemoteUnavailableError(OverloadedError):
 class RemoteEngine:
     """The server's endpoints as an ASGI app."""
 
-    def __init__(self, client: httpx.AsyncClient, server_model: str | None) -> None:
+    def __init__(self, client: httpx.AsyncClient, names: Names) -> None:
         self._client = client
-        self._server_model = server_model
+        self._names = names
         self._running = 0
 
     def load(self) -> Load:
@@ -109,8 +111,8 @@ class RemoteEngine:
         """
         if not (document := read_object(body)):
             return body, False  # the server reports what is wrong with it
-        changes = {} if self._server_model is None else {"model": self._server_model}
-        changes |= (unasked := usage_option(path, document))
+        unasked = usage_option(path, document)
+        changes = self._names.change(document) | unasked
         return (json.dumps(document | changes).encode() if changes else body), bool(unasked)
 
 
@@ -119,43 +121,66 @@ async def open_engine(model: Model) -> AsyncIterator[RemoteEngine]:
     """Connects to the server at the model's source, a base URL with or without `/v1`.
 
     Raises:
-        ConfigurationError: an argument is wrong, the key is not set, or the server does not answer.
+        ConfigurationError: an argument is wrong, the key is not set, or the server does not answer
+            or has several models.
     """
     args = read_args(model, Args)
     headers = {"accept-encoding": "identity"}
     if args.api_key_env:
-        key = os.environ.get(args.api_key_env)
-        if not key:
-            raise ConfigurationError(
-                f"{model.name} needs its server's key; set the variable {args.api_key_env}"
-            )
-        headers["authorization"] = f"Bearer {key}"
+        headers["authorization"] = f"Bearer {_read_key(args.api_key_env, model)}"
     async with httpx.AsyncClient(
         headers=headers,
         trust_env=False,  # a proxy meant for the Internet must not see the models' traffic
         timeout=httpx.Timeout(args.read_timeout_s, connect=CONNECT_TIMEOUT_S),
         limits=httpx.Limits(max_connections=model.slots, max_keepalive_connections=model.slots),
     ) as client:
-        await _check(client, model)
-        yield RemoteEngine(client, args.model)
+        listed = await _list_models(client, model)
+        names = Names(args.model) if args.model else choose(model, listed)
+        if names.server_model:
+            log.info("the server of %s is asked for %r", model.name, names.server_model)
+        yield RemoteEngine(client, names)
 
 
-async def _check(client: httpx.AsyncClient, model: Model) -> None:
-    """Sets the client's base URL once the server has answered there."""
+def _read_key(variable: str, model: Model) -> str:
+    key = os.environ.get(variable, "").strip()  # what is read from a file ends in a line feed
+    if not key:
+        raise ConfigurationError(
+            f"{model.name} needs its server's key; set the variable {variable}"
+        )
+    if not (key.isascii() and key.isprintable()):
+        # What h11 says of such a header holds the key.
+        raise ConfigurationError(
+            f"the key of {model.name}'s server has characters that no header can hold; correct the "
+            f"variable {variable}"
+        )
+    return key
+
+
+async def _list_models(client: httpx.AsyncClient, model: Model) -> list[str]:
+    """What the server says that it has; sets the client's base URL once it has answered there."""
     remedy = f"start it, or correct the source of {model.name}"
+    shown = without_password(model.source)
     try:
-        client.base_url = httpx.URL(model.source.rstrip("/").removesuffix("/v1"))
+        url = httpx.URL(model.source.rstrip("/").removesuffix("/v1"))
+        if url.userinfo:
+            # Taken out of the URL, a password is in no message of httpx.
+            client.auth = httpx.BasicAuth(url.username, url.password)
+        client.base_url = url.copy_with(userinfo=b"")
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             answer = await client.get("/v1/models")
     except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as failure:
         reason = str(failure) or type(failure).__name__
+        if isinstance(failure, httpx.InvalidURL) and shown != model.source:
+            reason = "no URL"  # what is wrong may be a part of the password
         raise ConfigurationError(
-            f"no OpenAI-compatible server answers at {model.source} ({reason}); {remedy}"
+            f"no OpenAI-compatible server answers at {shown} ({reason}); {remedy}"
         ) from None
     if answer.status_code != httpx.codes.OK:
         raise ConfigurationError(
-            f"{answer.url} answers {answer.status_code}; {remedy} or its api-key-env"
+            f"{without_password(str(answer.url))} answers {answer.status_code}; {remedy} or its "
+            "api-key-env"
         )
+    return listed_in(answer)
 
 
 async def _send_start(send: Send, status: int, headers: Headers) -> None:

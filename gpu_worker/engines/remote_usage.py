@@ -1,19 +1,18 @@
 """Usage of a remote server's answers: requested in every stream, removed where not asked for.
 
-Only a stream whose client has not asked for its usage is changed by it.
+A whole answer is not changed by it; a stream is framed as all others here.
 """
 
 import json
-import re
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 
+from gpu_worker.engines.event_stream import frame, read_events
 from gpu_worker.replay_log import get_replay_log
 
 PATHS = {"/v1/chat/completions", "/v1/completions"}
-_AFTER_EVENT = re.compile(rb"(?<=\n\n)|(?<=\n\r\n)")
 
 
 def read_object(text: bytes) -> dict[str, Any]:
@@ -40,37 +39,35 @@ def usage_option(path: str, document: dict[str, Any]) -> dict[str, Any]:
 async def watched(
     response: httpx.Response, path: str, wants_no_usage: bool
 ) -> AsyncIterator[bytes]:
-    """The pieces of the answer; the usage in them goes into the replay log.
+    """The pieces of the answer, each one event if it is a stream; its usage goes to the replay log.
 
-    With `wants_no_usage` the event that has only the usage is left out.
+    With `wants_no_usage` the event that has only the usage is left out. An encoded answer stays as
+    it is.
+
+    Raises:
+        StreamBrokenError: an event is too long, or the stream ends in the midst of one.
     """
     pieces = response.aiter_raw()
-    if path not in PATHS or response.headers.get("content-encoding", "identity") != "identity":
+    tells_usage = path in PATHS
+    is_encoded = response.headers.get("content-encoding", "identity") != "identity"
+    is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
+    if is_encoded or not (is_stream or tells_usage):
         async for piece in pieces:
             yield piece
-    elif response.headers.get("content-type", "").startswith("text/event-stream"):
-        async for events in _whole_events(pieces):
-            kept = [event for event in events if not (_has_only_usage(event) and wants_no_usage)]
-            if kept:
-                yield b"".join(kept)
+    elif is_stream:
+        async for data in read_events(pieces):
+            if not (tells_usage and _has_only_usage(data) and wants_no_usage):
+                yield frame(data)
     else:
         body = b"".join([piece async for piece in pieces])
         _note_usage(body)
         yield body
 
 
-async def _whole_events(pieces: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:
-    rest = b""
-    async for piece in pieces:
-        *events, rest = _AFTER_EVENT.split(rest + piece)
-        yield events
-    yield [rest] if rest else []
-
-
-def _has_only_usage(event: bytes) -> bool:
-    if b'"usage"' not in event:
+def _has_only_usage(data: bytes) -> bool:
+    if b'"usage"' not in data:
         return False
-    return _note_usage(event.strip().removeprefix(b"data:")).get("choices") == []
+    return _note_usage(data).get("choices") == []
 
 
 def _note_usage(text: bytes) -> dict[str, Any]:

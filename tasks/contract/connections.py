@@ -1,8 +1,10 @@
 """Clients of Redis, with the bounds that keep a request from hanging when Redis does."""
 
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from queue import Empty, LifoQueue
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,6 +17,9 @@ from redis.retry import Retry
 CONNECT_TIMEOUT_S = 1.0
 COMMAND_TIMEOUT_S = 2.0
 MOST_CONNECTIONS = 32
+# A command waits so long for a connection while others get theirs.
+LONGEST_WAIT_S = 30.0
+IDLE_WAITS = 2
 
 _BOUNDS: dict[str, Any] = {
     "socket_connect_timeout": CONNECT_TIMEOUT_S,
@@ -25,14 +30,46 @@ _BOUNDS: dict[str, Any] = {
 }
 
 
+class _IdleConnections(LifoQueue[redis.Connection | None]):
+    """Those of a pool that are not in use. Only where none comes back does a wait for one end.
+
+    As long as Redis answers, there is merely much to do. A process that was held up finds all its
+    waits over at once, and the answers unread: so it takes two idle waits.
+    """
+
+    _returned = 0
+
+    def put_nowait(self, connection: redis.Connection | None) -> None:
+        """Takes a connection back; one that has failed is not connected any more."""
+        if connection is not None and connection.is_connected:
+            self._returned += 1
+        super().put_nowait(connection)
+
+    def get(self, block: bool = True, timeout: float | None = None) -> redis.Connection | None:
+        """A connection; `timeout` bounds the time without any that is returned."""
+        end_s, idle = time.monotonic() + LONGEST_WAIT_S, 0
+        while True:
+            returned = self._returned
+            try:
+                return super().get(block, timeout and timeout / IDLE_WAITS)
+            except Empty:
+                idle = idle + 1 if self._returned == returned else 0
+                if idle == IDLE_WAITS or time.monotonic() > end_s:
+                    raise
+
+
 def connect(url: str) -> redis.Redis:
     """A client whose commands fail after seconds, not minutes; one retry for a stale connection.
 
     With all its connections in use a command waits for one, as thousands of streams may need.
     """
-    retry = Retry(ConstantBackoff(0.05), 1)
     pool = redis.BlockingConnectionPool.from_url(
-        url, max_connections=MOST_CONNECTIONS, timeout=COMMAND_TIMEOUT_S, retry=retry, **_BOUNDS
+        url,
+        max_connections=MOST_CONNECTIONS,
+        timeout=COMMAND_TIMEOUT_S,
+        queue_class=_IdleConnections,
+        retry=Retry(ConstantBackoff(0.05), 1),
+        **_BOUNDS,
     )
     return redis.Redis(connection_pool=pool)
 

@@ -267,6 +267,8 @@ class JobFailedError(SluiceError):
     status = 500
     type = "server_error"
     code = "job_failed"
+    # Otherwise OpenAI's SDK would have it end as many workers again, twice.
+    should_retry = False
 
 
 class JobExpiredError(SluiceError):

@@ -18,6 +18,7 @@
 | paused                 | set     | models whose backlog is not served    | `sluice resume`       |
 | ledger                 | stream  | changes not yet in SQL (ledger.py)    | maintenance           |
 | run                    | string  | run of Redis, us when it was seen     | nobody                |
+| celery:maintenance     | list    | tasks that are due (celery_app.py)    | maintenance           |
 | maintenance            | string  | process that reaped last              | TTL                   |
 | counts                 | hash    | what happened -> how often (counts.py)| nobody: few fields    |
 | alerts                 | string  | conditions that hold (alerts.py)      | nobody: a few         |

@@ -22,7 +22,11 @@ class Model(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(min_length=1, description="what clients ask for; one queue per name")
+    name: str = Field(
+        min_length=1,
+        pattern=r"^[^\x00-\x1f\x7f]+$",
+        description="what clients ask for; one queue per name",
+    )
     source: str = Field("", description="Hub id or path (vllm), base URL (remote); unused by sim")
     engine: Literal["vllm", "sim", "remote"] = "vllm"
     aliases: tuple[str, ...] = ()

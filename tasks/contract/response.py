@@ -88,15 +88,23 @@ def assemble(entries: Sequence[Entry]) -> Outcome | None:
         return Outcome(end.state, error=end.error.get("error"))
     body = b"".join(part.data for part in parts if isinstance(part, Chunk))
     if start.is_event_stream:
-        document = fold(map(read_object, split_events(body)))
-        if end.usage:
-            document.setdefault("usage", end.usage)
-        body = orjson.dumps(document)
+        document, body = _fold_or_keep(body, end)
     else:
         document = read_object(body)
         body = body if document else orjson.dumps(body.decode(errors="replace"))
     error, usage = document.get("error"), document.get("usage")
     return Outcome(end.state, start.status, body, error, usage)
+
+
+def _fold_or_keep(events: bytes, end: End) -> tuple[dict[str, Any], bytes]:
+    """The chunks put together; or, if they are not as OpenAI's, the text as it came."""
+    try:
+        document = fold(map(read_object, split_events(events)))
+        if end.usage:
+            document.setdefault("usage", end.usage)
+        return document, orjson.dumps(document)
+    except (AttributeError, RecursionError, TypeError):
+        return {}, orjson.dumps(events.decode(errors="replace"))
 
 
 def read_object(body: bytes) -> dict[str, Any]:
@@ -121,7 +129,7 @@ def fold(chunks: Iterable[dict[str, Any]]) -> dict[str, Any]:
     whole: dict[str, Any] = {}
     choices: dict[int, dict[str, Any]] = {}
     for chunk in chunks:
-        for choice in chunk.pop("choices", []):
+        for choice in chunk.pop("choices", None) or ():
             if "delta" in choice:
                 choice["message"] = choice.pop("delta")
             _merge(choices.setdefault(choice.get("index", 0), {}), choice)

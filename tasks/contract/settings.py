@@ -254,6 +254,15 @@ class Settings(BaseSettings):
             raise ValueError("that is no directory; name one, which is made if it is not there")
         return home
 
+    @field_validator("api_key")
+    @classmethod
+    def _check_key(cls, key: str) -> str:
+        # A file that a key is read from often ends with a line break.
+        key = key.strip()
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError("a header cannot hold it; give printable ASCII characters only")
+        return key
+
     @field_validator("webhook_secrets")
     @classmethod
     def _check_secrets(cls, value: str) -> str:

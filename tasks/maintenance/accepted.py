@@ -76,7 +76,14 @@ def enqueue(backlog: Backlog, record: JobRecord, dispatches: int = 0) -> None:
     if record.deadline_s is not None and record.started_at is None:
         left_s = record.deadline_s - (datetime.now(UTC) - record.created_at).total_seconds()
     job = replace(job, options=replace(job.options, deadline_s=left_s))
-    backlog.queue(job, dispatches * ATTEMPTS_PER_DISPATCH)
+    backlog.queue(job, _first_attempt(record, dispatches))
+
+
+def _first_attempt(record: JobRecord, dispatches: int) -> int:
+    """Above all that have been: its log may live on another Redis, and refuses older ones."""
+    if dispatches == 0:
+        return 0
+    return max(dispatches * ATTEMPTS_PER_DISPATCH, record.attempts + ATTEMPTS_PER_DISPATCH)
 
 
 def dispatch(backlog: Backlog, record: JobRecord) -> None:

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from redis import Redis
 from redis.exceptions import RedisError
@@ -151,8 +151,7 @@ class Deliverer:
             duration_ms=outcome.duration_ms,
         )
         state, wait_s = decide(outcome, attempt.attempt)
-        next_at = None if wait_s is None else datetime.now(UTC) + timedelta(seconds=wait_s)
-        self._ended.append(Noted(attempt, state, next_at))
+        self._ended.append(Noted(attempt, state, wait_s))
         # Its URL may hold a secret too.
         form = "webhook %s: %s in attempt %d after %d ms, now %s"
         log.info(form, event_id, outcome.summary, attempt.attempt, outcome.duration_ms, state)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import orjson
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DataError, SQLAlchemyError
 
 from db import jobs, migrate
 from db.jobs import Change
@@ -25,6 +25,8 @@ from tasks.queue.jobs import REASONS, Jobs
 log = logging.getLogger(__name__)
 
 RECORDS_AT_ONCE = 500
+# Of answers and requests, in one transaction: each may have many megabytes.
+BYTES_AT_ONCE = 64 * 1024 * 1024
 # The end of a log may be written a moment after the job's end; then it is lost.
 LONGEST_END_S = 30
 _LOST: dict[str, Any] = JobLostError().body()["error"]
@@ -96,8 +98,9 @@ def _moment(us: str) -> datetime:
 class Recorder:
     """Moves records to SQL; one per process."""
 
-    def __init__(self, queue: Jobs, database_url: str) -> None:
+    def __init__(self, queue: Jobs, database_url: str, bytes_at_once: int = BYTES_AT_ONCE) -> None:
         self._queue = queue
+        self._bytes_at_once = bytes_at_once
         self._redis = queue.backlog.redis
         self._url = database_url
         self._busy = threading.Lock()
@@ -130,26 +133,43 @@ class Recorder:
         ended, start, is_full = 0, "-", True
         while is_full:
             batch: Any = self._redis.xrange(keys.LEDGER, start, count=RECORDS_AT_ONCE)
-            changes, done = self._read(batch)
-            ended += jobs.apply(self._url, changes)
+            changes, done, read = self._read(batch)
+            ended += self._apply(changes)
             if done:
                 self._note_presence()
                 self._settle([change.job.id for change in changes if change.result])
                 self._redis.xdel(keys.LEDGER, *done)
-            is_full = len(batch) == RECORDS_AT_ONCE
+            is_full = len(batch) == RECORDS_AT_ONCE or read < len(batch)
             if batch:
-                start = "(" + batch[-1][0].decode()
+                start = "(" + batch[read - 1][0].decode()
         return ended
+
+    def _apply(self, changes: list[Change]) -> int:
+        """Writes the changes; what the database cannot hold is left out, and nothing else."""
+        try:
+            return jobs.apply(self._url, changes)
+        except (DataError, OverflowError) as refused:
+            if len(changes) > 1:
+                return sum(self._apply([change]) for change in changes)
+            log.error("ledger: job %s dropped: %s", changes[0].job.id, refused)
+            return 0
 
     def _settle(self, job_ids: Sequence[str]) -> None:
         """Only now that SQL has them may jobs and their logs expire."""
         self._queue.log.expire(self._queue.backlog.settle(job_ids))
 
-    def _read(self, batch: list[tuple[bytes, dict[bytes, bytes]]]) -> tuple[list[Change], Any]:
-        """The changes of a batch, and its processed records: unreadable ones too."""
+    def _read(self, batch: list[tuple[bytes, dict[bytes, bytes]]]) -> tuple[list[Change], Any, int]:
+        """Reads a batch as far as memory allows, one record at least.
+
+        Returns:
+            The changes; the processed records, unreadable ones too; how many were read.
+        """
         now_s, _ = self._redis.time()
-        changes, done = [], []
+        changes, done, read, size = [], [], 0, 0
         for record_id, fields in batch:
+            if size >= self._bytes_at_once:
+                break
+            read += 1
             try:
                 outcome = self._outcome(fields)
                 age_s = now_s - int(fields.get(b"at_us", b"0")) / 1e6
@@ -160,10 +180,11 @@ class Recorder:
                     self._keep_request(change.job)
                 if change.result is None or outcome or not self._is_void(change):
                     changes.append(change)
+                    size += _size(change)
             except (DecodeError, ValueError) as broken:
                 log.error("ledger: dropped: %s", broken)
             done.append(record_id)
-        return changes, done
+        return changes, done, read
 
     def _is_void(self, change: Change) -> bool:
         """Whether a job that ended, but whose log has no end, is to run again instead.
@@ -203,6 +224,12 @@ class Recorder:
         if self._is_away:
             log.info("ledger: the database is back")
         self._is_away = False
+
+
+def _size(change: Change) -> int:
+    """Its answer, and its request where that is kept."""
+    answer = change.result.body if change.result else None
+    return len(answer or b"") + len(change.job.request or b"")
 
 
 def _is_final(fields: dict[bytes, bytes]) -> bool:

@@ -1,4 +1,4 @@
-"""Maintenance: a Celery worker with beat; jobs of dead workers, lost tickets, the ledger.
+"""Maintenance: a Celery worker with a schedule; jobs of dead workers, lost tickets, the ledger.
 
 A thread beside it calls webhooks (deliveries.py). Two may run: every task is atomic in Redis or
 SQL, and doing it twice changes nothing.
@@ -167,6 +167,7 @@ def run() -> int:
                 check_alerts: ALERT_INTERVAL_S,
             },
             THREADS,
+            _jobs().backlog.redis,
         )
     finally:
         deliverer.stop()

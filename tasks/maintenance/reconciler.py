@@ -42,7 +42,11 @@ class Reconciler:
         """
         known, self._redis_run = self._redis_run, ""
         run = self._run_of_redis()
-        again = self._scan_on() if run == known else self._scan_all()
+        if run == known:
+            again = self._scan_on()
+        else:
+            self._end_what_has_ended()
+            again = self._scan_all()
         self._redis_run = run
         return again
 
@@ -50,6 +54,17 @@ class Reconciler:
         """Changes when Redis has restarted or failed over."""
         redis = self._queue.backlog.redis
         return f"{redis.info('server')['run_id']} {redis.info('replication')['master_replid']}"
+
+    def _end_what_has_ended(self) -> None:
+        """Cancels what a Redis that lost its last second holds open, though SQL has its end."""
+        for _, members in self._queue.backlog.members():
+            ended = jobs.ended(self._url, members) if members else []
+            for seen in self._queue.backlog.snapshots(ended):
+                # No end comes to SQL but by Redis, or when Redis does not have the job.
+                if seen and not seen.state.is_final:
+                    job = seen.job
+                    log.warning("job %s has ended, and Redis had lost its end: cancelled", job.id)
+                    self._queue.cancel(job.id, job.model)
 
     def _scan_on(self) -> int:
         again, self._after = self._scan(self._after)
@@ -78,8 +93,12 @@ class Reconciler:
         dispatches = jobs.still_open(self._url, after, self._jobs_at_once)
         ids = list(dispatches)
         old = [job_id for job_id in ids if job_id < _id_at(OLD_ENOUGH_S)]
-        found = self._queue.backlog.sweep(old, is_open=True)
+        found = self._queue.backlog.sweep(old, in_sql="open")
         lost = [job_id for job_id, kind in zip(old, found, strict=True) if kind == "missing"]
+        doubtful = [job_id for job_id, kind in zip(old, found, strict=True) if kind == "doubtful"]
+        # They have been recorded since SQL was asked; if not, SQL has lost it.
+        unrecorded = jobs.open_among(self._url, doubtful)
+        self._queue.backlog.sweep(unrecorded, in_sql="still open")
         last = ids[-1] if len(ids) == self._jobs_at_once else ""
         return {job_id: dispatches[job_id] for job_id in lost}, last
 

@@ -4,14 +4,12 @@ Nothing depends on it: what it finds is a fault of a script or of Redis, and cou
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 from redis import Redis
 
 from tasks.contract import keys
-from tasks.contract.job import Lane
 from tasks.queue.jobs import Jobs
 
 log = logging.getLogger(__name__)
@@ -51,12 +49,8 @@ class Sweeper:
             yield self._repair([key.removeprefix(keys.JOB_PREFIX) for key in found])
 
     def _sweep_places(self) -> Iterator[int]:
-        redis = self._queue.backlog.redis
-        lanes = [(model, lane) for model in self._queue.backlog.models() for lane in Lane]
-        places = [keys.backlog(*lane) for lane in lanes] + [keys.suspects(*lane) for lane in lanes]
-        for place in [*places, keys.DELAYED, keys.LEASES, keys.DEADLINES]:
-            for members in _slices(partial(redis.zscan, place, count=KEYS_AT_ONCE)):
-                yield self._repair([member.decode() for member, _ in members], place)
+        for place, members in self._queue.backlog.members():
+            yield self._repair(members, place)
 
     def _sweep_logs(self) -> Iterator[int]:
         """Logs that no job's end will give a TTL any more."""
@@ -80,14 +74,10 @@ class Sweeper:
 
 def _scan(redis: Redis, prefix: str) -> Iterator[list[str]]:
     """The keys of that prefix, in slices."""
-    for found in _slices(partial(redis.scan, match=f"{prefix}*", count=KEYS_AT_ONCE)):
-        yield [key.decode() for key in found]
-
-
-def _slices(scan: Callable[[int], Any]) -> Iterator[Any]:
     cursor = 0
     while True:
-        cursor, found = scan(cursor)
-        yield found
+        reply: Any = redis.scan(cursor, match=f"{prefix}*", count=KEYS_AT_ONCE)
+        cursor, found = reply
+        yield [key.decode() for key in found]
         if cursor == 0:
             return

@@ -4,8 +4,9 @@ import asyncio
 import ipaddress
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any
 
 import httpx
 
@@ -19,6 +20,9 @@ LOOKUP_S = 5.0
 # A silent name server blocks a thread for half a minute.
 MOST_LOOKUPS = 500
 
+# From a name to its addresses, or an OSError.
+Ask = Callable[[bytes], list[str]]
+
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 # What Python 3.11's lists do not have, or have in part (IANA's special-purpose registries).
 _NOT_PUBLIC = [
@@ -28,18 +32,35 @@ _NOT_PUBLIC = [
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
-def check_url(url: str, settings: Settings) -> None:
-    """Refuses a URL that webhooks must not call. A name that does not resolve just now may pass.
+def look_up(name: bytes) -> list[str]:
+    """The addresses of a name, as long as the system takes to find them.
+
+    Raises:
+        OSError: the name does not resolve, at least at the moment.
+    """
+    # As bytes: Python refuses some strings with another exception.
+    return addresses_in(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM))
+
+
+def addresses_in(found: Sequence[Any]) -> list[str]:
+    """The addresses in an answer of `getaddrinfo`."""
+    return [str(address[0]) for *_, address in found]
+
+
+def check_url(url: str, settings: Settings, ask: Ask = look_up) -> None:
+    """Refuses a URL that webhooks must not call.
+
+    A name that `ask` has no answer for may pass: whoever calls it asks again, and decides.
 
     Raises:
         InvalidRequestError: it is no plain http(s) URL, its port is not allowed, or its host is not
             public.
     """
     target = parse(url, settings.webhook_port_ranges)
-    try:
-        resolve(target, settings.webhook_allow_private)
-    except OSError:
+    if settings.webhook_allow_private:
         return
+    with suppress(OSError):
+        resolve(target, allow_private=False, ask=ask)
 
 
 def parse(url: str, ports: Sequence[range]) -> httpx.URL:
@@ -72,22 +93,31 @@ def parse(url: str, ports: Sequence[range]) -> httpx.URL:
     return target
 
 
-def resolve(target: httpx.URL, allow_private: bool) -> list[str]:
-    """The addresses of the host, all of them allowed.
+def resolve(target: httpx.URL, allow_private: bool, ask: Ask = look_up) -> list[str]:
+    """The addresses of the host, all of them allowed; only a name is asked for.
 
     Raises:
         InvalidRequestError: one is not public.
         OSError: the name does not resolve, at least at the moment.
     """
-    # As bytes: Python refuses some strings with another exception.
-    found = socket.getaddrinfo(target.raw_host, None, type=socket.SOCK_STREAM)
-    addresses = [str(address[0]) for *_, address in found]
+    addresses = _literal(target.raw_host) or ask(target.raw_host)
     if not allow_private and not all(is_public(address) for address in addresses):
         raise refusal(
             "the URL's host is not public; use one that is, "
             "or ask the operator for SLUICE_WEBHOOK_ALLOW_PRIVATE"
         )
     return addresses
+
+
+def _literal(host: bytes) -> list[str]:
+    """The address that the host is, in whatever spelling; empty: it is a name."""
+    text = host.decode()
+    with suppress(OSError):
+        return [socket.inet_ntop(socket.AF_INET6, socket.inet_pton(socket.AF_INET6, text))]
+    # Takes all that the system's lookup would: 127.1, 0x7f000001, 2130706433.
+    with suppress(OSError):
+        return [socket.inet_ntoa(socket.inet_aton(text))]
+    return []
 
 
 class Lookups:

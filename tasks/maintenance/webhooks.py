@@ -18,7 +18,7 @@ from standardwebhooks import Webhook
 from tasks.contract.errors import InvalidRequestError
 from tasks.contract.job import new_id
 from tasks.contract.settings import Settings
-from tasks.maintenance.targets import Lookups, check_url, parse, refusal
+from tasks.maintenance.targets import Ask, Lookups, check_url, look_up, parse, refusal
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Outcome:
         return self.error or f"status {self.status_code}"
 
 
-def check_webhook(url: str, settings: Settings) -> None:
+def check_webhook(url: str, settings: Settings, ask: Ask = look_up) -> None:
     """Refuses a webhook that could not be called.
 
     Raises:
@@ -56,7 +56,7 @@ def check_webhook(url: str, settings: Settings) -> None:
     """
     if not settings.signing_secrets:
         raise refusal("webhooks are off here; the operator turns them on: SLUICE_WEBHOOK_SECRETS")
-    check_url(url, settings)
+    check_url(url, settings, ask)
 
 
 def make_event(job_id: str, event_type: str, created_at: datetime) -> tuple[str, bytes]:

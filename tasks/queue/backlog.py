@@ -8,11 +8,11 @@ The scripts in lua/ make every step atomic, and take the time from Redis, never 
 import functools
 import logging
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from redis import Redis
 
@@ -36,6 +36,8 @@ REAPED_AT_ONCE = 200
 MOST_TICKETS = 256
 # Records of changes that wait for SQL; a million takes some 300 MB.
 MOST_RECORDS = 1_000_000
+# Bounds one look at a place.
+MEMBERS_AT_ONCE = 1000
 # From a job's check to its queueing, while SQL commits it.
 RESERVATION_S = 60
 
@@ -269,16 +271,35 @@ class Backlog:
         """Forgets an accepted job that ended without an answer: the reconciler queues it again."""
         self._forget(args=[job_id, attempt])
 
-    def sweep(self, job_ids: Sequence[str], *, place: str = "", is_open: bool = False) -> list[str]:
+    def sweep(
+        self,
+        job_ids: Sequence[str],
+        *,
+        place: str = "",
+        in_sql: Literal["", "open", "still open"] = "",
+    ) -> list[str]:
         """Repairs inconsistencies (lua/sweep.lua); returns what was found, for each job.
 
-        They are the members of the zset `place` if it is given. `is_open`: in SQL they have not
-        ended.
+        They are the members of the zset `place` if it is given. `in_sql`: in SQL they have not
+        ended; or they still have not, after they were found "doubtful".
         """
         if not job_ids:
             return []
-        found = self._sweep(args=[place, int(is_open), *job_ids])
+        found = self._sweep(args=[place, in_sql, *job_ids])
         return [kind.decode() for kind in found]
+
+    def members(self) -> Iterator[tuple[str, list[str]]]:
+        """All places and their members, a slice at a time; one may come twice."""
+        lanes = [(model, lane) for model in self.models() for lane in Lane]
+        places = [keys.backlog(*lane) for lane in lanes] + [keys.suspects(*lane) for lane in lanes]
+        for place in [*places, keys.DELAYED, keys.LEASES, keys.DEADLINES]:
+            cursor = 0
+            while True:
+                reply: Any = self.redis.zscan(place, cursor, count=MEMBERS_AT_ONCE)
+                cursor, members = reply
+                yield place, [member.decode() for member, _ in members]
+                if cursor == 0:
+                    break
 
     def send_tickets(self, model: str, number: int = 1) -> None:
         """Notifies the model's workers once more that there is work."""

@@ -10,30 +10,41 @@ is free), the hub's `add_reader`, and `celery.worker.state.should_stop` (to end 
 """
 
 import functools
+import logging
 import os
+import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
+import orjson
 from celery import Celery, signals
 from celery.app.amqp import AMQP
 from celery.app.trace import setup_worker_optimizations
-from celery.beat import EmbeddedService
 from celery.concurrency.thread import ApplyResult, TaskPool
 from celery.worker import WorkController
 from celery.worker import state as celery_state
 from kombu.connection import Connection
+from kombu.exceptions import OperationalError
 from kombu.transport.virtual import Message
 from kombu.utils.json import dumps
+from redis import Redis
+from redis.exceptions import RedisError
 
 from tasks.contract import keys
 from tasks.contract.connections import COMMAND_TIMEOUT_S, CONNECT_TIMEOUT_S
 from tasks.contract.settings import get_settings
 
+log = logging.getLogger(__name__)
+
 # Name and arguments never change: an old worker drops tickets that it does not know.
 TICKET = "sluice.ticket"
 MAINTENANCE_QUEUE = "maintenance"
 _ID = b"@ticket-id@"
+# Between two looks at what is due; after an error, until the next try.
+SHORTEST_LOOK_S = 0.02
+LONGEST_LOOK_S = 1.0
 # Workers are listed in Redis, not by Celery.
 _ALONE = {"without_gossip": True, "without_mingle": True, "without_heartbeat": True}
 
@@ -180,22 +191,82 @@ class TicketConsumer:
         celery_state.should_stop = exit_code
 
 
-def run_periodically(tasks: Mapping[Callable[[], None], float], threads: int) -> int:
+class Schedule:
+    """Sends each task whenever its interval has passed; one per process.
+
+    Celery's beat goes by the host's clock: set back by an hour, it sends nothing for an hour. The
+    time at which a message expires would be the host's too; instead, a task is not sent while it
+    still waits in the queue, whoever has sent it. So no more than one round is ever caught up with.
+    """
+
+    def __init__(self, celery: Celery, redis: Redis, intervals_s: Mapping[str, float]) -> None:
+        self._celery = celery
+        self._redis = redis
+        self._intervals_s = intervals_s
+        # After a restart all is due.
+        self._due_s = dict.fromkeys(intervals_s, time.monotonic())
+        self._is_away = False
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name="schedule", daemon=True)
+
+    def start(self) -> None:
+        """Begins to send."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Sends no more."""
+        self._is_stopping = True
+        self._thread.join(2 * LONGEST_LOOK_S)
+
+    def _run(self) -> None:
+        while not self._is_stopping:
+            wait_s = LONGEST_LOOK_S
+            try:
+                self._send_due()
+                wait_s = min(self._due_s.values()) - time.monotonic()
+            except (RedisError, OperationalError, OSError) as away:
+                if not self._is_away:
+                    log.warning("maintenance: Redis is away, no tasks are sent: %s", away)
+                self._is_away = True
+            except Exception:
+                # Without this thread no job of a dead worker is handed on.
+                log.exception("maintenance: tasks were not sent")
+            time.sleep(min(max(wait_s, SHORTEST_LOOK_S), LONGEST_LOOK_S))
+
+    def _send_due(self) -> None:
+        due = [name for name, due_s in self._due_s.items() if due_s <= time.monotonic()]
+        if not due:
+            return
+        waiting = self._waiting()
+        for name in due:
+            if name not in waiting:
+                self._celery.send_task(name, queue=MAINTENANCE_QUEUE)
+            self._due_s[name] = time.monotonic() + self._intervals_s[name]
+        if self._is_away:
+            log.info("maintenance: Redis is back")
+        self._is_away = False
+
+    def _waiting(self) -> set[str]:
+        """The tasks in the queue that no worker has taken yet."""
+        messages: Any = self._redis.lrange(keys.CELERY_PREFIX + MAINTENANCE_QUEUE, 0, -1)
+        return {orjson.loads(message)["headers"]["task"] for message in messages}
+
+
+def run_periodically(tasks: Mapping[Callable[[], None], float], threads: int, redis: Redis) -> int:
     """Runs each task about every so many seconds until a signal; returns the exit code.
 
-    Several processes may do so: they share one queue of tasks.
+    Several processes may do so: they share one queue of tasks, on the Redis of the jobs.
     """
     celery = get_celery()
-    schedule = {}
+    intervals_s = {}
     for task, interval_s in tasks.items():
         name = f"sluice.{task.__name__}"
         celery.task(task, name=name, shared=False)
-        # A task that was not run in time is worth nothing: the next one does its work.
-        options = {"queue": MAINTENANCE_QUEUE, "expires": interval_s}
-        schedule[name] = {"task": name, "schedule": interval_s, "options": options}
-    celery.conf.update(beat_schedule=schedule, worker_redirect_stdouts=False)
-    # In this process, with which it ends, and without a file: after a restart all is due.
-    EmbeddedService(celery, thread=True, scheduler_cls="celery.beat:Scheduler").start()
+        intervals_s[name] = interval_s
+    celery.conf.update(worker_redirect_stdouts=False)
+    # In this process, with which it ends.
+    schedule = Schedule(celery, redis, intervals_s)
+    schedule.start()
     worker = celery.Worker(
         queues=[MAINTENANCE_QUEUE],
         pool_cls="threads",
@@ -206,4 +277,5 @@ def run_periodically(tasks: Mapping[Callable[[], None], float], threads: int) ->
         **_ALONE,
     )
     worker.start()
+    schedule.stop()
     return int(worker.exitcode or 0)

@@ -12,7 +12,7 @@ from redis import Redis
 from tasks.contract import keys
 from tasks.contract.job import Job, Lane
 from tasks.queue.control import workers
-from tasks.queue.statistics import Depth, ModelStats, read_depths
+from tasks.queue.statistics import Depth, ModelStats, ask_depths, read_depths
 
 
 class QueuePosition(NamedTuple):
@@ -29,8 +29,13 @@ class QueuePosition(NamedTuple):
 
 
 def depth(redis: Redis, model: str) -> Depth:
-    """Jobs that wait for the model, and the age of the oldest one."""
-    return Depth.total(read_depths(redis, [model])[model].values())
+    """Jobs that wait for the model, and the age of the oldest one.
+
+    Below 0, which `read_depths` does not show: Redis's clock was set back since all were queued.
+    """
+    reply = ask_depths(redis, [model])
+    ages_ms = [age_ms for jobs, age_ms in zip(reply[::2], reply[1::2], strict=True) if jobs]
+    return Depth(sum(reply[::2]), max(ages_ms, default=0) / 1000)
 
 
 def places(redis: Redis, queued: Sequence[Job]) -> list[QueuePosition | None]:

@@ -119,7 +119,9 @@ class Jobs:
             waiting = depth(self.backlog.redis, model)
             queued: Any = self.backlog.redis.llen(keys.tickets(model))
             missing = min(waiting.jobs, MOST_TICKETS) - queued
-            if waiting.oldest_age_s >= OLD_ENOUGH_S and missing > 0:
+            # Queued later than now: nobody knows how long ago that was.
+            is_young = 0 <= waiting.oldest_age_s < OLD_ENOUGH_S
+            if missing > 0 and not is_young:
                 self.backlog.send_tickets(model, missing)
                 issued += missing
                 counts.add(self.backlog.redis, Counted.TICKETS, "reissued", model, missing)

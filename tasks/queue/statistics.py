@@ -149,7 +149,7 @@ def read_stats(backlog: Backlog, models: Sequence[str] = ()) -> QueueStats:
     others = sorted({*backlog.models(), *paused, *(worker.model for worker in alive)})
     names = list(dict.fromkeys([*models, *others]))
     moment = redis.pipeline(transaction=True)
-    _ask_depths(moment, names)
+    ask_depths(moment, names)
     moment.zcard(keys.LEASES)
     moment.zcard(keys.DELAYED)
     moment.hgetall(keys.COUNTS)
@@ -176,11 +176,11 @@ def read_stats(backlog: Backlog, models: Sequence[str] = ()) -> QueueStats:
 def read_depths(redis: Redis, models: Iterable[str]) -> dict[str, Depths]:
     """What waits in each lane of the models, all at one moment."""
     names = list(models)
-    return _read_depths(names, _ask_depths(redis, names))
+    return _read_depths(names, ask_depths(redis, names))
 
 
-def _ask_depths(redis: Any, models: Sequence[str]) -> Any:
-    """Through a pipeline too."""
+def ask_depths(redis: Any, models: Sequence[str]) -> Any:
+    """The reply of lua/depths.lua; through a pipeline too."""
     lanes = [f"{model}:{lane}" for model in models for lane in Lane]
     script = load_script(redis, "depths")
     return script(args=[LOWEST_PRIORITY, int(ONE_PRIORITY), *lanes])

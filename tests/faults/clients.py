@@ -13,7 +13,7 @@ from tasks.contract.response import fold
 from tests.faults.conftest import Fault
 
 ENDPOINT = "/v1/chat/completions"
-LONGEST_S = 120.0
+LONGEST_S = 240.0
 
 
 def chat(number: int = 0, **options: Any) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from tasks.contract.models import Model
 from tests.faults.clients import Client, ask, await_tokens, chat, compare
 from tests.faults.conftest import LEASE_S, Fault
 
-# An engine's load takes half a minute.
-pytestmark = pytest.mark.timeout(300)
+# An engine's load takes half a minute, and minutes where processors are short.
+pytestmark = pytest.mark.timeout(600)
 
 MODEL = "sluice-demo"
 LONG = {"stream": True, "max_tokens": 200, "ignore_eos": True}

@@ -221,6 +221,12 @@ def test_9b_the_operator_looks_after_dead_letters_over_http(home: Any, fault: Fa
         deleted = requests.delete(f"{url}/{job['id']}", headers=key, timeout=9)
         assert deleted.json() == {"id": job["id"], "deleted": True}
         assert requests.get(f"{url}/{job['id']}", headers=key, timeout=9).status_code == 404
+        with _supervised(stack):
+            failed = Client(stack, chat(sim={"failure": "crash"}))
+            failed.join(60)
+        # OpenAI's SDK would have it end workers again.
+        assert failed.document["error"]["code"] == "job_failed"
+        assert failed.headers["x-should-retry"] == "false"
 
 
 def test_without_a_key_the_operators_endpoints_are_off(sim_stack: Stack) -> None:

@@ -118,8 +118,8 @@ HOLES = {
     ),
     "records leave Redis before SQL has them": Hole(
         (Recorder, "_record"),
-        "ended += jobs.apply(self._url, changes)",
-        "self._redis.xdel(keys.LEDGER, *done, '0-1'); ended += jobs.apply(self._url, changes)",
+        "ended += self._apply(changes)",
+        "self._redis.xdel(keys.LEDGER, *done, '0-1'); ended += self._apply(changes)",
     ),
     "a job is recorded with an end that does not count": Hole(
         (Recorder, "_outcome"),
@@ -145,7 +145,7 @@ HOLES = {
     ),
     "an accepted job that Redis lost has to find room again": Hole(
         (accepted, "enqueue"),
-        "backlog.queue(job, dispatches * ATTEMPTS_PER_DISPATCH)",
+        "backlog.queue(job, _first_attempt(record, dispatches))",
         "backlog.submit(job)",
     ),
 }

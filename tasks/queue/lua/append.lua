@@ -1,7 +1,7 @@
 -- Appends entries to token logs and publishes them to the relays that listen: one engine tick.
 -- A log has no gaps: an entry follows the last one of its attempt, or begins a later attempt.
 -- KEYS: a log (stream) per entry, in order
--- ARGV: 1 TTL of a log in s, while it has no end; then of each entry:
+-- ARGV: 1 TTL of a log in s, since its latest entry, while it has no end; then of each entry:
 --       id, value, record ('': none), '1' if it is the log's last entry else '0',
 --       channel of its listener ('': none), head of the entry in the channel's frame
 -- Returns, for each entry that was refused, its place (from 1) and why: 'stale', a later attempt has
@@ -60,7 +60,7 @@ for i, log in ipairs(KEYS) do
     if given == id then
         if is_last == '1' then
             if not (is_first and had_end(log)) then redis.call('PERSIST', log) end
-        elseif is_first then
+        else
             redis.call('EXPIRE', log, ARGV[1])
         end
         if channel ~= '' then publish(channel, head, value) end

@@ -1,10 +1,11 @@
 -- Compares jobs with the places that they should be in, and repairs inconsistencies. It finds nothing
 -- unless a script or Redis itself has failed.
--- ARGV: 1 place whose members these are ('': jobs from elsewhere), 2 '1': they are open in SQL,
---       3... ids
--- Returns for each id: 'missing', 'open', 'ended', or the repair: 'misplaced', 'stray', 'unrecorded'.
+-- ARGV: 1 place whose members these are ('': jobs from elsewhere), 2 whether they are open in SQL: 'open',
+--       'still open' (asked after they were found doubtful), '' (not asked), 3... ids
+-- Returns for each id: 'missing', 'open', 'ended', or the repair: 'misplaced', 'stray', 'unrecorded';
+-- or 'doubtful': it has ended and its record is gone, so SQL knows that by now, if it was told.
 local at_us = now_us()
-local from, is_open_in_sql = ARGV[1], ARGV[2] == '1'
+local from, in_sql = ARGV[1], ARGV[2]
 
 local function repaired(kind)
     redis.call('HINCRBY', COUNTS, 'repairs ' .. kind .. '  ', 1)
@@ -37,11 +38,14 @@ local function check_open(job)
     return found
 end
 
--- An ended job's record waits; or SQL has it, then its hash has a TTL, and SQL does not call it open.
+-- An ended job's record waits; or SQL has it, then its hash has a TTL, and it is not open in SQL.
 local function check_ended(job)
     local ended = redis.call('HMGET', job.key, 'record', 'ended_us')
     local waits = ended[1] and #redis.call('XRANGE', LEDGER, ended[1], ended[1]) > 0
-    if waits or (redis.call('TTL', job.key) >= 0 and not is_open_in_sql) then return 'ended' end
+    if waits then return 'ended' end
+    if redis.call('TTL', job.key) >= 0 and in_sql ~= 'still open' then
+        return in_sql == 'open' and 'doubtful' or 'ended'
+    end
     redis.call('PERSIST', job.key)
     redis.call('HSET', job.key, 'record', record(job, tonumber(ended[2])))
     return 'unrecorded'
