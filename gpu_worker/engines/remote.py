@@ -109,7 +109,7 @@ class RemoteEngine:
         Returns:
             The body, and whether its client has not asked for the usage.
         """
-        if not (document := read_object(body)):
+        if (document := read_object(body)) is None:
             return body, False  # the server reports what is wrong with it
         unasked = usage_option(path, document)
         changes = self._names.change(document) | unasked

@@ -15,13 +15,13 @@ from gpu_worker.replay_log import get_replay_log
 PATHS = {"/v1/chat/completions", "/v1/completions"}
 
 
-def read_object(text: bytes) -> dict[str, Any]:
-    """The object that the text is; {} for all else. Not by orjson, for which 2**64 is a float."""
+def read_object(text: bytes) -> dict[str, Any] | None:
+    """The object that the text is; None: it is none. Not by orjson, for which 2**64 is a float."""
     try:
         document = json.loads(text)
     except (ValueError, RecursionError):
-        return {}
-    return document if isinstance(document, dict) else {}
+        return None
+    return document if isinstance(document, dict) else None
 
 
 def usage_option(path: str, document: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _has_only_usage(data: bytes) -> bool:
 def _note_usage(text: bytes) -> dict[str, Any]:
     """Notes the usage of a JSON object; returns the object, {} if it has none."""
     document = read_object(text)
-    if not isinstance(document.get("usage"), dict):
+    if document is None or not isinstance(document.get("usage"), dict):
         return {}
     get_replay_log().usage = document["usage"]
     return document

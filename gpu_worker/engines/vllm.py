@@ -1,6 +1,6 @@
 """vLLM in this process: the same three calls that `vllm serve` makes, without its HTTP server.
 
-All knowledge of vLLM's module paths is in the vllm_*.py files and engine_process.py.
+All knowledge of vLLM's module paths is in the vllm*.py files.
 """
 
 import logging
