@@ -63,7 +63,7 @@ class Generation:
         self._model = model
         self._continues = call.continues
         self.stream = stream
-        self.answer = Answer(services, stream, model)
+        self.answer = Answer(services, stream, model, self._is_own)
         if client_socket is not None:
             watcher = gevent.spawn(_watch, client_socket, stream)
             self._resources.callback(watcher.kill, block=False)

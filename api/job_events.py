@@ -13,10 +13,10 @@ import orjson
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
-from api.cancellation import cancel, cancel_accepted
+from api.cancellation import cancel_accepted
 from api.ends import end_without_log, is_kept
 from api.job_stream import ClientGoneError, JobStream, ServerStoppingError
-from api.job_view import describe, ended_otherwise, find_queued, places_of
+from api.job_view import describe, find_queued, places_of
 from api.schemas import EVENT_ID
 from api.services import TENANT, Services
 from tasks.depth import Place
@@ -156,6 +156,7 @@ class Follower:
         self._job_id = job_id
         self._job = find_queued(services, TENANT, job_id)
         self._stored: dict[str, Any] | None = None
+        self._has_cancelled = False
         if self._job is None:
             # One that SQL keeps is about to be queued: what is to be followed is its log.
             is_coming = is_kept(services, job_id)
@@ -164,7 +165,6 @@ class Follower:
             self._model = stored["model"]
         else:
             self._model = self._job.model
-            self._stored = ended_otherwise(services, self._job)
         self.stream: JobStream | None = None
         after = _read_position(wanted) if wanted else None
         last = services.jobs.log.last(job_id) if self._stored is None else None
@@ -177,10 +177,9 @@ class Follower:
         self._is_over = last is not None and last.kind is Kind.END and after == last.position
 
     def cancel(self) -> None:
-        """Cancels the job."""
-        if self._job:
-            cancel(self._services, self._job_id, self._model)
-        elif self._stored is None:
+        """Cancels the job; once, however often it is said."""
+        if self._stored is None and not self._has_cancelled:
+            self._has_cancelled = True
             cancel_accepted(self._services, self._job_id, self._model)
 
     def hang_up(self) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import gevent
 import orjson
 from flask import Response
-from sqlalchemy.exc import SQLAlchemyError
 
 from api.answer import as_header
 from api.errors import respond_again
@@ -30,8 +29,7 @@ def describe(services: Services, tenant: str, job_id: str) -> dict[str, Any]:
     """
     job = find_queued(services, tenant, job_id)
     if job is not None and not job.state.is_final:
-        ended = ended_otherwise(services, job)
-        return ended or _of_snapshot(job, *places_of(services, [job]))
+        return _of_snapshot(job, *places_of(services, [job]))
     found = jobs.get(services.settings.database_url, tenant, job_id)
     if found is not None and found[0].completed_at is not None and (job is None or found[1]):
         return of_record(*found)
@@ -55,20 +53,6 @@ def find_queued(services: Services, tenant: str, job_id: str) -> Snapshot | None
     if job is not None and job.tenant != tenant:
         raise JobNotFoundError
     return job
-
-
-def ended_otherwise(services: Services, job: Snapshot) -> dict[str, Any] | None:
-    """The job object of one that SQL has ended, and Redis not, or not so: it lost what it knew.
-
-    SQL is told of an end once, and by Redis. While it is away, Redis is believed.
-    """
-    try:
-        found = jobs.get(services.settings.database_url, job.tenant, job.id)
-    except SQLAlchemyError:
-        return None
-    if found is None or found[0].completed_at is None or found[0].status == job.state:
-        return None
-    return of_record(*found)
 
 
 def places_of(services: Services, found: Sequence[Snapshot]) -> list[Place | None]:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import orjson
@@ -51,8 +52,9 @@ class Reconciler:
         if run == known:
             again = self._look_on()
         else:
-            self._end_what_has_ended()
             again = self._look_at_all()
+            for _, members in self._queue.backlog.members():
+                self._cancel_ended(members)
         self._redis_run = run
         return again
 
@@ -61,15 +63,14 @@ class Reconciler:
         redis = self._queue.backlog.redis
         return f"{redis.info('server')['run_id']} {redis.info('replication')['master_replid']}"
 
-    def _end_what_has_ended(self) -> None:
-        """Cancels what a Redis that lost its last second holds open, though SQL has its end."""
-        for _, members in self._queue.backlog.members():
-            ended = jobs.ended(self._url, members) if members else []
-            for job_id, job in zip(ended, self._queue.backlog.look(ended), strict=True):
-                # No end comes to SQL but by Redis, or when Redis does not have the job.
-                if job and not job.state.is_final:
-                    log.warning("job %s has ended, and Redis had lost its end: cancelled", job_id)
-                    self._queue.cancel(job_id, job.model)
+    def _cancel_ended(self, job_ids: Sequence[str]) -> None:
+        """Cancels those that Redis holds open though SQL has their end: it had not heard of it."""
+        ended = jobs.ended(self._url, job_ids) if job_ids else []
+        for job_id, job in zip(ended, self._queue.backlog.look(ended), strict=True):
+            # No end comes to SQL but by Redis, or when Redis does not have the job.
+            if job and not job.state.is_final:
+                log.warning("job %s has ended, and Redis did not know: cancelled", job_id)
+                self._queue.cancel(job_id, job.model)
 
     def _look_on(self) -> int:
         again, self._after = self._look(self._after)
@@ -113,7 +114,10 @@ class Reconciler:
         Returns:
             How many were queued.
         """
-        return sum(self._mend(job_id, dispatches) for job_id, dispatches in lost.items())
+        again = [job_id for job_id, dispatches in lost.items() if self._mend(job_id, dispatches)]
+        # Who cancels a job that Redis does not hold can tell SQL alone.
+        self._cancel_ended(again)
+        return len(again)
 
     def _mend(self, job_id: str, dispatches: int) -> bool:
         """Queues one job again; or ends it, when it was its client that held it, and has been told.

@@ -15,6 +15,7 @@ from gpu_worker.remote_engine import RemoteEngine, open_engine
 from gpu_worker.tape import Tape, current_tape
 from tasks.errors import StreamBrokenError
 from tasks.models import Model
+from tests.stack import slack
 
 pytestmark = pytest.mark.anyio
 
@@ -197,7 +198,7 @@ async def test_an_event_without_an_end_breaks_the_stream(
     async with remote(server.url) as engine:
         with pytest.raises(StreamBrokenError, match=why):
             await post(engine)
-    await asyncio.wait_for(server.client_left.wait(), 2)
+    await asyncio.wait_for(server.client_left.wait(), slack(2))
 
 
 async def test_many_long_events_go_through(server: Server) -> None:
