@@ -17,6 +17,7 @@ from api.job_stream import ServerStoppingError
 from api.replies import DOCUMENTED, Error, Job
 from api.schemas import EVENT_ID, JobRequest, engine_schemas
 from tasks.errors import (
+    AnswerTooLargeError,
     BacklogBytesError,
     BodyTimeoutError,
     BodyTooLargeError,
@@ -129,7 +130,8 @@ ACCEPTANCE_ERRORS: tuple[Kind, ...] = (
 # How a job may end instead of with an answer, and its client's wait for it.
 GENERATION_ERRORS: tuple[Kind, ...] = (
     *(EndpointNotSupportedError, JobNotFoundError, JobCancelledError, JobFailedError),
-    *(StreamBrokenError, JobLostError, ServerStoppingError, RequestTimeoutError, JobExpiredError),
+    *(AnswerTooLargeError, StreamBrokenError, JobLostError, ServerStoppingError),
+    *(RequestTimeoutError, JobExpiredError),
 )
 
 

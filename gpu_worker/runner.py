@@ -12,9 +12,10 @@ from gpu_worker.metrics import Meter
 from gpu_worker.publisher import Feed, Publisher, Refusal
 from gpu_worker.refusal import in_our_shape
 from gpu_worker.tape import Tape, current_tape
-from tasks.errors import JobFailedError, StreamBrokenError
+from tasks.errors import AnswerTooLargeError, JobFailedError, StreamBrokenError
 from tasks.events import Attempt, End, Entry, Kind, Start
 from tasks.message import Claim, State
+from tasks.settings import get_settings
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,8 @@ class Running:
     task: "asyncio.Task[None] | None" = None
     head: Start | None = None
     is_stopped: bool = False
+    is_too_large: bool = False
+    """The app is stopped because of how much it has sent; that is how the job ends."""
     body_given: bool = False
     _has_left: asyncio.Event = field(default_factory=asyncio.Event)
     """The client needs nothing more: it has all of the answer, or the job was stopped."""
@@ -95,6 +98,9 @@ class Running:
     has_progressed: asyncio.Event = field(default_factory=asyncio.Event)
     """It has sent an event that no earlier attempt has sent."""
     _repeated: int = 0
+    _sent_bytes: int = 0
+    """Of all attempts: each one sends the answer from its beginning."""
+    _most_bytes: int = field(default_factory=lambda: get_settings().max_answer_bytes)
     _created: tuple[bytes, bytes] = (b"", b"")
 
     def __post_init__(self) -> None:
@@ -104,19 +110,28 @@ class Running:
 
     async def receive(self) -> Message:
         """ASGI's receive: the request's body, and, when the client has left, that it has."""
-        if self.body_given or self.is_stopped:
+        if self.body_given or self.has_left:
             await self._has_left.wait()
             return {"type": "http.disconnect"}
         self.body_given = True
         return {"type": "http.request", "body": self.claim.job.body, "more_body": False}
 
+    @property
+    def has_left(self) -> bool:
+        """Whether nobody hears what the app still says."""
+        return self.is_stopped or self.is_too_large
+
     def stop(self) -> None:
-        """Tells the app that its client has left; what it still says is heard by nobody.
+        """Stops the job, which is no longer this worker's."""
+        self.is_stopped = True
+        self._leave()
+
+    def _leave(self) -> None:
+        """Tells the app that its client has left.
 
         An app may run its handler in a task of its own, as vLLM's does for an answer that is not
         streamed: to cancel the app's task would leave that one running.
         """
-        self.is_stopped = True
         self._has_left.set()
         if self.task:
             asyncio.get_running_loop().call_later(MOST_LEAVING_S, self.task.cancel)
@@ -128,7 +143,7 @@ class Running:
             EngineDiedError: what the app says is the engine's death, not the job's answer.
             DivergedError: it is not what clients have.
         """
-        if self.is_stopped:
+        if self.has_left:
             return
         if self.engine.is_dead():
             raise EngineDiedError
@@ -138,20 +153,19 @@ class Running:
             self._begin(message)
             return
         if body := bytes(message.get("body", b"")):
-            if self.head and self.head.is_event_stream:
-                self._send_event(body)
-            else:
-                self._whole.append(body)
+            self._send_body(body)
         if not message.get("more_body"):
             self._has_left.set()
 
-    async def close(self) -> State:
-        """Ends the job as the engine has answered it.
+    async def close(self) -> State | None:
+        """Ends the job as the engine has answered it; None: it was stopped.
 
         Raises:
             EngineFailedError: that is to be tried again.
             DivergedError: the engine has said less than clients have.
         """
+        if self.has_left:
+            return await self.close_early()
         if self.head is None:
             raise DivergedError
         status = self.head.status
@@ -169,6 +183,12 @@ class Running:
         state = State.COMPLETED if status < 400 else State.FAILED
         return await self.end(End(state, usage=self.tape.usage))
 
+    async def close_early(self) -> State | None:
+        """Ends the job whose app was stopped, if it still is this worker's."""
+        if self.is_stopped:
+            return None
+        return await self.end(End.failed(AnswerTooLargeError(self._most_bytes)))
+
     async def end(self, end: End) -> State:
         """Ends the log. Whoever sees the job in its final state then finds the end there."""
         self.meter.end(*self.tape.total())
@@ -182,6 +202,19 @@ class Running:
         self.head = Start(message["status"], headers, claim.queue_ms, claim.attempt)
         if self.head.is_event_stream and self.history.head is None:
             self._put((Kind.START, self.head.encode()))
+
+    def _send_body(self, body: bytes) -> None:
+        """Sends a piece, unless that makes more of the answer than may be kept of one."""
+        self._sent_bytes += len(body)
+        if self._sent_bytes > self._most_bytes:
+            log.warning("job %s: larger than %d bytes", self.claim.job.id, self._most_bytes)
+            self.is_too_large = True
+            self._whole.clear()
+            self._leave()
+        elif self.head and self.head.is_event_stream:
+            self._send_event(body)
+        else:
+            self._whole.append(body)
 
     def _send_event(self, event: bytes) -> None:
         """Sends the event, unless clients have it."""
@@ -275,14 +308,14 @@ class Runner:
         )
         try:
             await running.task
-            return None if running.is_stopped else await running.close()
+            return await running.close()
         except asyncio.CancelledError:
-            return None
+            return await running.close_early() if running.has_left else None
         except EngineFailedError:
             raise
         except Exception as failure:  # noqa: BLE001 (boundary of foreign code: vLLM's app)
-            if running.is_stopped:
-                return None
+            if running.has_left:
+                return await running.close_early()
             return await self._fail(running, failure)
 
     async def _fail(self, running: Running, failure: Exception) -> State:

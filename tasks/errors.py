@@ -258,6 +258,22 @@ class JobFailedError(SluiceError):
     should_retry = False
 
 
+class AnswerTooLargeError(SluiceError):
+    """The answer is too large; ask for fewer tokens, log probabilities or sequences."""
+
+    status = 500
+    type = "server_error"
+    code = "answer_too_large"
+    # It would be as large again.
+    should_retry = False
+
+    def __init__(self, most_bytes: int) -> None:
+        super().__init__(
+            f"The answer is larger than {most_bytes:,} bytes, the most that this server takes; ask "
+            "for fewer tokens, log probabilities or sequences, or raise SLUICE_MAX_ANSWER_BYTES."
+        )
+
+
 class JobExpiredError(SluiceError):
     """The job did not start before its deadline."""
 

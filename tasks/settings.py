@@ -69,6 +69,9 @@ class Settings(BaseSettings):
         100_000, ge=1, description="larger schemas, grammars and lists of tools get 400"
     )
     body_timeout_s: float = Field(60, gt=0, description="a body that takes longer gets 408")
+    max_answer_bytes: int = Field(
+        100_000_000, ge=1, description="a job fails whose answer, or all of its stream, is larger"
+    )
     max_backlog: int = Field(10_000, ge=1, description="queued jobs per model and lane, then 503")
     max_backlog_bytes: int = Field(
         1_000_000_000, ge=1, description="bodies of a model's open jobs in Redis, then 503"
