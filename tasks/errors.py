@@ -191,7 +191,7 @@ class BacklogBytesError(OverloadedError):
 
 
 class KeyInUseError(SluiceError):
-    """The request that has this Idempotency-Key is just being accepted; try again shortly."""
+    """The request that has this Idempotency-Key has not ended yet; try again shortly."""
 
     status = 409
     type = "conflict_error"
