@@ -52,13 +52,14 @@ class Acceptance:
 
         Raises:
             IdempotencyError: another request holds the key.
-            KeyInUseError: the job that held the key was deleted just now.
+            KeyInUseError: the job that held the key was deleted just now; or it is a chat's, which
+                Redis alone knows until it ends.
             OverloadedError: the lane is full; nothing is stored.
             SQLAlchemyError: the database is away; nothing is stored.
             DatabaseUnavailableError: it does not answer; the job may be stored nevertheless.
         """
         holder = self._reserve(job)
-        if holder != job.id and self._is_known(holder):
+        if holder != job.id and self._is_accepted(holder):
             return holder
         # Of equal requests that are being accepted at once, the one that SQL has first is it.
         if not self._commit(job):
@@ -90,9 +91,12 @@ class Acceptance:
         with suppress(RedisError):  # it runs out by itself
             self._queue.backlog.release(to_job(job))
 
-    def _is_known(self, job_id: str) -> bool:
-        is_queued = self._queue.backlog.snapshots([job_id]) != [None]
-        return is_queued or jobs.load(self._url, job_id) is not None
+    def _is_accepted(self, job_id: str) -> bool:
+        if jobs.load(self._url, job_id) is not None:
+            return True
+        if self._queue.backlog.snapshots([job_id]) != [None]:
+            raise KeyInUseError
+        return False
 
     def _holder(self, job: JobRecord) -> str:
         held = jobs.holder(self._url, job.tenant, job.idempotency_key or "")

@@ -28,13 +28,14 @@ NOT_PASSED_ON = {
 class Answer:
     """What a job sends back: a head, then a body or events, then an end."""
 
-    def __init__(self, services: Services, stream: JobStream, model: str) -> None:
+    def __init__(self, services: Services, stream: JobStream, model: str, is_own: bool) -> None:
         self.head: Start | None = None
         self.end: End | None = None
         self._services = services
         self._settings = services.settings
         self._stream = stream
         self._model = model
+        self._is_own = is_own
         self._begun_s = time.monotonic()
 
     def respond(self, wants_stream: bool) -> Response:
@@ -166,7 +167,8 @@ class Answer:
             self.end = End.failed(broken)
             return b"", False
         if not entries:
-            self.end = end_without_log(self._services, self._stream.job_id)
+            job_id = self._stream.job_id
+            self.end = end_without_log(self._services, job_id, is_accepted=not self._is_own)
         return self._absorb(entries), not entries
 
     def _absorb(self, entries: list[Entry]) -> bytes:

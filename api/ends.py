@@ -13,12 +13,15 @@ def is_kept(services: Services, job_id: str) -> bool:
     return job_id in jobs.accepted(services.settings.database_url, [job_id])
 
 
-def end_without_log(services: Services, job_id: str) -> End | None:
-    """The end of a job whose log does not tell it; None: it goes on, or nobody can say just now."""
+def end_without_log(services: Services, job_id: str, *, is_accepted: bool = True) -> End | None:
+    """The end of a job whose log does not tell it; None: it goes on, or nobody can say just now.
+
+    `is_accepted`: SQL may keep it. While SQL is away, one that nobody has accepted is lost.
+    """
     end = services.jobs.end_without_log(job_id)
     if end is None or end.error != JobLostError().body():
         return end
     try:
         return None if is_kept(services, job_id) else end
     except SQLAlchemyError:
-        return None
+        return None if is_accepted else end

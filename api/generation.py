@@ -65,7 +65,7 @@ class Generation:
         self._model = job.model
         self._continues = call.continues
         self.stream = stream
-        self.answer = Answer(services, stream, job.model)
+        self.answer = Answer(services, stream, job.model, self._is_own)
         if client_socket is not None:
             watcher = gevent.spawn(_watch, client_socket, stream)
             self._resources.callback(watcher.kill, block=False)

@@ -14,8 +14,8 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
 from api.ends import end_without_log, is_kept
-from api.generation import cancel, cancel_accepted
-from api.job_view import describe, ended_otherwise, find_queued, positions_of
+from api.generation import cancel_accepted
+from api.job_view import describe, find_queued, positions_of
 from api.relay import ClientDisconnectedError, JobStream, ServerStoppingError
 from api.schemas import EVENT_ID
 from api.services import TENANT, Services
@@ -158,6 +158,7 @@ class Follower:
         self._job_id = job_id
         self._job = find_queued(services, TENANT, job_id)
         self._stored: dict[str, Any] | None = None
+        self._has_cancelled = False
         if self._job is None:
             # One that SQL keeps is about to be queued: what is to be followed is its log.
             is_coming = is_kept(services, job_id)
@@ -166,7 +167,6 @@ class Follower:
             self._model = stored["model"]
         else:
             self._model = self._job.job.model
-            self._stored = ended_otherwise(services, self._job)
         self.stream: JobStream | None = None
         after = _read_position(wanted) if wanted else None
         last = services.jobs.log.last(job_id) if self._stored is None else None
@@ -179,10 +179,9 @@ class Follower:
         self._is_over = last is not None and last.kind is Kind.END and after == last.position
 
     def cancel(self) -> None:
-        """Cancels the job."""
-        if self._job:
-            cancel(self._services, self._job_id, self._model)
-        elif self._stored is None:
+        """Cancels the job; once, however often it is said."""
+        if self._stored is None and not self._has_cancelled:
+            self._has_cancelled = True
             cancel_accepted(self._services, self._job_id, self._model)
 
     def client_disconnected(self) -> None:

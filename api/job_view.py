@@ -7,7 +7,6 @@ from typing import Any
 import gevent
 import orjson
 from flask import Response
-from sqlalchemy.exc import SQLAlchemyError
 
 from api.answer import as_header
 from api.errors import respond_again
@@ -30,8 +29,7 @@ def describe(services: Services, tenant: str, job_id: str) -> dict[str, Any]:
     """
     seen = find_queued(services, tenant, job_id)
     if seen is not None and not seen.state.is_final:
-        ended = ended_otherwise(services, seen)
-        return ended or _of_snapshot(seen, *positions_of(services, [seen]))
+        return _of_snapshot(seen, *positions_of(services, [seen]))
     found = jobs.get(services.settings.database_url, tenant, job_id)
     if found is not None and found[0].completed_at is not None and (seen is None or found[1]):
         return of_record(*found)
@@ -55,20 +53,6 @@ def find_queued(services: Services, tenant: str, job_id: str) -> Snapshot | None
     if seen is not None and seen.job.tenant != tenant:
         raise JobNotFoundError
     return seen
-
-
-def ended_otherwise(services: Services, seen: Snapshot) -> dict[str, Any] | None:
-    """The job object of one that SQL has ended, and Redis not, or not so: it lost what it knew.
-
-    SQL hears of an end once, and from Redis. While it is away, Redis is believed.
-    """
-    try:
-        found = jobs.get(services.settings.database_url, seen.job.tenant, seen.job.id)
-    except SQLAlchemyError:
-        return None
-    if found is None or found[0].completed_at is None or found[0].status == seen.state:
-        return None
-    return of_record(*found)
 
 
 def positions_of(services: Services, found: Sequence[Snapshot]) -> list[QueuePosition | None]:

@@ -16,6 +16,7 @@ from api.relay import ServerStoppingError
 from api.replies import DOCUMENTED, Error, Job
 from api.schemas import EVENT_ID, JobRequest, engine_schemas
 from tasks.contract.errors import (
+    AnswerTooLargeError,
     BacklogBytesError,
     BodyTimeoutError,
     BodyTooLargeError,
@@ -129,7 +130,8 @@ ACCEPTANCE_ERRORS: tuple[Kind, ...] = (
 # How a job may end instead of with an answer, and its client's wait for it.
 GENERATION_ERRORS: tuple[Kind, ...] = (
     *(EndpointNotSupportedError, JobNotFoundError, JobCancelledError, JobFailedError),
-    *(StreamBrokenError, JobLostError, ServerStoppingError, RequestTimeoutError, JobExpiredError),
+    *(AnswerTooLargeError, StreamBrokenError, JobLostError, ServerStoppingError),
+    *(RequestTimeoutError, JobExpiredError),
 )
 
 

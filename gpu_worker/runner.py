@@ -12,10 +12,11 @@ from gpu_worker.metrics import Meter
 from gpu_worker.publisher import Feed, Publisher, Refusal
 from gpu_worker.refusal import in_our_shape
 from gpu_worker.replay_log import ReplayLog, current_replay_log
-from tasks.contract.errors import JobFailedError, StreamBrokenError
+from tasks.contract.errors import AnswerTooLargeError, JobFailedError, StreamBrokenError
 from tasks.contract.events import Attempt, End, Entry, Kind, Start
 from tasks.contract.job import Claim, State
 from tasks.contract.response import Chunk, Finish, Head, read
+from tasks.contract.settings import get_settings
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ class Running:
     task: "asyncio.Task[None] | None" = None
     head: Start | None = None
     is_stopped: bool = False
+    is_too_large: bool = False
+    """The app is stopped because of how much it has sent; that is how the job ends."""
     body_given: bool = False
     _has_left: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the client needs nothing more: the answer is complete, or the job was stopped."""
@@ -94,6 +97,9 @@ class Running:
     has_progressed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set by an event that no earlier attempt has sent."""
     _repeated: int = 0
+    _sent_bytes: int = 0
+    """Of all attempts: each one sends the answer from its beginning."""
+    _most_bytes: int = field(default_factory=lambda: get_settings().max_answer_bytes)
     _created: tuple[bytes, bytes] = (b"", b"")
 
     def __post_init__(self) -> None:
@@ -103,19 +109,28 @@ class Running:
 
     async def receive(self) -> Message:
         """ASGI's receive: the request's body, then, when the client has left, the disconnect."""
-        if self.body_given or self.is_stopped:
+        if self.body_given or self.has_left:
             await self._has_left.wait()
             return {"type": "http.disconnect"}
         self.body_given = True
         return {"type": "http.request", "body": self.claim.job.body, "more_body": False}
 
+    @property
+    def has_left(self) -> bool:
+        """Whether nobody hears what the app still says."""
+        return self.is_stopped or self.is_too_large
+
     def stop(self) -> None:
+        """Stops the job, which is no longer this worker's."""
+        self.is_stopped = True
+        self._leave()
+
+    def _leave(self) -> None:
         """Notifies the app of its client's disconnect; what it still sends is dropped.
 
         An app may run its handler in a task of its own, as vLLM's does for an answer that is not
         streamed: to cancel the app's task would leave that one running.
         """
-        self.is_stopped = True
         self._has_left.set()
         if self.task:
             asyncio.get_running_loop().call_later(MOST_LEAVING_S, self.task.cancel)
@@ -127,7 +142,7 @@ class Running:
             EngineDiedError: the app reports the engine's failure, not the job's answer.
             DivergedError: it differs from what clients have.
         """
-        if self.is_stopped:
+        if self.has_left:
             return
         if self.engine.is_dead():
             raise EngineDiedError
@@ -137,20 +152,19 @@ class Running:
             self._begin(message)
             return
         if body := bytes(message.get("body", b"")):
-            if self.head and self.head.is_event_stream:
-                self._send_event(body)
-            else:
-                self._whole.append(body)
+            self._send_body(body)
         if not message.get("more_body"):
             self._has_left.set()
 
-    async def close(self) -> State:
-        """Ends the job as the engine has answered it.
+    async def close(self) -> State | None:
+        """Ends the job as the engine has answered it; None: it was stopped.
 
         Raises:
             EngineFailedError: the job is to be tried again.
             DivergedError: the engine sent less than clients have.
         """
+        if self.has_left:
+            return await self.close_early()
         if self.head is None:
             raise DivergedError
         status = self.head.status
@@ -168,6 +182,12 @@ class Running:
         state = State.COMPLETED if status < 400 else State.FAILED
         return await self.end(End(state, usage=self.replay_log.usage))
 
+    async def close_early(self) -> State | None:
+        """Ends the job whose app was stopped, if it still is this worker's."""
+        if self.is_stopped:
+            return None
+        return await self.end(End.failed(AnswerTooLargeError(self._most_bytes)))
+
     async def end(self, end: End) -> State:
         """Ends the log, before the job's final state can be seen."""
         self.meter.end(*self.replay_log.total())
@@ -181,6 +201,19 @@ class Running:
         self.head = Start(message["status"], headers, claim.queue_ms, claim.attempt)
         if self.head.is_event_stream and self.history.head is None:
             self._put((Kind.START, self.head.encode()))
+
+    def _send_body(self, body: bytes) -> None:
+        """Sends a piece, unless that makes more of the answer than may be kept of one."""
+        self._sent_bytes += len(body)
+        if self._sent_bytes > self._most_bytes:
+            log.warning("job %s: larger than %d bytes", self.claim.job.id, self._most_bytes)
+            self.is_too_large = True
+            self._whole.clear()
+            self._leave()
+        elif self.head and self.head.is_event_stream:
+            self._send_event(body)
+        else:
+            self._whole.append(body)
 
     def _send_event(self, event: bytes) -> None:
         """Sends the event, unless clients have it."""
@@ -274,14 +307,14 @@ class Runner:
         )
         try:
             await running.task
-            return None if running.is_stopped else await running.close()
+            return await running.close()
         except asyncio.CancelledError:
-            return None
+            return await running.close_early() if running.has_left else None
         except EngineFailedError:
             raise
         except Exception as failure:  # noqa: BLE001 (boundary of foreign code: vLLM's app)
-            if running.is_stopped:
-                return None
+            if running.has_left:
+                return await running.close_early()
             return await self._fail(running, failure)
 
     async def _fail(self, running: Running, failure: Exception) -> State:

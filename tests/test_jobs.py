@@ -336,6 +336,27 @@ def test_a_client_that_leaves_ends_a_job_that_nobody_else_waits_for(
     assert wait(sim_stack, job_id).json()["status"] == "completed"
 
 
+def test_the_key_of_a_chat_is_a_background_jobs_once_the_chat_is_recorded(
+    sim_stack: Stack,
+) -> None:
+    """A 202 was answered for it, and with Redis it would have been lost."""
+    header = {"Idempotency-Key": "of a chat"}
+    body = STREAM | {"max_tokens": 200}
+    with call(sim_stack, "POST", ENDPOINT, json=body, headers=header, stream=True) as chat:
+        pieces = chat.iter_content(10)
+        next(pieces)
+        later = header | {"Prefer": "respond-async"}
+        refused = call(sim_stack, "POST", ENDPOINT, json=body, headers=later)
+        assert refused.status_code == 409
+        assert refused.json()["error"]["code"] == "idempotency_key_in_use"
+        assert refused.headers["retry-after"] == "1"
+        job_id = chat.headers["x-sluice-job"]
+        assert b"[DONE]" in b"".join(pieces)
+    await_that(lambda: in_sql(sim_stack, job_id))
+    again = call(sim_stack, "POST", ENDPOINT, json=body, headers=later)
+    assert (again.status_code, again.json()["id"]) == (200, job_id)
+
+
 def test_equal_background_jobs_with_a_key_are_one(sim_stack: Stack) -> None:
     def ask(body: dict[str, Any] = CHAT) -> requests.Response:
         job = {"endpoint": ENDPOINT, "body": body}

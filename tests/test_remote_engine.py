@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from bench.stack import slack
 from gpu_worker.engines.engine import Load, Message
 from gpu_worker.engines.remote import RemoteEngine, open_engine
 from gpu_worker.replay_log import ReplayLog, current_replay_log
@@ -197,7 +198,7 @@ async def test_an_event_without_an_end_breaks_the_stream(
     async with remote(server.url) as engine:
         with pytest.raises(StreamBrokenError, match=why):
             await post(engine)
-    await asyncio.wait_for(server.client_left.wait(), 2)
+    await asyncio.wait_for(server.client_left.wait(), slack(2))
 
 
 async def test_many_long_events_go_through(server: Server) -> None:

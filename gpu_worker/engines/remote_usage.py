@@ -59,9 +59,11 @@ async def watched(
             if not (tells_usage and _has_only_usage(data) and wants_no_usage):
                 yield frame(data)
     else:
-        body = b"".join([piece async for piece in pieces])
-        _note_usage(body)
-        yield body
+        body = []
+        async for piece in pieces:
+            body.append(piece)
+            yield piece  # at once: an answer that is too large is stopped there
+        _note_usage(b"".join(body))
 
 
 def _has_only_usage(data: bytes) -> bool:

@@ -204,7 +204,7 @@ class BacklogBytesError(OverloadedError):
 
 
 class KeyInUseError(SluiceError):
-    """The request that has this Idempotency-Key is just being accepted; try again shortly."""
+    """The request that has this Idempotency-Key has not ended yet; try again shortly."""
 
     status = 409
     type = "conflict_error"
@@ -269,6 +269,22 @@ class JobFailedError(SluiceError):
     code = "job_failed"
     # Otherwise OpenAI's SDK would have it end as many workers again, twice.
     should_retry = False
+
+
+class AnswerTooLargeError(SluiceError):
+    """The answer is too large; ask for fewer tokens, log probabilities or sequences."""
+
+    status = 500
+    type = "server_error"
+    code = "answer_too_large"
+    # It would be as large again.
+    should_retry = False
+
+    def __init__(self, most_bytes: int) -> None:
+        super().__init__(
+            f"The answer is larger than {most_bytes:,} bytes, the most that this server takes; ask "
+            "for fewer tokens, log probabilities or sequences, or raise SLUICE_MAX_ANSWER_BYTES."
+        )
 
 
 class JobExpiredError(SluiceError):

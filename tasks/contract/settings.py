@@ -99,6 +99,12 @@ class Settings(BaseSettings):
     body_timeout_s: float = Field(
         60, gt=0, description="a request body that takes longer to arrive gets 408"
     )
+    max_answer_bytes: int = Field(
+        100_000_000,
+        ge=1,
+        description="a job whose answer, or all events of its stream, is larger fails "
+        "(`answer_too_large`); Redis takes up to 512 MB",
+    )
     max_backlog: int = Field(
         10_000, ge=1, description="queued jobs per model and lane; more get 503"
     )

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 
 from db import jobs
 from tasks.contract.errors import JobLostError, SluiceError
@@ -45,8 +46,9 @@ class Reconciler:
         if run == known:
             again = self._scan_on()
         else:
-            self._end_what_has_ended()
             again = self._scan_all()
+            for _, members in self._queue.backlog.members():
+                self._cancel_ended(members)
         self._redis_run = run
         return again
 
@@ -55,16 +57,15 @@ class Reconciler:
         redis = self._queue.backlog.redis
         return f"{redis.info('server')['run_id']} {redis.info('replication')['master_replid']}"
 
-    def _end_what_has_ended(self) -> None:
-        """Cancels what a Redis that lost its last second holds open, though SQL has its end."""
-        for _, members in self._queue.backlog.members():
-            ended = jobs.ended(self._url, members) if members else []
-            for seen in self._queue.backlog.snapshots(ended):
-                # No end comes to SQL but by Redis, or when Redis does not have the job.
-                if seen and not seen.state.is_final:
-                    job = seen.job
-                    log.warning("job %s has ended, and Redis had lost its end: cancelled", job.id)
-                    self._queue.cancel(job.id, job.model)
+    def _cancel_ended(self, job_ids: Sequence[str]) -> None:
+        """Cancels those that Redis holds open though SQL has their end: it had not heard of it."""
+        ended = jobs.ended(self._url, job_ids) if job_ids else []
+        for seen in self._queue.backlog.snapshots(ended):
+            # No end comes to SQL but by Redis, or when Redis does not have the job.
+            if seen and not seen.state.is_final:
+                job = seen.job
+                log.warning("job %s has ended, and Redis did not know: cancelled", job.id)
+                self._queue.cancel(job.id, job.model)
 
     def _scan_on(self) -> int:
         again, self._after = self._scan(self._after)
@@ -108,7 +109,10 @@ class Reconciler:
         Returns:
             How many were queued.
         """
-        return sum(self._repair(job_id, dispatches) for job_id, dispatches in lost.items())
+        again = [job_id for job_id, dispatches in lost.items() if self._repair(job_id, dispatches)]
+        # Who cancels a job that Redis does not hold can tell SQL alone.
+        self._cancel_ended(again)
+        return len(again)
 
     def _repair(self, job_id: str, dispatches: int) -> bool:
         """Queues one job again; or ends it, if only its client held it, which got the error.
