@@ -17,6 +17,7 @@ from kombu.exceptions import OperationalError
 from bench.stack import Stack, await_that, slack
 from tasks.contract import keys
 from tasks.contract.settings import Settings
+from tasks.maintenance.main import periodic_tasks
 from tasks.queue import celery_app
 from tasks.queue.celery_app import MAINTENANCE_QUEUE, Schedule
 
@@ -45,6 +46,19 @@ def take(bus: redis.Redis) -> str | None:
     """The task that a worker would run next."""
     message: Any = bus.rpop(QUEUE)
     return message and str(orjson.loads(message)["headers"]["task"])
+
+
+def test_tasks_keep_their_names() -> None:
+    """During an update, maintenance of two versions takes tasks from one queue."""
+    assert {task.name: task.run.__name__ for task in periodic_tasks(Settings())} == {
+        "sluice.reap": "reap",
+        "sluice.reissue_tickets": "reissue_tickets",
+        "sluice.record_ledger": "record_ledger",
+        "sluice.reconcile_jobs": "reconcile_jobs",
+        "sluice.sweep_jobs": "sweep_jobs",
+        "sluice.delete_old_jobs": "delete_old_jobs",
+        "sluice.look_for_alerts": "check_alerts",
+    }
 
 
 def test_tasks_are_sent_in_time_after_the_hosts_clock_was_set_back(

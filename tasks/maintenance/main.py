@@ -19,14 +19,14 @@ from db.jobs import delete_old
 from tasks.contract import keys, logs
 from tasks.contract.connections import connect
 from tasks.contract.models import get_catalog
-from tasks.contract.settings import get_settings
+from tasks.contract.settings import Settings, get_settings
 from tasks.contract.trouble import database_trouble, refuse_lasting, refuse_unusable
 from tasks.maintenance.alerts import Alerter
 from tasks.maintenance.deliveries import Deliverer
 from tasks.maintenance.ledger import Recorder
 from tasks.maintenance.reconciler import Reconciler
 from tasks.maintenance.sweeper import Sweeper
-from tasks.queue.celery_app import run_periodically
+from tasks.queue.celery_app import Periodic, run_periodically
 from tasks.queue.jobs import Jobs
 
 log = logging.getLogger(__name__)
@@ -142,6 +142,19 @@ def check_alerts() -> None:
         _alerter().check()
 
 
+def periodic_tasks(settings: Settings) -> list[Periodic]:
+    """All that maintenance does again and again."""
+    return [
+        Periodic("sluice.reap", reap, settings.reap_interval_s),
+        Periodic("sluice.reissue_tickets", reissue_tickets, REISSUE_INTERVAL_S),
+        Periodic("sluice.record_ledger", record_ledger, LEDGER_INTERVAL_S),
+        Periodic("sluice.reconcile_jobs", reconcile_jobs, RECONCILE_INTERVAL_S),
+        Periodic("sluice.sweep_jobs", sweep_jobs, SWEEP_INTERVAL_S),
+        Periodic("sluice.delete_old_jobs", delete_old_jobs, RETENTION_INTERVAL_S),
+        Periodic("sluice.look_for_alerts", check_alerts, ALERT_INTERVAL_S),
+    ]
+
+
 def run() -> int:
     """Runs maintenance until a signal; returns the exit code."""
     settings = get_settings()
@@ -156,18 +169,6 @@ def run() -> int:
     deliverer = Deliverer(settings, _jobs().backlog.redis)
     deliverer.start()
     try:
-        return run_periodically(
-            {
-                reap: settings.reap_interval_s,
-                reissue_tickets: REISSUE_INTERVAL_S,
-                record_ledger: LEDGER_INTERVAL_S,
-                reconcile_jobs: RECONCILE_INTERVAL_S,
-                sweep_jobs: SWEEP_INTERVAL_S,
-                delete_old_jobs: RETENTION_INTERVAL_S,
-                check_alerts: ALERT_INTERVAL_S,
-            },
-            THREADS,
-            _jobs().backlog.redis,
-        )
+        return run_periodically(periodic_tasks(settings), THREADS, _jobs().backlog.redis)
     finally:
         deliverer.stop()

@@ -14,9 +14,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from celery import Celery, signals
@@ -252,20 +252,26 @@ class Schedule:
         return {orjson.loads(message)["headers"]["task"] for message in messages}
 
 
-def run_periodically(tasks: Mapping[Callable[[], None], float], threads: int, redis: Redis) -> int:
-    """Runs each task about every so many seconds until a signal; returns the exit code.
+class Periodic(NamedTuple):
+    """A task, and about how often it runs."""
+
+    name: str
+    """In its messages. Never changes: another version drops tasks that it does not know."""
+    run: Callable[[], None]
+    interval_s: float
+
+
+def run_periodically(tasks: Sequence[Periodic], threads: int, redis: Redis) -> int:
+    """Runs each task at its interval until a signal; returns the exit code.
 
     Several processes may do so: they share one queue of tasks, on the Redis of the jobs.
     """
     celery = get_celery()
-    intervals_s = {}
-    for task, interval_s in tasks.items():
-        name = f"sluice.{task.__name__}"
-        celery.task(task, name=name, shared=False)
-        intervals_s[name] = interval_s
+    for task in tasks:
+        celery.task(task.run, name=task.name, shared=False)
     celery.conf.update(worker_redirect_stdouts=False)
     # In this process, with which it ends.
-    schedule = Schedule(celery, redis, intervals_s)
+    schedule = Schedule(celery, redis, {task.name: task.interval_s for task in tasks})
     schedule.start()
     worker = celery.Worker(
         queues=[MAINTENANCE_QUEUE],
