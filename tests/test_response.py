@@ -6,9 +6,10 @@ from typing import Any
 import orjson
 import pytest
 
+from tasks.contract.errors import DecodeError
 from tasks.contract.events import End, Entry, Kind, Position, Start
 from tasks.contract.job import State
-from tasks.contract.response import assemble, fold
+from tasks.contract.response import assemble, fold, read
 
 HEADERS = [("content-type", "text/event-stream; charset=utf-8")]
 
@@ -42,6 +43,30 @@ def test_chunks_of_any_shape_can_be_recorded(odd: dict[str, Any]) -> None:
     assert told
     assert told.state is State.COMPLETED
     assert b"Hi" in (told.body or b"")
+
+
+def test_a_log_that_another_attempt_took_over_has_no_end() -> None:
+    ended = log_of([chunk({"content": "Hi"})])
+    takeover = Entry("job_1", Position(2, 0), Kind.TAKEOVER, b"1-3")
+    assert assemble(ended)
+    assert assemble([*ended, takeover]) is None
+    assert assemble([]) is None
+
+
+def test_only_the_first_head_and_the_last_end_have_to_be_readable() -> None:
+    head, *rest = log_of([chunk({"content": "Hi"})])
+    inner = [Entry("job_1", Position(1, 9), kind, b"?") for kind in (Kind.END, Kind.START)]
+    told = assemble([head, *inner, *rest])
+    assert told
+    assert b"Hi" in (told.body or b"")
+
+
+@pytest.mark.parametrize("kind", [Kind.START, Kind.END])
+@pytest.mark.parametrize("data", [b"", b"{", b"7", b"[]", b"{}", b"[[],[],[],[],[]]", b'["on",7]'])
+def test_heads_and_ends_of_another_shape_are_one_kind_of_error(kind: Kind, data: bytes) -> None:
+    entry = Entry("job_1", Position(1, 0), kind, data)
+    with pytest.raises(DecodeError):
+        list(read([entry]))
 
 
 def test_texts_tools_and_choices_are_put_together_from_their_pieces() -> None:

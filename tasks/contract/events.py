@@ -141,8 +141,16 @@ class Start:
 
     @classmethod
     def decode(cls, data: bytes) -> Self:
-        status, headers, queue_ms, attempt = orjson.loads(data)
-        return cls(status, [(name, value) for name, value in headers], queue_ms, attempt)
+        """Reads what `encode` writes.
+
+        Raises:
+            DecodeError: it is something else.
+        """
+        try:
+            status, headers, queue_ms, attempt = orjson.loads(data)
+            return cls(status, [(name, value) for name, value in headers], queue_ms, attempt)
+        except (ValueError, TypeError, KeyError) as broken:
+            raise DecodeError(f"no start of an answer: {data[:100]!r}") from broken
 
     @property
     def content_type(self) -> str:
@@ -175,5 +183,13 @@ class End:
 
     @classmethod
     def decode(cls, data: bytes) -> Self:
-        state, *rest = orjson.loads(data)
-        return cls(State(state), *rest)
+        """Reads what `encode` writes.
+
+        Raises:
+            DecodeError: it is something else.
+        """
+        try:
+            state, *rest = orjson.loads(data)
+            return cls(State(state), *rest)
+        except (ValueError, TypeError, KeyError) as broken:
+            raise DecodeError(f"no end of an answer: {data[:100]!r}") from broken

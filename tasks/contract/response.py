@@ -1,7 +1,7 @@
 """What a job answered, read from its token log: part by part, or put together as a whole.
 
-`read` is the one reader of a log: the API's answers, the jobs' events, the ledger and the replay of
-an earlier attempt differ only in what they make of its parts.
+`read` is how a log is followed: the API's answers, the jobs' events and the replay of an earlier
+attempt differ only in what they make of its parts. `assemble` looks at a whole one.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -78,15 +78,20 @@ class Outcome:
 
 
 def assemble(entries: Sequence[Entry]) -> Outcome | None:
-    """The outcome recorded in a whole log; None when it has no end yet."""
-    parts = list(read(entries))
-    if not parts or not isinstance(parts[-1], Finish):
+    """The outcome recorded in a whole log; None when it has no end yet.
+
+    Reads no head but the first, and no end but the last.
+
+    Raises:
+        DecodeError: one of these cannot be read.
+    """
+    if not entries or entries[-1].kind is not Kind.END:
         return None
-    end = parts[-1].end
-    start = next((part.start for part in parts if isinstance(part, Head)), None)
+    end = End.decode(entries[-1].data)
+    start = next((Start.decode(e.data) for e in entries if e.kind is Kind.START), None)
     if end.error or start is None:
         return Outcome(end.state, error=end.error.get("error"))
-    body = b"".join(part.data for part in parts if isinstance(part, Chunk))
+    body = b"".join(entry.data for entry in entries if entry.kind is Kind.BODY)
     if start.is_event_stream:
         document, body = _fold_or_keep(body, end)
     else:
