@@ -12,8 +12,13 @@ from kombu.message import Message
 
 from bench.stack import Stack, await_that
 from tasks.contract import keys
-from tasks.contract.errors import BacklogBytesError, IdempotencyError, OverloadedError
-from tasks.contract.job import Cause, EnqueueOptions, Job, Lane, State, new_id
+from tasks.contract.errors import (
+    BacklogBytesError,
+    DecodeError,
+    IdempotencyError,
+    OverloadedError,
+)
+from tasks.contract.job import Cause, Claim, EnqueueOptions, Job, Lane, State, new_id
 from tasks.contract.settings import Settings
 from tasks.queue.backlog import MOST_TICKETS, Backlog, Finished
 from tasks.queue.celery_app import TICKET, TicketAMQP
@@ -50,6 +55,22 @@ def test_jobs_are_claimed_whole_in_order_and_interactive_ones_first(backlog: Bac
     assert [claim.job for claim in claims if claim] == [jobs[1], jobs[3], jobs[0], jobs[2]]
     assert backlog.claim("m", "w") is None
     assert depth(backlog.redis, "m").jobs == 0
+
+
+@pytest.mark.parametrize("name", ["model", "endpoint", "lane", "tenant", "listener", "metadata"])
+def test_a_claimed_job_that_lacks_a_field_cannot_be_read(name: str) -> None:
+    fields = [value.encode() if isinstance(value, str) else value for value in _job().encode()]
+    known = dict(zip(fields[::2], fields[1::2], strict=True)) | {b"max_failures": b"2"}
+    known |= {b"worker": b"w"}
+
+    def decode() -> Claim:
+        values: Any = [known.get(name.encode()) for name in Claim.FIELDS]
+        return Claim.decode([b"job_1", b"1", b"0", *values])
+
+    assert decode().job.tenant == "acme"
+    del known[name.encode()]
+    with pytest.raises(DecodeError):
+        decode()
 
 
 def test_the_oldest_age_grows(backlog: Backlog) -> None:
@@ -446,9 +467,11 @@ def test_an_accepted_job_is_queued_into_a_full_lane_and_beside_its_taken_key(
     backlog.submit(chat)
     for _ in range(4):
         backlog.submit(_job())
+    job = _job()
     with pytest.raises(OverloadedError):
-        backlog.reserve(_job())
-    backlog.queue(_job(idempotency_key="k", fingerprint="another"))
+        backlog.reserve(job)
+    options = EnqueueOptions(idempotency_key="k", fingerprint="another")
+    backlog.queue(replace(job, options=options))
     assert depth(backlog.redis, "m").jobs == 6
     assert backlog.submit(_job(**KEY)) == chat.id
 

@@ -129,6 +129,17 @@ def test_what_has_changed_its_status_meanwhile_is_passed_over(stack: Stack) -> N
     assert seen == [f"job_{n:03}" for n in reversed(range(300)) if n % 3]
 
 
+def test_a_job_that_cannot_be_read_is_told_to_the_log_alone(stack: Stack) -> None:
+    job_id = submit(stack)["id"]
+    stack.redis.hset(keys.job(job_id), "state", "no state")
+    response = requests.get(f"{stack.url}/v1/jobs/{job_id}", timeout=20)
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "internal_error"
+    assert job_id not in response.text
+    log = stack.api_processes[0].log
+    await_that(lambda: f"job {job_id} cannot be read" in log.read_text())
+
+
 def test_a_long_answer_that_sql_does_not_have_yet_holds_up_nobody(stack: Stack) -> None:
     job = Job("job_long", "sim", "/v1/chat/completions", b"{}")
     ended = {"state": State.COMPLETED, "attempt": 1, "queued_us": 1, "started_us": 2, "ended_us": 3}

@@ -8,6 +8,10 @@ from http import HTTPStatus
 from typing import Any
 
 
+class DecodeError(Exception):
+    """What Redis holds has a shape that this version does not know: for logs, not for clients."""
+
+
 class SluiceError(Exception):
     """Something went wrong inside Sluice; the log of the API has the reason."""
 
@@ -55,10 +59,6 @@ class EngineLoadError(SluiceError):
     """The engine cannot load the model; the worker's log has the reason."""
 
     code = "engine_load_failed"
-
-
-class DecodeError(SluiceError):
-    """A message in Redis has a shape that this version does not know."""
 
 
 class InvalidRequestError(SluiceError):

@@ -110,14 +110,16 @@ class Job:
 
     @classmethod
     def decode(cls, job_id: str, values: Sequence[bytes | None], body: bytes = b"") -> Self:
-        """Reads FIELDS of a job's hash.
+        """Reads FIELDS of a job's hash; the last two may be missing.
 
         Raises:
             DecodeError: they have another shape.
         """
         try:
-            text = [(value or b"").decode() for value in values]
-            model, endpoint, lane, tenant, listener, metadata, sequences, order = text
+            *texts, sequences, order = values
+            # None has no decode: an AttributeError.
+            text = [value.decode() for value in texts]  # type: ignore[union-attr]
+            model, endpoint, lane, tenant, listener, metadata = text
             return cls(
                 *(job_id, model, endpoint, body, Lane(lane), tenant, listener, metadata or "{}"),
                 sequences=int(sequences or 1),
@@ -147,13 +149,20 @@ class Snapshot:
 
     @classmethod
     def decode(cls, job_id: str, values: Sequence[bytes | None]) -> Self | None:
-        """Reads FIELDS of a job's hash; None: there is no such job."""
+        """Reads FIELDS of a job's hash; None: there is no such job. Texts may be missing.
+
+        Raises:
+            DecodeError: they have another shape.
+        """
         *fields, state, attempt, queued, started, ended = values
         if state is None:
             return None
-        job = Job.decode(job_id, fields)
-        times = (int(value) if value else None for value in (started, ended))
-        return cls(job, State(state.decode()), int(attempt or 0), int(queued or 0), *times)
+        job = Job.decode(job_id, [value or b"" for value in fields])
+        try:
+            times = (int(value) if value else None for value in (started, ended))
+            return cls(job, State(state.decode()), int(attempt or 0), int(queued or 0), *times)
+        except ValueError as broken:
+            raise DecodeError(f"job {job_id} cannot be read: {broken}") from broken
 
 
 @dataclass(frozen=True, slots=True)
