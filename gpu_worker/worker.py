@@ -39,7 +39,7 @@ from tasks.contract.response import assemble
 from tasks.contract.settings import get_settings
 from tasks.contract.trouble import refuse_unusable
 from tasks.queue.backlog import Backlog, Finished
-from tasks.queue.celery_app import TicketConsumer
+from tasks.queue.celery_worker import TicketConsumer
 from tasks.queue.control import WorkerState
 from tasks.queue.token_log import TokenLog
 

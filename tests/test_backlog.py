@@ -1,7 +1,11 @@
 """The scripts in tasks/queue/lua on a real Redis: every step of a job's life, and every fence."""
 
 import logging
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -505,6 +509,23 @@ def test_a_job_in_the_wrong_place_is_repaired(backlog: Backlog) -> None:
     assert counted[Happening(Counted.REPAIRS, "misplaced")] == 2
     assert counted[Happening(Counted.REPAIRS, "stray")] == 2
     assert [bool(backlog.claim("m", "w")) for _ in range(4)] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("module", ["tasks.queue.backlog", "api.app", "deploy.status"])
+def test_only_workers_load_celerys_worker(module: str, tmp_path: Path) -> None:
+    """It would take time at each start of the program."""
+    program = f"import sys, {module}; print(*sys.modules)"
+    output = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    loaded = set(output.split())
+    assert module in loaded
+    workers_own = {"celery.worker", "celery.concurrency.thread", "celery.app.trace"}
+    assert not loaded & workers_own
 
 
 def test_a_ticket_that_was_taken_outlives_its_connection(server: Stack) -> None:

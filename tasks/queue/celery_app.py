@@ -1,30 +1,25 @@
-"""All of Celery and kombu that Sluice uses: the app, tickets, who consumes them, periodic tasks.
+"""Celery and kombu: the app, tickets, periodic tasks. Who consumes tickets is in celery_worker.py.
 
 A Celery message of a model's queue is a ticket: it means "there is work for this model"; the work
 itself is in the backlog. A lost ticket is issued again by the reaper, a doubled one finds
 nothing to do; so none of Celery's redelivery is needed, and the settings below switch it off.
 
-Private interfaces in use, all of them here: kombu's `Channel._get` (what Celery has published into
-memory), `channel.Message` (no acknowledgements), the thread pool's `ApplyResult.f` (when a thread
-is free), the hub's `add_reader`, and `celery.worker.state.should_stop` (to end from any thread).
+The API and the command line import this module; that loads nothing of Celery's worker.
+
+Private interfaces in use: kombu's `Channel._get` (what Celery has published into memory) and
+`channel.Message` (no acknowledgements).
 """
 
 import functools
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import orjson
 from celery import Celery, signals
 from celery.app.amqp import AMQP
-from celery.app.trace import setup_worker_optimizations
-from celery.concurrency.thread import ApplyResult, TaskPool
-from celery.worker import WorkController
-from celery.worker import state as celery_state
 from kombu.connection import Connection
 from kombu.exceptions import OperationalError
 from kombu.transport.virtual import Message
@@ -46,7 +41,7 @@ _ID = b"@ticket-id@"
 SHORTEST_LOOK_S = 0.02
 LONGEST_LOOK_S = 1.0
 # Workers are listed in Redis, not by Celery.
-_ALONE = {"without_gossip": True, "without_mingle": True, "without_heartbeat": True}
+ALONE = {"without_gossip": True, "without_mingle": True, "without_heartbeat": True}
 
 
 class _Ticket(Message):
@@ -129,66 +124,6 @@ def _ticket_template(model: str) -> bytes:
         app.send_task(TICKET, (model,), queue=queue, connection=memory, task_id=_ID.decode())
         message = memory.default_channel._get(queue)  # noqa: SLF001
         return str(dumps(message)).encode()  # type: ignore[no-untyped-call]
-
-
-class _SlotPool(TaskPool):  # type: ignore[misc]
-    """A thread per slot; one that becomes free wakes Celery's event loop.
-
-    With all threads busy Celery stops listening for tickets, and only checks whether it may listen
-    again when its loop wakes, which nothing but a timer does, up to a second later: slots emptied
-    in waves, at half the throughput.
-    """
-
-    def register_with_event_loop(self, hub: Any) -> None:
-        """Celery's hook; called once, before the first ticket."""
-        self._read_fd, self._write_fd = os.pipe()
-        os.set_blocking(self._read_fd, False)
-        os.set_blocking(self._write_fd, False)
-        hub.add_reader(self._read_fd, self._drain)
-
-    def on_apply(self, *args: Any, **kwargs: Any) -> ApplyResult:
-        """Runs a task, and wakes the loop after all that Celery does at its end."""
-        result = super().on_apply(*args, **kwargs)
-        result.f.add_done_callback(self._wake)
-        return result
-
-    def _wake(self, _done: "Future[Any]") -> None:
-        try:
-            os.write(self._write_fd, b"\0")
-        except BlockingIOError:
-            return  # full of wake-ups that are still to be read
-
-    def _drain(self) -> None:
-        os.read(self._read_fd, 65_536)
-
-
-class TicketConsumer:
-    """Takes a model's tickets, each in a thread of its own, as many at once as there are slots."""
-
-    def __init__(self, model: str, slots: int, serve_ticket: Callable[[str], None]) -> None:
-        """`serve_ticket` is the Celery task: it is called with the model's name."""
-        self._queue = keys.ticket_queue(model)
-        celery = get_celery()
-        celery.task(serve_ticket, name=TICKET, shared=False, bind=False)
-        # Makes this app the current one of Celery's task threads; they find no tasks without it.
-        setup_worker_optimizations(celery)
-        self._controller: Any = WorkController(
-            app=celery, queues=[self._queue], pool_cls=_SlotPool, concurrency=slots, **_ALONE
-        )
-
-    def run(self) -> None:
-        """Celery's main loop, in the main thread, until `exit` is called."""
-        self._controller.start()
-
-    def stop(self) -> None:
-        """Takes no more tickets; threads that serve one go on."""
-        if consumer := self._controller.consumer:
-            consumer.call_soon(consumer.cancel_task_queue, self._queue)
-
-    @staticmethod
-    def exit(exit_code: int) -> None:
-        """Ends `run`, from any thread, also when it has not begun."""
-        celery_state.should_stop = exit_code
 
 
 class Schedule:
@@ -280,7 +215,7 @@ def run_periodically(tasks: Sequence[Periodic], threads: int, redis: Redis) -> i
         hostname="maintenance@%h",
         loglevel="WARNING",
         quiet=True,
-        **_ALONE,
+        **ALONE,
     )
     worker.start()
     schedule.stop()
