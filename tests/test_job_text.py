@@ -78,7 +78,9 @@ def test_a_refused_job_watched_later_still_fails_the_watch(sim_stack: Stack) -> 
     for _ in range(2):
         watched = sluice(sim_stack, "watch", job)
         assert watched.returncode == 1
-        assert watched.stderr.startswith(f"sluice: {job} failed: The request is malformed: max_")
+        assert watched.stderr.startswith(
+            f"sluice: {job} failed: The request is malformed: max_tokens: "
+        )
 
 
 def test_an_expired_job_ends_its_watch_with_the_reason(idle_stack: Stack) -> None:

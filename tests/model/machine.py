@@ -180,21 +180,30 @@ class QueueMachine(RuleBasedStateMachine):
                 holder = queue.backlog.reserve(to_job(job))
             except RedisError:
                 holder = job.id
-            if holder != job.id and self._is_known(holder):
+            if holder != job.id and not self._may_commit(holder):
                 return
             self.requests.append((job, "commit"))
         elif next_step == "commit":
-            if job.id in records.accept(url, [job]):
+            try:
+                is_new = job.id in records.accept(url, [job])
+            except SQLAlchemyError:
+                with suppress(RedisError):
+                    queue.backlog.release(to_job(job))
+                raise
+            if is_new:
                 self.world.accepted[job.id] = self.world.asked[job.id]
                 self.requests.append((job, "dispatch"))
             else:
-                queue.backlog.release(to_job(job))
+                with suppress(RedisError):
+                    queue.backlog.release(to_job(job))
         else:
             dispatch(queue.backlog, job)
 
-    def _is_known(self, job_id: str) -> bool:
-        is_queued = self.world.queue.backlog.snapshots([job_id]) != [None]
-        return is_queued or records.load(self.world.database.url, job_id) is not None
+    def _may_commit(self, holder: str) -> bool:
+        """Whether the job with the key is neither accepted nor, a chat, in Redis alone."""
+        if records.load(self.world.database.url, holder) is not None:
+            return False
+        return self.world.queue.backlog.snapshots([holder]) == [None]
 
     @precondition(lambda self: self.world.asked and self.calm_steps % 3 == 0)
     @step(which=some, unless_attached=st.booleans())

@@ -145,8 +145,8 @@ HOLES = {
     ),
     "an accepted job that Redis lost has to find room again": Hole(
         (accepted, "enqueue"),
-        "backlog.queue(job, _first_attempt(record, dispatches))",
-        "backlog.submit(job)",
+        "backlog.queue(",
+        'backlog._put("submit" if dispatches else "queue", ',
     ),
 }
 
