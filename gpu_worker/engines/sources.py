@@ -10,7 +10,7 @@ from pathlib import Path
 from tasks.contract.errors import ConfigurationError
 from tasks.contract.models import Model
 
-BUNDLED_MODEL = Path(__file__).parent / "demo" / "model"
+BUNDLED_MODEL = Path(__file__).parents[1] / "demo" / "model"
 # The file by which vLLM determines the kind of a model: in Hugging Face's format, in Mistral's.
 CONFIGS = ("config.json", "params.json")
 HUB_TIMEOUT_S = 5.0
