@@ -159,6 +159,7 @@ class Follower:
         self._job = find_queued(services, TENANT, job_id)
         self._stored: dict[str, Any] | None = None
         self._has_cancelled = False
+        self._has_left = False
         if self._job is None:
             # One that SQL keeps is about to be queued: what is to be followed is its log.
             is_coming = is_kept(services, job_id)
@@ -185,7 +186,8 @@ class Follower:
             cancel_accepted(self._services, self._job_id, self._model)
 
     def client_disconnected(self) -> None:
-        """The client is gone: ends `events`."""
+        """The client is gone: ends `events`, also if it is still to begin."""
+        self._has_left = True
         if self.stream:
             self.stream.client_disconnected()
 
@@ -201,6 +203,8 @@ class Follower:
             after = None
         with self._services.relay.follow(self._job_id, after) as stream:
             self.stream = stream
+            if self._has_left:
+                stream.client_disconnected()
             (place,) = positions_of(self._services, [self._job]) if self._job else [None]
             yield from JobEvents(self._services, stream, head).follow(place)
 

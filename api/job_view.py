@@ -20,6 +20,9 @@ from tasks.contract.job import Lane, Snapshot, State
 from tasks.contract.response import Outcome, assemble
 from tasks.queue.depth import QueuePosition, places
 
+# A job as SQL has it, and as the queue does, where SQL takes it for open.
+Listed = tuple[JobRecord, Snapshot | None]
+
 
 def describe(services: Services, tenant: str, job_id: str) -> dict[str, Any]:
     """The job object.
@@ -105,26 +108,29 @@ def of_record(job: JobRecord, result: JobResult | None) -> dict[str, Any]:
     } | _of_outcome(outcome)
 
 
-def describe_all(
-    services: Services,
-    rows: Sequence[tuple[JobRecord, JobResult | None]],
-    status: State | None,
-    most: int,
-) -> list[dict[str, Any]]:
-    """The job objects of the first of SQL's rows that still have the status.
+def look_again(services: Services, rows: Sequence[JobRecord], status: State | None) -> list[Listed]:
+    """Those of SQL's rows that still have the status.
 
     What SQL takes for open, the queue knows better.
     """
-    open_ids = [job.id for job, _ in rows if job.completed_at is None]
+    open_ids = [job.id for job in rows if job.completed_at is None]
     at = {seen.job.id: seen for seen in services.jobs.backlog.snapshots(open_ids) if seen}
-    states = [(row, at[row[0].id].state if row[0].id in at else row[0].status) for row in rows]
-    shown = [row for row, state in states if status in (None, state)][:most]
-    live = [at[job.id] for job, _ in shown if job.id in at]
+    found = [(job, at.get(job.id)) for job in rows]
+    return [
+        (job, seen) for job, seen in found if status in (None, seen.state if seen else job.status)
+    ]
+
+
+def describe_all(services: Services, found: Sequence[Listed]) -> list[dict[str, Any]]:
+    """The job objects. No other answers are loaded: each may have many megabytes."""
+    ended = [job.id for job, seen in found if seen is None and job.completed_at is not None]
+    results = jobs.results(services.settings.database_url, ended)
+    live = [seen for _, seen in found if seen]
     views = {}
     for seen, place in zip(live, positions_of(services, live), strict=True):
         outcome = _outcome(services, seen.job.id) if seen.state.is_final else None
         views[seen.job.id] = _of_snapshot(seen, place) | (_of_outcome(outcome) if outcome else {})
-    return [views.get(job.id) or of_record(job, result) for job, result in shown]
+    return [views.get(job.id) or of_record(job, results.get(job.id)) for job, _ in found]
 
 
 def _outcome(services: Services, job_id: str) -> Outcome | None:

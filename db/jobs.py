@@ -54,6 +54,20 @@ def get(url: str, tenant: str, job_id: str) -> tuple[JobRecord, JobResult | None
         return job, session.get(JobResult, job_id)
 
 
+def exists(url: str, tenant: str, job_id: str) -> bool:
+    """Whether the tenant has such a job."""
+    query = select(JobRecord.id).where(JobRecord.id == job_id, JobRecord.tenant == tenant)
+    with reading(url) as session:
+        return session.scalar(query) is not None
+
+
+def results(url: str, job_ids: Sequence[str]) -> dict[str, JobResult]:
+    """What those of the jobs answered that have ended, by id."""
+    query = select(JobResult).where(JobResult.job_id.in_(job_ids))
+    with reading(url) as session:
+        return {result.job_id: result for result in session.scalars(query)}
+
+
 def holder(url: str, tenant: str, idempotency_key: str) -> JobRecord | None:
     """The job that holds the key."""
     query = select(JobRecord).where(
@@ -71,13 +85,12 @@ def page(
     status: str | None,
     after: str | None,
     limit: int,
-) -> list[tuple[JobRecord, JobResult | None]]:
-    """The tenant's newest jobs without their requests, those older than `after` only, and results.
+) -> list[JobRecord]:
+    """The tenant's newest jobs without their requests, those older than `after` only.
 
     One status is looked up in its index, however many jobs have another.
     """
-    query = select(JobRecord, JobResult).outerjoin(JobResult, JobResult.job_id == JobRecord.id)
-    query = query.options(_WITHOUT_REQUEST)
+    query = select(JobRecord).options(_WITHOUT_REQUEST)
     query = query.order_by(JobRecord.id.desc()).limit(limit)
     # SQLite would take the index of the tenants, who have few of some statuses among very many.
     owner = JobRecord.tenant if status is None else JobRecord.tenant + ""
@@ -89,7 +102,7 @@ def page(
     if after is not None:
         query = query.where(JobRecord.id < after)
     with reading(url) as session:
-        return [(job, result) for job, result in session.execute(query)]
+        return list(session.scalars(query))
 
 
 def still_open(url: str, after: str, limit: int) -> dict[str, int]:

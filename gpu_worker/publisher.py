@@ -4,6 +4,9 @@ While one write is under way the next batch gathers, so the busier the engine, t
 one round trip per engine tick, however many streams there are.
 
 Recent writes are kept: to a Redis that comes back without its last second they are written again.
+
+A Redis that is away, full, or takes no writes for another reason is waited for. But what it does
+not take while it takes other writes would hold up all jobs for ever: its attempt is stopped.
 """
 
 import asyncio
@@ -14,8 +17,11 @@ from enum import Enum
 from typing import Any
 
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import ConnectionError as UnconnectedError
+from redis.exceptions import NoPermissionError, OutOfMemoryError, RedisError
+from redis.exceptions import TimeoutError as UnansweredError
 
+from tasks.contract import keys
 from tasks.contract.events import Attempt, Entry, Kind, Position
 from tasks.contract.job import Claim
 from tasks.contract.settings import get_settings
@@ -25,6 +31,11 @@ from tasks.queue.token_log import Wire, encode, wire_arguments
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.2
+# So often in a row Redis takes another write and not this one before it is given up.
+MOST_FAILURES = 3
+PROBE_MS = 10_000
+# What is no larger is not why a connection breaks: no limit of Redis can be set lower.
+SMALL_BYTES = 2**16
 # Bounds one script's run in Redis, after a pause in which many entries gathered.
 MOST_AT_ONCE = 1000
 # Of each attempt: more than the fastest engine makes in the two seconds that Redis may lose.
@@ -36,6 +47,11 @@ class Refusal(Enum):
 
     STALE = "a later attempt has written"
     GAP = "its log has lost entries that are not kept any more"
+    UNWRITABLE = "Redis does not take what it has answered"
+
+
+class NotTakenError(Exception):
+    """Redis takes writes, but not this one."""
 
 
 class Feed:
@@ -97,6 +113,7 @@ class Publisher:
     """Writes entries to the token logs and to the relays that listen, on the engine's loop."""
 
     def __init__(self, bus: Redis, on_refused: Callable[[Attempt], None]) -> None:
+        self._bus = bus
         self._append = load_script(bus, "append")
         self._on_refused = on_refused
         self._settings = get_settings()
@@ -133,7 +150,11 @@ class Publisher:
         while puts:
             now = [put for put in puts[:MOST_AT_ONCE] if not put[0].refusal]
             puts = puts[MOST_AT_ONCE:]
-            refused = await self._send([entry for _, entries in now for entry in entries])
+            try:
+                refused = await self._send([entry for _, entries in now for entry in entries])
+            except NotTakenError as failure:
+                await self._single_out(now, failure)
+                continue
             lost = self._take_back(now, refused) if refused else {}
             for feed, entries in now:
                 if feed not in lost and not feed.refusal:
@@ -141,11 +162,27 @@ class Publisher:
             again = [put for put in now if put[0] in lost]
             puts = [*((f, [e]) for f, entries in lost.items() for e in entries), *again, *puts]
 
+    async def _single_out(self, puts: Sequence[Put], failure: Exception) -> None:
+        """Writes each of the puts alone, one of which Redis does not take; refuses it if it is."""
+        if len(puts) > 1:
+            for put in puts:
+                await self._write([put])
+            return
+        ((feed, _),) = puts
+        log.error("job %s: Redis does not take what it has answered: %s", feed.attempt, failure)
+        self._refuse(feed, Refusal.UNWRITABLE)
+
     async def _send(self, batch: Sequence[Wire]) -> list[Any]:
-        """Writes the batch, however long Redis is away; returns what append.lua does."""
+        """Writes the batch, however long Redis is away; returns what append.lua does.
+
+        Raises:
+            NotTakenError: it is not away.
+        """
         if not batch:
             return []
         arguments = wire_arguments(batch, self._settings)
+        size = sum(len(part) for wire in batch for part in wire if not isinstance(part, int))
+        failures = 0
         while True:
             try:
                 refused: list[Any] = await self._append(**arguments)
@@ -153,6 +190,29 @@ class Publisher:
             except RedisError as failure:
                 log.warning("token log not written, trying again: %s", failure)
                 await asyncio.sleep(RETRY_S)
+                failures = failures + 1 if await self._is_at_fault(failure, size) else 0
+                if failures == MOST_FAILURES:
+                    raise NotTakenError(str(failure)) from failure
+
+    async def _is_at_fault(self, failure: RedisError, size: int) -> bool:
+        """Whether Redis takes another write, so that its state is not why it did not take this one.
+
+        That says nothing of a Redis that stalls, or is full: something small may be in time, and
+        fit. Nor of a connection that broke on something small, or of what no script may do.
+        """
+        if isinstance(failure, UnansweredError | OutOfMemoryError | NoPermissionError):
+            return False
+        if isinstance(failure, UnconnectedError) and size <= SMALL_BYTES:
+            return False
+        for _ in range(2):
+            try:
+                await self._bus.set(keys.PROBE, b"", px=PROBE_MS)
+            except UnconnectedError:
+                continue  # what Redis could not read has it close the connection
+            except RedisError:
+                return False
+            return True
+        return False
 
     def _take_back(self, puts: Sequence[Put], refused: Sequence[Any]) -> dict[Feed, list[Wire]]:
         """What the attempts that were refused can write once more; stops those that cannot."""
@@ -166,6 +226,9 @@ class Publisher:
                 log.warning("job %s: writes %d lost entries again", feed.attempt, len(missing))
                 lost[feed] = missing
             else:
-                feed.refusal = Refusal.STALE if reason == b"stale" else Refusal.GAP
-                self._on_refused(feed.attempt)
+                self._refuse(feed, Refusal.STALE if reason == b"stale" else Refusal.GAP)
         return lost
+
+    def _refuse(self, feed: Feed, refusal: Refusal) -> None:
+        feed.refusal = refusal
+        self._on_refused(feed.attempt)

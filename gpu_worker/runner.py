@@ -14,7 +14,7 @@ from gpu_worker.refusal import in_our_shape
 from gpu_worker.replay_log import ReplayLog, current_replay_log
 from tasks.contract.errors import AnswerTooLargeError, JobFailedError, StreamBrokenError
 from tasks.contract.events import Attempt, End, Entry, Kind, Start
-from tasks.contract.job import Claim, State
+from tasks.contract.job import Cause, Claim, State
 from tasks.contract.response import Chunk, Finish, Head, read
 from tasks.contract.settings import get_settings
 
@@ -33,6 +33,14 @@ class EngineDiedError(Exception):
 
 class EngineFailedError(Exception):
     """The engine answered 5xx, and nothing of it was sent: the job is to be tried again."""
+
+    cause = Cause.ENGINE_ERROR
+
+
+class AnswerRefusedError(Exception):
+    """Redis does not take the answer, or a piece of it: the job is to be tried again."""
+
+    cause = Cause.LOG_REFUSED
 
 
 class LogLostError(Exception):
@@ -174,13 +182,14 @@ class Running:
             raise DivergedError
         if self._repeated < len(self.history.events):
             raise DivergedError
+        whole: list[tuple[Kind, bytes]] = []
         if not self.head.is_event_stream:
             head, body = self.head, b"".join(self._whole)
             if status >= 400:
                 head, body = in_our_shape(head, body, self.claim.job)
-            self._put((Kind.START, head.encode()), *([(Kind.BODY, body)] if body else []))
+            whole = [(Kind.START, head.encode()), *([(Kind.BODY, body)] if body else [])]
         state = State.COMPLETED if status < 400 else State.FAILED
-        return await self.end(End(state, usage=self.replay_log.usage))
+        return await self.end(End(state, usage=self.replay_log.usage), *whole)
 
     async def close_early(self) -> State | None:
         """Ends the job whose app was stopped, if it still is this worker's."""
@@ -188,10 +197,13 @@ class Running:
             return None
         return await self.end(End.failed(AnswerTooLargeError(self._most_bytes)))
 
-    async def end(self, end: End) -> State:
-        """Ends the log, before the job's final state can be seen."""
+    async def end(self, end: End, *whole: tuple[Kind, bytes]) -> State:
+        """Ends the log, before the job's final state can be seen.
+
+        `whole`: the answer, if it is not streamed; it is written together with the end.
+        """
         self.meter.end(*self.replay_log.total())
-        self._put((Kind.END, end.encode()))
+        self._put(*whole, (Kind.END, end.encode()))
         await self.feed.written()
         return end.state
 
@@ -271,6 +283,7 @@ class Runner:
             EngineDiedError: the engine died; its error message was not sent.
             EngineFailedError: the job is to be tried again.
             LogLostError: its log has a gap that only a next attempt can fill.
+            AnswerRefusedError: the job is to be tried again, and has failed.
         """
         running = Running(claim, self._publisher, self._engine, history)
         self._running[Attempt.of(claim)] = running
@@ -280,6 +293,8 @@ class Runner:
             del self._running[Attempt.of(claim)]
         if running.feed.refusal is Refusal.GAP:
             raise LogLostError(Refusal.GAP.value)
+        if running.feed.refusal is Refusal.UNWRITABLE:
+            raise AnswerRefusedError(Refusal.UNWRITABLE.value)
         return None if running.is_stopped or running.feed.refusal else state
 
     async def _run(self, running: Running) -> State | None:

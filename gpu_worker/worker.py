@@ -28,7 +28,14 @@ from gpu_worker import heartbeat, metrics, orphans, shutdown
 from gpu_worker.claims import Claims
 from gpu_worker.engines.engine import Engine, open_engine
 from gpu_worker.publisher import Publisher
-from gpu_worker.runner import EngineDiedError, EngineFailedError, History, LogLostError, Runner
+from gpu_worker.runner import (
+    AnswerRefusedError,
+    EngineDiedError,
+    EngineFailedError,
+    History,
+    LogLostError,
+    Runner,
+)
 from tasks.contract import logs
 from tasks.contract.connections import connect, connect_async
 from tasks.contract.errors import ConfigurationError, SluiceError
@@ -46,8 +53,8 @@ from tasks.queue.token_log import TokenLog
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.5
-# Between tries of a job that the engine could not answer: 0.5 s, 1 s, 2 s…, with up to half more.
-ENGINE_RETRY_S = 0.5
+# Between tries of a job that has failed in itself: 0.5 s, 1 s, 2 s…, with up to half more.
+FAILED_RETRY_S = 0.5
 # How long Celery's threads may keep the engine's loop from running; Python's own 5 ms is a token.
 SWITCH_INTERVAL_S = 0.0005
 
@@ -167,9 +174,9 @@ class Worker:
         except LogLostError as lost:
             self.hand_back(claim, Cause.HANDED_BACK, str(lost))
             return True
-        except EngineFailedError as failed:
-            pause_s = ENGINE_RETRY_S * 2**claim.failures * random.uniform(1, 1.5)  # noqa: S311
-            self.hand_back(claim, Cause.ENGINE_ERROR, str(failed), pause_s)
+        except (EngineFailedError, AnswerRefusedError) as failed:
+            pause_s = FAILED_RETRY_S * 2**claim.failures * random.uniform(1, 1.5)  # noqa: S311
+            self.hand_back(claim, failed.cause, str(failed), pause_s)
             return True
         if state is None:
             return True

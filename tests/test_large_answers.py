@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -29,6 +30,7 @@ from tasks.queue.control import workers
 from tasks.queue.token_log import TokenLog
 from tests.conftest import SIM
 from tests.test_jobs import CHAT, ENDPOINT, call, events, get, submit, wait
+from tests.test_metrics import Metrics
 
 MOST_BYTES = 20_000
 # A whole answer of more than that within a second; a stream that would go on for minutes.
@@ -161,3 +163,39 @@ async def test_a_whole_answer_without_end_is_not_collected_any_further(
     (end,) = TokenLog(bus).read_after("job_1")
     check_error(End.decode(end.data).error["error"])
     assert bus.ttl(keys.log("job_1")) == -1
+
+
+@pytest.fixture
+def narrow_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Its Redis does not take what SLUICE_MAX_ANSWER_BYTES allows."""
+    model = SIM | {"slots": 3000, "args": {"tokens-per-s": 50, "first-token-s": 0}}
+    stack = Stack(tmp_path_factory.mktemp("narrow"), [model], admin_key="admin", keep_alive_s=1)
+    with running(stack) as stack:
+        stack.redis.config_set("proto-max-bulk-len", 2**20)
+        yield stack
+
+
+def test_a_job_whose_answer_redis_does_not_take_becomes_a_dead_letter(narrow_stack: Stack) -> None:
+    stack = narrow_stack
+    long = CHAT | {"stream": True, "max_tokens": 400}
+    others = [submit(stack, long)["id"] for _ in range(4)]
+    large_id = submit(stack, CHAT | {"n": 2500, "max_tokens": 50})["id"]
+    begun_s = time.monotonic()
+    ended = wait(stack, large_id).json()
+    # The others have gone on meanwhile.
+    length = stack.redis.xlen(keys.log(others[0]))
+    assert length > (time.monotonic() - begun_s) * 50 / 2
+    assert (ended["status"], ended["attempts"]) == ("failed", 3)
+    assert ended["error"]["code"] == "job_failed"
+    admin = {"Authorization": "Bearer admin"}
+    dead = lambda: call(stack, "GET", f"/v1/admin/dead/{large_id}", headers=admin)
+    await_that(lambda: dead().status_code == 200, 10)  # SQL is told a little later
+    reasons = [each["reason"] for each in dead().json()["reasons"]]
+    assert reasons == ["Redis does not take what it has answered"] * 3
+    counted = Metrics(f"{stack.url}/metrics")
+    assert counted.total("sluice_requeues_total", cause="log_refused") == 3
+    for job_id in others:
+        await_that(lambda job_id=job_id: get(stack, job_id)["status"] == "completed", 30)
+        assert get(stack, job_id)["attempts"] == 1
+    await_that(lambda: in_engine(stack) == 0, 10)
+    assert len(stack.workers) == 1

@@ -4,7 +4,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ import requests
 
 from bench.stack import Stack, await_that, running, slack
 from db import writing
-from db.models import JobRecord
+from db.models import JobRecord, JobResult
 from db.session import insert_new
 from tasks.contract import keys
 from tasks.contract.events import LOG_FIELD, End, Entry
@@ -42,9 +42,9 @@ def stack(unmaintained: Stack) -> Stack:
     return unmaintained
 
 
-def store(stack: Stack, jobs: list[JobRecord]) -> None:
+def store(stack: Stack, rows: Sequence[JobRecord | JobResult]) -> None:
     with writing(f"sqlite:///{stack.home / 'sluice.db'}") as session:
-        insert_new(session, jobs)
+        insert_new(session, rows)
 
 
 def record(job_id: str, **more: Any) -> JobRecord:
@@ -91,6 +91,24 @@ def test_a_list_of_jobs_does_not_load_their_requests(stack: Stack) -> None:
     before = most_memory_kb(process.pid)
     assert len(get(stack, "/v1/jobs?limit=40")["data"]) == 20
     assert most_memory_kb(process.pid) - before < 20_000
+
+
+def test_a_list_of_jobs_loads_no_answer_that_it_does_not_show(stack: Stack) -> None:
+    """Those of the job before its first one and of the job after its last one were loaded too."""
+    ids = [f"job_{n}" for n in range(5)]
+    large = [b'"' + b"x" * 50_000_000 + b'"', b'"small"']
+    store(stack, [record(job_id, status="completed") for job_id in ids])
+    store(stack, [answer_of(job_id, large[job_id == "job_2"]) for job_id in ids])
+    (process,) = psutil.Process(stack.api_processes[0].pid).children()
+    before = most_memory_kb(process.pid)
+    found = get(stack, "/v1/jobs?status=completed&limit=1&after=job_3")
+    assert [job["response"]["body"] for job in found["data"]] == ["small"]
+    assert found["has_more"] is True
+    assert most_memory_kb(process.pid) - before < 20_000
+
+
+def answer_of(job_id: str, body: bytes) -> JobResult:
+    return JobResult(job_id=job_id, status_code=200, body=body, error=None, usage=None)
 
 
 def most_memory_kb(pid: int) -> int:

@@ -110,6 +110,13 @@ def test_every_command_reports_that_its_home_is_a_file(
     assert f"SLUICE_HOME='{tmp_path / 'home'}': that is no directory; name one" in seen
 
 
+@pytest.mark.parametrize("key", [f"{SECRET}\n", f" {SECRET}", f"{SECRET}\t", " ", f"{SECRET}é"])
+def test_an_admin_key_that_no_header_can_hold(key: str, env: dict[str, str]) -> None:
+    """It was taken, and each request with it got 401."""
+    seen = run(sluice("api"), env | {"SLUICE_ADMIN_KEY": key})
+    assert "SLUICE_ADMIN_KEY=…: no header can hold it; give printable ASCII characters" in seen
+
+
 REDIS_URLS = {
     "localhost:6379": "write it as redis://",
     f":{SECRET}@localhost:6379": "'…@localhost:6379': write it as redis://",

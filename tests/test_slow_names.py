@@ -1,6 +1,8 @@
 """Jobs whose webhooks have names that nobody answers for do not hold up the API."""
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +62,24 @@ def test_a_private_name_is_refused_and_an_unknown_one_waits_for_its_call(stack: 
     assert "not public" in refused.text
     accepted, _ = submit(stack, "http://unknown.test/hook")
     assert accepted.status_code == 202
+
+
+def test_the_command_does_not_wait_for_a_silent_name(stack: Stack) -> None:
+    command = [sys.executable, "-m", "deploy.cli", "webhooks", "test", "http://a.silent.test/"]
+    run = subprocess.run(
+        command, env=stack.env, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (run.returncode, run.stderr) == (1, "")
+    assert "no address of the host within 5 s" in run.stdout
+
+
+def test_the_command_refuses_a_private_name(stack: Stack) -> None:
+    command = [sys.executable, "-m", "deploy.cli", "webhooks", "test", "http://inside.test/"]
+    run = subprocess.run(
+        command, env=stack.env, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert run.returncode == 2
+    assert "the URL's host is not public" in run.stderr
 
 
 def test_silent_names_hold_up_neither_their_jobs_nor_others(stack: Stack) -> None:

@@ -197,3 +197,14 @@ def test_frames_carry_any_bytes() -> None:
     ]
     frame = b"".join(entry.encode_head() + entry.encode_value() for entry in entries)
     assert list(decode_frame(frame)) == entries
+
+
+def test_what_stands_in_a_logs_place_gives_way_to_its_next_attempt_and_its_end(
+    bus: redis.Redis, log: TokenLog
+) -> None:
+    """A worker tried again for ever."""
+    bus.set(KEY, "no stream")
+    assert [entry.kind for entry in log.take_over(JOB, 2, "")] == [Kind.TAKEOVER]
+    bus.set(KEY, "no stream")
+    log.end(JOB, 2, End(State.FAILED), "")
+    assert _positions(log) == ["3-0"]

@@ -109,15 +109,45 @@ class Conversation:
         self._most_bytes = most_bytes
         self._waiting_bytes = 0
         self._requests: Queue[str | bytes | None] = Queue()
-        self.on_cancel: Callable[[], object] | None = None
-        self.on_disconnect: Callable[[], object] | None = None
+        self._on_cancel: Callable[[], object] | None = None
+        self._on_disconnect: Callable[[], object] | None = None
+        self._is_gone = False
         gevent.spawn(self._read)
 
     def requests(self) -> Iterator[str | bytes]:
-        """The frames that are not a cancellation, until the client closes."""
-        while (frame := self._requests.get()) is not None:
+        """The frames that are not a cancellation, until either side closes."""
+        while (frame := self._requests.get()) is not None and not self._is_gone:
             self._waiting_bytes -= len(frame)
             yield frame
+
+    @contextlib.contextmanager
+    def telling(
+        self, on_cancel: Callable[[], object], on_disconnect: Callable[[], object]
+    ) -> Iterator[None]:
+        """Calls these meanwhile when the client cancels or leaves; at once if it has left."""
+        self._on_cancel, self._on_disconnect = on_cancel, on_disconnect
+        try:
+            if self._is_gone:
+                on_disconnect()
+            yield
+        finally:
+            self._on_cancel = self._on_disconnect = None
+
+    @contextlib.contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Sends whatever goes wrong in frames: an HTTP response would be written among them."""
+        try:
+            yield
+        except ClientDisconnectedError:
+            self._leave()
+        except SluiceError as error:
+            self._refuse(error)
+        except (RedisError, SQLAlchemyError) as away:
+            log.error("a socket's request ends: %s", away)
+            self._refuse(QueueUnavailableError())
+        except Exception as failure:
+            log.error("a socket's request failed", exc_info=failure)
+            self._refuse(SluiceError())
 
     def send(self, frame: str) -> None:
         """Sends a text frame; waits while the client reads slowly.
@@ -130,13 +160,20 @@ class Conversation:
         except (ConnectionClosed, OSError):
             raise ClientDisconnectedError from None
 
-    def refuse(self, error: SluiceError) -> None:
+    def close(self, code: int, reason: str) -> None:
+        """Closes; nothing more is served."""
+        self._leave()
+        with contextlib.suppress(ConnectionClosed, OSError):
+            self._ws.close(code, reason)
+
+    def _refuse(self, error: SluiceError) -> None:
         """Tells an error, and closes when trying again later may help."""
-        self.send(orjson.dumps(error.body()).decode())
-        self.send(DONE)
+        with contextlib.suppress(ClientDisconnectedError):
+            self.send(orjson.dumps(error.body()).decode())
+            self.send(DONE)
         if error.status >= 500:
             code = INTERNAL_ERROR if error.retry_after_s is None else TRY_AGAIN_LATER
-            self._ws.close(code, str(error)[:100])
+            self.close(code, str(error)[:100])
 
     def _read(self) -> None:
         """Takes all frames, also while an answer is sent."""
@@ -145,20 +182,24 @@ class Conversation:
         except ConnectionClosed:
             pass
         finally:
+            self._leave()
             self._requests.put(None)
-            if self.on_disconnect:
-                self.on_disconnect()
+
+    def _leave(self) -> None:
+        self._is_gone = True
+        if self._on_disconnect:
+            self._on_disconnect()
 
     def _take_frames(self) -> None:
         while (frame := self._ws.receive()) is not None:
             if _is_cancellation(frame):
-                if self.on_cancel:
-                    self.on_cancel()
+                if self._on_cancel:
+                    self._on_cancel()
             elif self._has_room(frame):
                 self._waiting_bytes += len(frame)
                 self._requests.put(frame)
             else:
-                self._ws.close(POLICY_VIOLATION, "too much waits on this socket")
+                self.close(POLICY_VIOLATION, "too much waits on this socket")
 
     def _has_room(self, frame: str | bytes) -> bool:
         if self._requests.qsize() >= MOST_WAITING:
@@ -179,10 +220,8 @@ def _generations(endpoint: str) -> Callable[[Any], None]:
         services = get_services()
         conversation = Conversation(ws, services.settings.max_body_bytes)
         for frame in conversation.requests():
-            try:
+            with conversation.reporting():
                 _serve(services, conversation, endpoint, frame)
-            except ClientDisconnectedError:
-                return
 
     return serve
 
@@ -191,53 +230,30 @@ def _serve(
     services: Services, conversation: Conversation, endpoint: str, frame: str | bytes
 ) -> None:
     """Answers one request."""
+    body = frame.encode() if isinstance(frame, str) else frame
     try:
-        body = frame.encode() if isinstance(frame, str) else frame
-        try:
-            generation = Generation(services, Call.read(services, endpoint, body, request.headers))
-        except AnsweredError as answered:
-            conversation.send(stored_response(services, TENANT, answered.job_id).get_data(True))
-            conversation.send(DONE)
-            return
-    except SluiceError as error:
-        conversation.refuse(error)
+        generation = Generation(services, Call.read(services, endpoint, body, request.headers))
+    except AnsweredError as answered:
+        conversation.send(stored_response(services, TENANT, answered.job_id).get_data(True))
+        conversation.send(DONE)
         return
-    except (RedisError, SQLAlchemyError):
-        conversation.refuse(QueueUnavailableError())
-        return
-    conversation.on_cancel = generation.cancel
-    conversation.on_disconnect = generation.stream.client_disconnected
-    try:
+    gone = generation.stream.client_disconnected
+    with contextlib.closing(generation), conversation.telling(generation.cancel, gone):
         for chunk in generation.answer.chunks():
             conversation.send(chunk.decode())
         conversation.send(DONE)
-    finally:
-        conversation.on_cancel = conversation.on_disconnect = None
-        generation.close()
 
 
 def _job_events(ws: Any, job_id: str) -> None:
     services = get_services()
     conversation = Conversation(ws, services.settings.max_body_bytes)
-    try:
+    with conversation.reporting():
         path = schemas.check(schemas.JobPath, {"job_id": job_id})
         follower = Follower(services, path.job_id, request.args.get("starting_after"))
-        conversation.on_cancel = follower.cancel
-        conversation.on_disconnect = follower.client_disconnected
-        for event in follower.events():
-            if event is not KEEP_ALIVE:
-                conversation.send(event.encode_frame())
-    except ClientDisconnectedError:
-        return
-    except ServerStoppingError:
-        ws.close(TRY_AGAIN_LATER, "this server restarts; go on after the last id")
-    except SluiceError as error:
-        _refuse(conversation, error)
-    except (RedisError, SQLAlchemyError) as away:
-        log.error("job %s: not followed any more: %s", job_id, away)
-        _refuse(conversation, QueueUnavailableError())
-
-
-def _refuse(conversation: Conversation, error: SluiceError) -> None:
-    with contextlib.suppress(ClientDisconnectedError):
-        conversation.refuse(error)
+        with conversation.telling(follower.cancel, follower.client_disconnected):
+            try:
+                for event in follower.events():
+                    if event is not KEEP_ALIVE:
+                        conversation.send(event.encode_frame())
+            except ServerStoppingError:
+                conversation.close(TRY_AGAIN_LATER, "this server restarts; go on after the last id")

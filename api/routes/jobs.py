@@ -16,7 +16,7 @@ from api.encoders.sse import event_stream
 from api.ends import is_kept
 from api.intake import Call, Preference, fingerprint, read_body, read_key, read_object
 from api.job_events import Follower, encode
-from api.job_view import describe, describe_all, find_queued, of_record
+from api.job_view import Listed, describe, describe_all, find_queued, look_again, of_record
 from api.openapi import (
     ACCEPTANCE_ERRORS,
     BODY_ERRORS,
@@ -115,10 +115,11 @@ def list_jobs(query: schemas.JobQuery) -> Response:
     One that has just begun or ended may be missing for a second among those of its new status.
     """
     services = get_services()
-    if query.after and records.get(services.settings.database_url, TENANT, query.after) is None:
+    url = services.settings.database_url
+    if query.after and not records.exists(url, TENANT, query.after):
         raise JobNotFoundError(f"There is no job {query.after!r} to go on after.", param="after")
     found = _page(services, query)
-    page = found[: query.limit]
+    page = describe_all(services, found[: query.limit])
     return _respond(
         {
             "object": "list",
@@ -130,9 +131,9 @@ def list_jobs(query: schemas.JobQuery) -> Response:
     )
 
 
-def _page(services: Services, query: schemas.JobQuery) -> list[dict[str, Any]]:
+def _page(services: Services, query: schemas.JobQuery) -> list[Listed]:
     """One job more than asked for, if there are so many."""
-    found: list[dict[str, Any]] = []
+    found: list[Listed] = []
     after, wanted = query.after, query.limit + 1
     named = services.catalog.names.get(query.model or "")
     model = named.name if named else query.model
@@ -141,10 +142,10 @@ def _page(services: Services, query: schemas.JobQuery) -> list[dict[str, Any]]:
         limit = max(wanted, ROWS_AT_A_LOOK if look else 0)
         rows = records.page(url, TENANT, **terms, after=after, limit=limit)
         status = query.status if look < MOST_LOOKS - 1 else None
-        found += describe_all(services, rows, status, wanted - len(found))
+        found += look_again(services, rows, status)[: wanted - len(found)]
         if len(found) == wanted or len(rows) < limit:
             break
-        after = rows[-1][0].id
+        after = rows[-1].id
     return found
 
 

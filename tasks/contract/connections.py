@@ -74,9 +74,22 @@ def connect(url: str) -> redis.Redis:
     return redis.Redis(connection_pool=pool)
 
 
+class _LoopClient(redis.asyncio.Redis):
+    """A client on an event loop, whose lost connections are errors of Redis also with uvloop."""
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        try:
+            return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
+        except RuntimeError as failure:
+            # uvloop raises it where asyncio has an OSError: the connection was reset while idle.
+            if type(failure) is not RuntimeError:
+                raise
+            raise redis.ConnectionError(str(failure)) from failure
+
+
 def connect_async(url: str) -> redis.asyncio.Redis:
     """The same for an event loop, without retries: its only user retries in its own way."""
-    return redis.asyncio.Redis.from_url(url, retry=AsyncRetry(ConstantBackoff(0), 0), **_BOUNDS)
+    return _LoopClient.from_url(url, retry=AsyncRetry(ConstantBackoff(0), 0), **_BOUNDS)
 
 
 def connect_listener(url: str) -> redis.Redis:

@@ -37,6 +37,7 @@ class Cause(StrEnum):
     ENGINE_DIED = "engine_died"
     WORKER_FAILED = "worker_failed"
     ENGINE_ERROR = "engine_error"
+    LOG_REFUSED = "log_refused"
     HANDED_BACK = "handed_back"
 
 

@@ -23,13 +23,14 @@
 | counts                 | hash    | what happened -> how often (counts.py)| nobody: few fields    |
 | alerts                 | string  | conditions that hold (alerts.py)      | nobody: a few         |
 | alerts:lock            | string  | which maintenance checks them now     | TTL                   |
-| workers                | set     workers that may be alive             | a reader, once dead   |
+| workers                | set     | workers that may be alive             | a reader, once dead   |
 | worker:{id}            | hash    | model, slots, running, waiting        | TTL                   |
 | log:{id}               | stream  | what the worker sent back (events.py) | TTL once SQL has it   |
+| probe                  | string  | nothing: that Redis takes writes now  | TTL                   |
 | relay:{process}        | channel | the same entries, for one API process | -                     |
 | control:{worker}       | channel | id and attempt to stop, or `drain`    | -                     |
 
-`log` and the channels live on the bus, all else on the queue's Redis; both may be one.
+`log`, `probe` and the channels live on the bus, all else on the queue's Redis; both may be one.
 An open job is in one of the four zsets that come after it, its place: docs/queue.md has the rules.
 The scripts in lua/ know the keys by name (SCRIPT_NAMES): Redis Cluster is not supported.
 """
@@ -49,6 +50,7 @@ COUNTS = f"{PREFIX}counts"
 ALERTS = f"{PREFIX}alerts"
 ALERTS_LOCK = f"{PREFIX}alerts:lock"
 WORKERS = f"{PREFIX}workers"
+PROBE = f"{PREFIX}probe"
 BODY_BYTES = f"{PREFIX}body_bytes"
 BACKLOG_PREFIX = f"{PREFIX}backlog:"
 SUSPECTS_PREFIX = f"{PREFIX}suspects:"

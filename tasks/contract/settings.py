@@ -269,6 +269,16 @@ class Settings(BaseSettings):
             raise ValueError("a header cannot hold it; give printable ASCII characters only")
         return key
 
+    @field_validator("admin_key")
+    @classmethod
+    def _check_admin_key(cls, key: str) -> str:
+        if key != key.strip() or not (key.isascii() and key.isprintable()):
+            raise ValueError(
+                "no header can hold it; give printable ASCII characters, "
+                "without spaces or line breaks around them"
+            )
+        return key
+
     @field_validator("webhook_secrets")
     @classmethod
     def _check_secrets(cls, value: str) -> str:

@@ -86,6 +86,18 @@ class Sender:
     async def send(self, delivery_id: str, url: str, body: bytes, now: datetime) -> Outcome:
         """Posts the body. Whatever goes wrong is in the outcome; no redirect is followed."""
         start_s = time.monotonic()
+        try:
+            return await self.call(delivery_id, url, body, now)
+        except InvalidRequestError as refused:
+            return Outcome(None, str(refused), _ms_since(start_s))
+
+    async def call(self, delivery_id: str, url: str, body: bytes, now: datetime) -> Outcome:
+        """The same, for who wants to know whether the URL or the receiver is wrong.
+
+        Raises:
+            InvalidRequestError: the URL must not be called, or there is no secret to sign with.
+        """
+        start_s = time.monotonic()
         status, error = None, None
         try:
             # httpx bounds each read, which a slow receiver can repeat for ever.
@@ -93,14 +105,14 @@ class Sender:
                 status = await self._send(delivery_id, url, body, now)
         except TimeoutError:
             error = f"no answer within {self._timeout_s:g} s"
-        except InvalidRequestError as refused:
-            error = str(refused)
+        except InvalidRequestError:
+            raise
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as failed:
             error = _describe(failed)
         except Exception as failed:  # a library's own mistake, which no next try need repeat
             log.exception("webhook %s: not called", delivery_id)
             error = _describe(failed)
-        return Outcome(status, error, round((time.monotonic() - start_s) * 1000))
+        return Outcome(status, error, _ms_since(start_s))
 
     async def _send(self, delivery_id: str, url: str, body: bytes, now: datetime) -> int:
         if not self._signers:
@@ -149,6 +161,10 @@ class Sender:
         raise failure
 
 
+def _ms_since(start_s: float) -> int:
+    return round((time.monotonic() - start_s) * 1000)
+
+
 def _describe(failed: Exception) -> str:
     """The error without what a receiver may have put in that SQL or a log line cannot hold."""
     text = f"{type(failed).__name__}: {failed}"[:MOST_ERROR_CHARS]
@@ -159,12 +175,11 @@ def send_test(url: str, settings: Settings) -> Outcome:
     """Sends an event of type `webhook.test`.
 
     Raises:
-        InvalidRequestError: `check_webhook` refuses the URL.
+        InvalidRequestError: the URL must not be called, or there is no secret to sign with.
     """
-    check_webhook(url, settings)
     now = datetime.now(UTC)
     event_id, body = make_event(new_id(), "webhook.test", now)
-    return asyncio.run(Sender(settings).send(event_id, url, body, now))
+    return asyncio.run(Sender(settings).call(event_id, url, body, now))
 
 
 def decide(outcome: Outcome, attempt: int) -> tuple[str, float | None]:

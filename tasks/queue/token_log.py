@@ -4,6 +4,7 @@ The log is the truth, the relay's channels are the fast path: an entry is publis
 with being logged, in one script (lua/append.lua).
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from tasks.contract.events import End, Entry, Kind, Position
 from tasks.contract.job import Claim
 from tasks.contract.settings import Settings, get_settings
 from tasks.queue.backlog import load_script
+
+log = logging.getLogger(__name__)
 
 
 class Addressed(NamedTuple):
@@ -96,6 +99,7 @@ class TokenLog:
             arguments = append_arguments([Addressed(entry, listener)], self._settings)
             self._append(**arguments, client=pipeline)
 
+        self._delete_unless_log(key)
         self._bus.transaction(write, key)
         return [entry for entry in self.read_after(job_id) if entry.position <= position]
 
@@ -106,5 +110,12 @@ class TokenLog:
 
     def end(self, job_id: str, attempt: int, end: End, listener: str) -> None:
         """Ends a log over the head of `attempt`, whose later entries Redis then refuses."""
+        self._delete_unless_log(keys.log(job_id))
         entry = Entry(job_id, Position(attempt + 1, 0), Kind.END, end.encode())
         self._append(**append_arguments([Addressed(entry, listener)], self._settings))
+
+    def _delete_unless_log(self, key: str) -> None:
+        """Deletes what somebody has put in a log's place: nothing could be written there."""
+        if self._bus.type(key) not in (b"stream", b"none"):
+            log.error("%s was no log any more, and is deleted", key)
+            self._bus.delete(key)

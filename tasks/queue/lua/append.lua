@@ -7,9 +7,11 @@
 -- Returns, for each entry that was refused, its place (from 1) and why: 'stale', a later attempt has
 -- written; or the last id in the log ('': there is no log), behind which entries are missing.
 -- An entry that is there already is neither written again nor refused. Nothing but what is written is
--- published: nobody may see what a job's next attempt does not know.
+-- published: nobody may see what a job's next attempt does not know. An error of Redis ends the run;
+-- what was written before it is published now, as it will not be when the batch is tried again.
 local END = 2 -- events.py has the kinds of entries
 local refused, frames, channels = {}, {}, {}
+local failure
 
 -- Takes back the entry that the log has just been given with another id than its own. Returns the id
 -- of the last one if that leaves a gap before `id`, nil if `id` is there.
@@ -68,7 +70,10 @@ for i, log in ipairs(KEYS) do
         reason = ''
     elseif given.err then
         -- Only a refused id is an answer; anything else (out of memory...) is the caller's error.
-        if not string.find(given.err, 'equal or smaller') then return given end
+        if not string.find(given.err, 'equal or smaller') then
+            failure = given
+            break
+        end
         reason = 'stale'
     else
         reason = take_back(log, given, id)
@@ -81,4 +86,4 @@ end
 for _, channel in ipairs(channels) do
     redis.call('PUBLISH', channel, table.concat(frames[channel]))
 end
-return refused
+return failure or refused
