@@ -72,7 +72,7 @@ def check_workers(settings: Settings) -> Iterator[Remark]:
     for model in stats.models:
         if model.name in stats.listed:
             yield _judge_workers(model, wrong if model.name in without else warning)
-    names = "SluiceUnlistedModel", "SluiceQueueDeep", "SluiceKvCacheFull"
+    names = "SluiceUnlistedModel", "SluiceQueueDeep", "SluiceQueueOld", "SluiceKvCacheFull"
     yield from _judge_all(problems, *names)
 
 

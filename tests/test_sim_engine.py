@@ -121,6 +121,7 @@ async def test_streams_are_framed_as_vllm_frames_them() -> None:
         (CHAT, {"messages": []}, "messages"),
         (CHAT, HELLO | {"max_tokens": 0}, "max_tokens"),
         (CHAT, HELLO | {"n": 0}, "n"),
+        ("/v1/completions", {"prompt": ["a", "b"], "n": 100_000}, "n"),
         (CHAT, [], None),
         ("/v1/completions", {"prompt": []}, "prompt"),
     ],

@@ -9,14 +9,11 @@ from typing import Any
 
 import orjson
 import pytest
-import redis
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from api.encoders.websocket import Conversation
 from bench.stack import Stack, await_that, running
 from tasks.contract import keys
-from tasks.contract.errors import InvalidRequestError
 from tasks.queue.backlog import Backlog
 from tests.conftest import SIM
 from tests.test_jobs import CHAT, ENDPOINT, call, submit
@@ -82,7 +79,7 @@ def check_end(socket: ClientConnection, code: str) -> None:
     assert socket.close_code == TRY_AGAIN_LATER
 
 
-def test_a_server_that_stops_says_so_to_whoever_shares_a_job(own_stack: Stack) -> None:
+def test_a_server_that_stops_reports_it_to_whoever_shares_a_job(own_stack: Stack) -> None:
     """It wrote an HTTP response into the socket."""
     headers = {"Idempotency-Key": "shared"}
     first = headers | {"Prefer": "respond-async", "Content-Type": "application/json"}
@@ -92,40 +89,6 @@ def test_a_server_that_stops_says_so_to_whoever_shares_a_job(own_stack: Stack) -
         await_that(lambda: open_streams(own_stack) == 1)
         own_stack.part("api").ask_to_stop()
         check_end(socket, "server_restarting")
-
-
-class Socket:
-    """What flask-sock hands over: nothing comes, and all that is sent is kept."""
-
-    def __init__(self) -> None:
-        self.sent: list[Any] = []
-        self.close_code = 0
-
-    def send(self, frame: str) -> None:
-        self.sent.append(orjson.loads(frame) if frame.startswith("{") else frame)
-
-    def close(self, code: int, _reason: str) -> None:
-        self.close_code = code
-        raise BrokenPipeError  # the client has closed it
-
-
-@pytest.mark.parametrize(
-    ("failure", "code", "close_code"),
-    [
-        (InvalidRequestError("no"), "invalid_request", 0),
-        (redis.ConnectionError(), "queue_unavailable", 1013),
-        (OSError(), "internal_error", 1011),
-    ],
-)
-def test_whatever_goes_wrong_is_told_in_frames(
-    failure: Exception, code: str, close_code: int
-) -> None:
-    socket = Socket()
-    with Conversation(socket, 1).reporting():
-        raise failure
-    error, done = socket.sent
-    assert (error["error"]["code"], done) == (code, "[DONE]")
-    assert socket.close_code == close_code
 
 
 def test_what_waits_on_a_socket_is_not_begun_when_its_client_has_left(stack: Stack) -> None:
@@ -140,7 +103,7 @@ def test_what_waits_on_a_socket_is_not_begun_when_its_client_has_left(stack: Sta
 
 
 def test_a_client_that_leaves_while_its_request_is_submitted(stack: Stack) -> None:
-    """Nobody was told, and it ran for nobody."""
+    """It was not noticed, and the job ran for nobody."""
     with halted(stack), open_socket(stack) as socket:
         socket.send(FRAME)
         time.sleep(0.5)

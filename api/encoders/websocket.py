@@ -83,7 +83,7 @@ def register(app: Flask) -> None:
     sock.route("/v1/jobs/<job_id>/events", endpoint="socket job events")(_job_events)
     for rule in app.url_map.iter_rules():
         if rule.websocket:
-            # Otherwise those who do not upgrade are told that GET is allowed.
+            # Otherwise those who do not upgrade would read that GET is allowed.
             rule.methods = None
 
 
@@ -96,12 +96,12 @@ def _prepare_socket() -> None:
                 "Sec-WebSocket-Key; send them, or no Upgrade."
             )
         request.environ["gunicorn.socket"] = WholeWrites(request.environ["gunicorn.socket"])
-        # No compression: a frame of some kilobytes can say a gigabyte.
+        # No compression: a frame of some kilobytes can inflate to a gigabyte.
         request.environ.pop("HTTP_SEC_WEBSOCKET_EXTENSIONS", None)
 
 
 class Conversation:
-    """One open socket: frames in, and whoever is to be told of them."""
+    """One open socket: frames in, and what handles a cancellation or a lost client."""
 
     def __init__(self, ws: Any, most_bytes: int) -> None:
         """`most_bytes`: of all frames that wait."""
@@ -121,10 +121,10 @@ class Conversation:
             yield frame
 
     @contextlib.contextmanager
-    def telling(
+    def handling(
         self, on_cancel: Callable[[], object], on_disconnect: Callable[[], object]
     ) -> Iterator[None]:
-        """Calls these meanwhile when the client cancels or leaves; at once if it has left."""
+        """Calls these meanwhile when the client cancels or disconnects; at once if it has."""
         self._on_cancel, self._on_disconnect = on_cancel, on_disconnect
         try:
             if self._is_gone:
@@ -139,7 +139,7 @@ class Conversation:
         try:
             yield
         except ClientDisconnectedError:
-            self._leave()
+            self._disconnect()
         except SluiceError as error:
             self._refuse(error)
         except (RedisError, SQLAlchemyError) as away:
@@ -162,12 +162,12 @@ class Conversation:
 
     def close(self, code: int, reason: str) -> None:
         """Closes; nothing more is served."""
-        self._leave()
+        self._disconnect()
         with contextlib.suppress(ConnectionClosed, OSError):
             self._ws.close(code, reason)
 
     def _refuse(self, error: SluiceError) -> None:
-        """Tells an error, and closes when trying again later may help."""
+        """Sends an error, and closes when trying again later may help."""
         with contextlib.suppress(ClientDisconnectedError):
             self.send(orjson.dumps(error.body()).decode())
             self.send(DONE)
@@ -182,10 +182,10 @@ class Conversation:
         except ConnectionClosed:
             pass
         finally:
-            self._leave()
+            self._disconnect()
             self._requests.put(None)
 
-    def _leave(self) -> None:
+    def _disconnect(self) -> None:
         self._is_gone = True
         if self._on_disconnect:
             self._on_disconnect()
@@ -238,7 +238,7 @@ def _serve(
         conversation.send(DONE)
         return
     gone = generation.stream.client_disconnected
-    with contextlib.closing(generation), conversation.telling(generation.cancel, gone):
+    with contextlib.closing(generation), conversation.handling(generation.cancel, gone):
         for chunk in generation.answer.chunks():
             conversation.send(chunk.decode())
         conversation.send(DONE)
@@ -250,7 +250,7 @@ def _job_events(ws: Any, job_id: str) -> None:
     with conversation.reporting():
         path = schemas.check(schemas.JobPath, {"job_id": job_id})
         follower = Follower(services, path.job_id, request.args.get("starting_after"))
-        with conversation.telling(follower.cancel, follower.client_disconnected):
+        with conversation.handling(follower.cancel, follower.client_disconnected):
             try:
                 for event in follower.events():
                     if event is not KEEP_ALIVE:

@@ -35,7 +35,7 @@ from gpu_worker.engines.sim_answers import (
     parse,
 )
 from gpu_worker.replay_log import get_replay_log
-from tasks.contract.errors import HttpError, SluiceError
+from tasks.contract.errors import HttpError, InvalidRequestError, SluiceError
 from tasks.contract.models import Model
 
 FAILS_AT_TOKEN = 3  # the client has something by then
@@ -166,7 +166,10 @@ class SimEngine:
 
     def _compose(self, request: AnyRequest, request_id: str) -> Answer:
         prompts, n, limit = request.prompts(), request.n or 1, request.limit()
-        most = max(1, CONTEXT_TOKENS // (len(prompts) * n))
+        most = CONTEXT_TOKENS // (len(prompts) * n)
+        if not most:
+            wrong = f"n: all prompts together have {CONTEXT_TOKENS:,} choices at most."
+            raise InvalidRequestError(f"The request is malformed: {wrong}", param="n")
         count = min(limit or self._args.length, most)
         return Answer(
             request=request,

@@ -14,7 +14,7 @@ from tests.model.conftest import Make
 from tests.model.machine import QueueMachine, run
 
 STEPS_AT_ONCE = 2000
-MOST_STEPS = 30_000
+MOST_STEPS = 50_000
 
 
 class Hole(NamedTuple):
@@ -151,7 +151,7 @@ HOLES = {
 }
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("hole", HOLES.values(), ids=list(HOLES))
 def test_the_model_finds(hole: Hole, make_world: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     patches = {}

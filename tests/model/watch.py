@@ -18,7 +18,7 @@ _PARTS: dict[str, Callable[[Any], Any]] = {
 }
 _READS = {
     *("HMGET", "HGET", "HGETALL", "GET", "SMEMBERS", "LLEN", "ZSCAN", "SCAN", "XREVRANGE"),
-    *("ZRANK", "ZCARD", "EXISTS", "SCRIPT LOAD", "XLEN", "PING"),
+    *("ZRANK", "ZCARD", "EXISTS", "SCRIPT LOAD", "XLEN", "PING", "TYPE"),
 }
 
 
