@@ -52,6 +52,10 @@ OPERATORS_FIELDS = frozenset(
 # What the answer's form is made of: schemas, grammars, regular expressions, choices, tools.
 FORM_FIELDS = ("response_format", "structured_outputs", "tools")
 MOST_TOKEN_IDS = 1_000_000
+TOKEN_ID_FIELDS = (
+    *("prompt", "input"),
+    *("stop_token_ids", "allowed_token_ids", "logprob_token_ids"),
+)
 MEDIA_ARG = "allowed-media-domains"
 
 
@@ -289,7 +293,7 @@ def _check_limits(document: dict[str, Any], model: Model, most_form_bytes: int) 
                 f"`{name}` holds {size_bytes:,} bytes, and up to {most_form_bytes:,} are taken.",
                 param=name,
             )
-    for name in ("prompt", "input"):
+    for name in TOKEN_ID_FIELDS:
         if _token_ids(document.get(name)) > MOST_TOKEN_IDS:
             raise InvalidRequestError(
                 f"`{name}` holds more than {MOST_TOKEN_IDS:,} token ids.", param=name

@@ -39,6 +39,8 @@ def check_settings(settings: Settings) -> Iterator[Remark]:
     if shared := sorted(running.find(settings.home)):
         found += f"; of the `sluice up` that runs there: {', '.join(shared)}"
     yield ok(found)
+    if settings.home.exists() and settings.home.stat().st_mode & 0o077:
+        yield warning(f"other users can look into {settings.home}", f"`chmod 700 {settings.home}`")
 
 
 def check_models(settings: Settings) -> Iterator[Remark]:

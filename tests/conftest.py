@@ -1,6 +1,7 @@
 """Deployments that tests share; tests that kill parts start their own."""
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,7 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
 from bench.postgres import Postgres, running_postgres
-from bench.stack import Stack, running
+from bench.stack import Stack, await_that, running
 from db import get_engine
 from tasks.contract.models import BUILT_IN, Model, load_catalog
 from tests import vllm_server as vllm
@@ -161,4 +162,6 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
     else:
         url = request.getfixturevalue("postgres").create_database()
     yield url
+    # One that has not ended in time has a connection that would stay open.
+    await_that(lambda: "webhooks" not in {thread.name for thread in threading.enumerate()}, 60)
     get_engine(url).dispose()

@@ -231,6 +231,7 @@ def test_a_socket_is_not_sent_compressed_frames(stack: Stack) -> None:
 def test_what_waits_on_a_socket_is_bounded_in_bytes(stack: Stack) -> None:
     url = f"ws://127.0.0.1:{stack.api_ports[0]}/v1/chat/completions"
     frame = padded(MOST_BYTES // 3).decode().replace('"max_tokens":1', '"max_tokens":5000')
+    frame = frame.replace("xx", "é")  # as many bytes in half as many characters
     stack.redis.sadd(keys.PAUSED, "sim")
     try:
         with connect(url) as ws:

@@ -67,6 +67,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "many token ids": ("completions", {"prompt": [1] * 1_000_001}, "prompt"),
     "many token ids in parts": ("embeddings", {"input": [[1] * 500_001] * 2}, "input"),
+    **{
+        f"many {name}": ("completions", {"prompt": "a", name: [1] * 1_000_001}, name)
+        for name in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids")
+    },
     "a picture elsewhere": ("chat/completions", picture("http://127.0.0.1/x.png"), "messages"),
     "a file": ("chat/completions", picture(" FILE:///etc/passwd"), "messages"),
 }

@@ -110,6 +110,16 @@ def test_every_command_reports_that_its_home_is_a_file(
     assert f"SLUICE_HOME='{tmp_path / 'home'}': that is no directory; name one" in seen
 
 
+def test_a_command_reports_that_the_home_of_its_user_is_a_file(
+    env: dict[str, str], tmp_path: Path
+) -> None:
+    """It said that no Redis answered."""
+    (tmp_path / "user").touch()
+    own = {name: value for name, value in env.items() if name != "SLUICE_HOME"}
+    seen = run(sluice("status"), own | {"HOME": str(tmp_path / "user")})
+    assert f"{tmp_path / 'user'} is no directory; name one" in seen
+
+
 @pytest.mark.parametrize("key", [f"{SECRET}\n", f" {SECRET}", f"{SECRET}\t", " ", f"{SECRET}é"])
 def test_an_admin_key_that_no_header_can_hold(key: str, env: dict[str, str]) -> None:
     """It was taken, and each request with it got 401."""

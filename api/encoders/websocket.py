@@ -108,13 +108,13 @@ class Conversation:
         self._ws = ws
         self._most_bytes = most_bytes
         self._waiting_bytes = 0
-        self._requests: Queue[str | bytes | None] = Queue()
+        self._requests: Queue[bytes | None] = Queue()
         self._on_cancel: Callable[[], object] | None = None
         self._on_disconnect: Callable[[], object] | None = None
         self._is_gone = False
         gevent.spawn(self._read)
 
-    def requests(self) -> Iterator[str | bytes]:
+    def requests(self) -> Iterator[bytes]:
         """The frames that are not a cancellation, until either side closes."""
         while (frame := self._requests.get()) is not None and not self._is_gone:
             self._waiting_bytes -= len(frame)
@@ -191,7 +191,8 @@ class Conversation:
             self._on_disconnect()
 
     def _take_frames(self) -> None:
-        while (frame := self._ws.receive()) is not None:
+        while (received := self._ws.receive()) is not None:
+            frame = received.encode() if isinstance(received, str) else received
             if _is_cancellation(frame):
                 if self._on_cancel:
                     self._on_cancel()
@@ -201,13 +202,13 @@ class Conversation:
             else:
                 self.close(POLICY_VIOLATION, "too much waits on this socket")
 
-    def _has_room(self, frame: str | bytes) -> bool:
+    def _has_room(self, frame: bytes) -> bool:
         if self._requests.qsize() >= MOST_WAITING:
             return False
         return self._waiting_bytes + len(frame) <= self._most_bytes
 
 
-def _is_cancellation(frame: str | bytes) -> bool:
+def _is_cancellation(frame: bytes) -> bool:
     if len(frame) > 100:
         return False
     with contextlib.suppress(orjson.JSONDecodeError):
@@ -219,18 +220,15 @@ def _generations(endpoint: str) -> Callable[[Any], None]:
     def serve(ws: Any) -> None:
         services = get_services()
         conversation = Conversation(ws, services.settings.max_body_bytes)
-        for frame in conversation.requests():
+        for body in conversation.requests():
             with conversation.reporting():
-                _serve(services, conversation, endpoint, frame)
+                _serve(services, conversation, endpoint, body)
 
     return serve
 
 
-def _serve(
-    services: Services, conversation: Conversation, endpoint: str, frame: str | bytes
-) -> None:
+def _serve(services: Services, conversation: Conversation, endpoint: str, body: bytes) -> None:
     """Answers one request."""
-    body = frame.encode() if isinstance(frame, str) else frame
     try:
         generation = Generation(services, Call.read(services, endpoint, body, request.headers))
     except AnsweredError as answered:

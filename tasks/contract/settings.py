@@ -256,8 +256,10 @@ class Settings(BaseSettings):
             home = home.expanduser().absolute()
         except RuntimeError as unknown:
             raise ValueError("~ cannot be resolved here; give a path without it") from unknown
-        if home.exists() and not home.is_dir():
-            raise ValueError("that is no directory; name one, which is made if it is not there")
+        there = next(path for path in (home, *home.parents) if path.exists())
+        if not there.is_dir():
+            which = "that" if there == home else f"{there}"
+            raise ValueError(f"{which} is no directory; name one, which is made if it is not there")
         return home
 
     @field_validator("api_key")

@@ -304,7 +304,7 @@ def refuse_unwritable(home: Path) -> None:
         SluiceError: it cannot be made or written, or is full.
     """
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=home) as probe:
             probe.write(bytes(LEAST_SPACE_BYTES))
     except OSError as refused:
