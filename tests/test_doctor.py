@@ -225,6 +225,11 @@ def test_a_state_directory_that_is_not_that_of_sluice_up(stack: Stack, home: Pat
     assert "beside a `sluice up`, set SLUICE_HOME as it is there" in seen.of("database", "wrong")
 
 
+def test_a_state_directory_that_others_can_look_into(stack: Stack, home: Path) -> None:
+    home.chmod(0o755)
+    assert f"`chmod 700 {home}`" in diagnose(stack, SLUICE_HOME=str(home)).of("settings", "warning")
+
+
 @contextmanager
 def altered(stack: Stack, original: bytes, instead: bytes) -> Iterator[str]:
     """The URL of a relay to the stack's Redis, in whose answers one string is replaced."""
