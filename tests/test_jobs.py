@@ -16,7 +16,8 @@ from db import writing
 from db.jobs import accept, load
 from db.models import JobEvent, JobRecord
 from tasks.contract import keys
-from tasks.contract.job import new_id
+from tasks.contract.job import Job, new_id
+from tasks.queue.backlog import Backlog
 from tests.conftest import SIM
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
@@ -500,3 +501,17 @@ def test_a_job_of_another_tenant_is_not_touched(sim_stack: Stack) -> None:
     found = load(url, theirs.id)
     assert found
     assert found.completed_at is None
+
+
+def test_a_job_of_another_tenant_in_the_backlog_is_not_touched(slow_stack: Stack) -> None:
+    theirs = Job(new_id(), "sim", ENDPOINT, b"{}", tenant="another")
+    slow_stack.redis.sadd(keys.PAUSED, "sim")
+    try:
+        Backlog(slow_stack.redis).submit(theirs)
+        for method, path in (("POST", "/cancel"), ("GET", ""), ("GET", "/events")):
+            refused = call(slow_stack, method, f"/v1/jobs/{theirs.id}{path}")
+            assert refused.status_code == 404, path
+        assert slow_stack.redis.hget(keys.job(theirs.id), "state") == b"queued"
+    finally:
+        slow_stack.clear()
+        slow_stack.redis.srem(keys.PAUSED, "sim")

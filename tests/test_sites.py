@@ -1,5 +1,6 @@
 """Web pages of other sites cannot use the API through their visitors' browsers."""
 
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,3 +81,11 @@ def test_sockets_are_checked_too(stack: Stack, origin: str | None, status: int) 
     with pytest.raises(InvalidStatus) as refused:
         connect(url, additional_headers=headers)
     assert refused.value.response.status_code == status
+
+
+def test_sockets_of_a_name_that_points_here_are_refused(stack: Stack) -> None:
+    url = f"ws://evil.example:{stack.api_ports[0]}/v1/chat/completions"
+    with socket.create_connection(("127.0.0.1", stack.api_ports[0])) as opened:
+        with pytest.raises(InvalidStatus) as refused:
+            connect(url, sock=opened)
+        assert refused.value.response.status_code == 403
