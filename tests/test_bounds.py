@@ -141,6 +141,36 @@ def test_a_body_that_does_not_come_is_not_waited_for(stack: Stack) -> None:
         assert time.monotonic() - begun_s < BODY_TIMEOUT_S + slack(2)
 
 
+def test_headers_that_come_a_byte_at_a_time_are_not_waited_for(stack: Stack) -> None:
+    with sending(stack, b"GET /health/live HTTP/1.1\r\nX-Slow: ") as connection:
+        begun_s = time.monotonic()
+        connection.settimeout(0.1)
+        response = b""
+        while not response:
+            connection.sendall(b"x")
+            with suppress(TimeoutError):
+                response = connection.recv(65536)
+        assert response.startswith(b"HTTP/1.1 408 ")
+        assert b"headers did not arrive in time" in response
+        assert BODY_TIMEOUT_S * 0.9 < time.monotonic() - begun_s < BODY_TIMEOUT_S + slack(2)
+
+
+def test_a_connection_may_be_idle_between_requests_for_longer(stack: Stack) -> None:
+    request = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with sending(stack, request) as connection:
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+        connection.settimeout(2 * BODY_TIMEOUT_S)
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
+        connection.settimeout(20)
+        # Two at once: the second one is read already when the first one is answered.
+        connection.sendall(2 * request)
+        answers = b""
+        while answers.count(b"HTTP/1.1 200 ") < 2:
+            answers += (received := connection.recv(65536))
+            assert received
+
+
 def test_more_connections_than_files_allow_get_503_and_take_nothing_away(stack: Stack) -> None:
     port = free_port()
     command = [sys.executable, "-m", "deploy.cli", "api", "--bind", f"127.0.0.1:{port}"]
