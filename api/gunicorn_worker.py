@@ -13,11 +13,10 @@ from gunicorn.http.message import Request
 from gunicorn.http.parser import RequestParser
 from gunicorn.workers.ggevent import GeventWorker
 
+from api.connections import REFUSED_AT_ONCE
 from tasks.contract.errors import HttpError, SluiceError, TooManyConnectionsError, headers_of
 from tasks.contract.settings import get_settings
 
-# Connections that are told to go away at once; more wait to be accepted.
-REFUSED_AT_ONCE = 64
 REFUSAL_TIMEOUT_S = 1.0
 MOST_READS = 10
 
