@@ -11,9 +11,7 @@ from typing import Any
 
 from gunicorn.app.base import BaseApplication
 
-MOST_STREAMS = 10_000
-# For Redis, the database and the process's own.
-OTHER_FILES = 300
+from api.connections import MOST_STREAMS, OTHER_FILES
 
 
 class Application(BaseApplication):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""gunicorn's gevent worker with a bound on its connections, of which the first one beyond hears."""
+"""gunicorn's gevent worker, with bounds on its connections and on the time that headers take."""
 
 import logging
 import socket
@@ -6,14 +6,17 @@ from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
 
+import gevent
 import orjson
 from gunicorn import util
+from gunicorn.http.message import Request
+from gunicorn.http.parser import RequestParser
 from gunicorn.workers.ggevent import GeventWorker
 
+from api.connections import REFUSED_AT_ONCE
 from tasks.contract.errors import HttpError, SluiceError, TooManyConnectionsError, headers_of
+from tasks.contract.settings import get_settings
 
-# Connections that are told to go away at once; more wait to be accepted.
-REFUSED_AT_ONCE = 64
 REFUSAL_TIMEOUT_S = 1.0
 MOST_READS = 10
 
@@ -42,6 +45,23 @@ def _write_error(client: Any, status: int, reason: str, message: str) -> None:
 util.write_error = _write_error
 
 
+class _Request(Request):  # type: ignore[misc]
+    """A request whose headers have as long as a body; gunicorn bounds only its idle connections."""
+
+    def parse(self, unreader: Any) -> Any:
+        """Reads the headers; returns what follows them (gunicorn's name)."""
+        # The connection is idle until the first byte.
+        unreader.unread(unreader.read())
+        late = HttpError(
+            HTTPStatus.REQUEST_TIMEOUT, "The request's headers did not arrive in time."
+        )
+        with gevent.Timeout(get_settings().body_timeout_s, late):
+            return super().parse(unreader)
+
+
+RequestParser.mesg_class = _Request
+
+
 def _leave_out_request(record: logging.LogRecord) -> bool:
     """What was wrong with a request is told; not the words in it."""
     message = record.getMessage()
@@ -65,7 +85,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
         """Serves one connection to its end (gunicorn's name)."""
         if self._free <= 0:
-            self._refuse(client)
+            self._refuse(client, REFUSAL)
             return
         self._free -= 1
         try:
@@ -73,10 +93,17 @@ class Worker(GeventWorker):  # type: ignore[misc]
         finally:
             self._free += 1
 
-    def _refuse(self, client: Any) -> None:
+    def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
+        """Answers a request that never reaches the app (gunicorn's name)."""
+        if isinstance(exc, HttpError):
+            self._refuse(client, _encode(exc))
+        else:
+            super().handle_error(req, client, addr, exc)
+
+    def _refuse(self, client: Any, response: bytes) -> None:
         client.settimeout(REFUSAL_TIMEOUT_S)
         with suppress(OSError), client:
-            client.sendall(REFUSAL)
+            client.sendall(response)
             client.shutdown(socket.SHUT_WR)
             # A connection that is closed with unread bytes takes back what was said.
             for _ in range(MOST_READS):

@@ -10,8 +10,10 @@ from typing import NoReturn
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from api.connections import KEPT_FILES
 from db import migrate
 from tasks.contract import open_files
+from tasks.contract.errors import ConfigurationError
 from tasks.contract.models import get_catalog
 from tasks.contract.settings import get_settings
 from tasks.contract.trouble import database_trouble, refuse_lasting, refuse_unusable
@@ -32,19 +34,29 @@ def serve(bind: str) -> NoReturn:
     get_catalog()
     settings = get_settings()
     refuse_unusable(settings)
+    _allow_connections()
     try:
         migrate(settings.database_url)
     except SQLAlchemyError as failure:
         # Merely away: jobs in the background get 503 until it is back.
         refuse_lasting(database_trouble(failure, settings))
     _make_metrics_directory(bind)
-    # As many connections as the system lets this user have.
-    open_files.allow(MOST_FILES)
     if not settings.allowed_hosts and is_loopback(bind.rpartition(":")[0]):
         os.environ["SLUICE_ALLOWED_HOSTS"] = LOOPBACK_NAMES
     processes = str(settings.api_processes)
     # -P: what lies in the working directory is not ours.
     os.execv(sys.executable, [sys.executable, "-P", "-m", "api.gunicorn_app", bind, processes])
+
+
+def _allow_connections() -> None:
+    """As many as the system lets this user have."""
+    files = open_files.allow(MOST_FILES)
+    if files <= KEPT_FILES:
+        raise ConfigurationError(
+            f"a process may open {files} files, and the API needs {KEPT_FILES} and one more for "
+            f"each connection; raise the hard limit (`ulimit -Hn {MOST_FILES}` as root, or "
+            "LimitNOFILE= in its systemd unit, or `--ulimit nofile=` of its container)"
+        )
 
 
 def is_loopback(host: str) -> bool:

@@ -141,12 +141,72 @@ def test_a_body_that_does_not_come_is_not_waited_for(stack: Stack) -> None:
         assert time.monotonic() - begun_s < BODY_TIMEOUT_S + slack(2)
 
 
+def test_headers_that_come_a_byte_at_a_time_are_not_waited_for(stack: Stack) -> None:
+    with sending(stack, b"GET /health/live HTTP/1.1\r\nX-Slow: ") as connection:
+        begun_s = time.monotonic()
+        connection.settimeout(0.1)
+        response = b""
+        while not response:
+            connection.sendall(b"x")
+            with suppress(TimeoutError):
+                response = connection.recv(65536)
+        assert response.startswith(b"HTTP/1.1 408 ")
+        assert b"headers did not arrive in time" in response
+        assert BODY_TIMEOUT_S * 0.9 < time.monotonic() - begun_s < BODY_TIMEOUT_S + slack(2)
+
+
+def test_a_connection_may_be_idle_between_requests_for_longer(stack: Stack) -> None:
+    request = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with sending(stack, request) as connection:
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+        connection.settimeout(2 * BODY_TIMEOUT_S)
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
+        connection.settimeout(20)
+        # Two at once: the second one is read already when the first one is answered.
+        connection.sendall(2 * request)
+        answers = b""
+        while answers.count(b"HTTP/1.1 200 ") < 2:
+            answers += (received := connection.recv(65536))
+            assert received
+
+
+def start_limited(stack: Stack, limit: str, port: int) -> Process:
+    """An API that starts after that command of a shell."""
+    command = [sys.executable, "-m", "deploy.cli", "api", "--bind", f"127.0.0.1:{port}"]
+    limited = ["/bin/sh", "-c", f'{limit}; exec "$@"', "sh", *command]
+    log = stack.home / f"api-{port}.log"
+    api = Process(limited, stack.env | {"SLUICE_BODY_TIMEOUT_S": "5"}, log)
+    stack.processes.append(api)
+    return api
+
+
+def test_an_api_that_may_open_too_few_files_does_not_start(stack: Stack) -> None:
+    api = start_limited(stack, "ulimit -n 364", free_port())
+    assert api.popen.wait(60) == 2
+    (line,) = api.log.read_text().splitlines()
+    assert "may open 364 files" in line
+    assert "raise the hard limit" in line
+
+
+def test_the_api_raises_a_low_limit_of_files_itself(stack: Stack) -> None:
+    port = free_port()
+    api = start_limited(stack, "ulimit -Sn 300; ulimit -Hn 500", port)
+
+    def is_up() -> bool:
+        with suppress(requests.RequestException):
+            return requests.get(f"http://127.0.0.1:{port}/health/live", timeout=5).ok
+        return False
+
+    await_that(is_up)
+    (process,) = psutil.Process(api.pid).children()
+    assert process.rlimit(psutil.RLIMIT_NOFILE) == (500, 500)
+    api.stop()
+
+
 def test_more_connections_than_files_allow_get_503_and_take_nothing_away(stack: Stack) -> None:
     port = free_port()
-    command = [sys.executable, "-m", "deploy.cli", "api", "--bind", f"127.0.0.1:{port}"]
-    limited = ["/bin/sh", "-c", 'ulimit -n 400; exec "$@"', "sh", *command]
-    api = Process(limited, stack.env | {"SLUICE_BODY_TIMEOUT_S": "5"}, stack.home / "api-few.log")
-    stack.processes.append(api)
+    api = start_limited(stack, "ulimit -n 400", port)
     url = f"http://127.0.0.1:{port}/health/live"
 
     def is_up() -> bool:

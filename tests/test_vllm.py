@@ -2,10 +2,14 @@
 
 import asyncio
 import os
+import signal
 import stat
 import subprocess
+import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -198,22 +202,87 @@ def test_the_engines_sockets_are_in_a_directory_of_its_own(vllm_stack: Stack) ->
     assert places == {own}
 
 
-def test_what_a_killed_worker_has_left_goes_with_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# A worker with a child that outlives it.
+WORKER = """
+import subprocess, sys
+from gpu_worker.engines.vllm_sockets import private_directory
+with private_directory() as directory:
+    child = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, close_fds=False)
+    print(directory, child.pid, flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def socket_worker() -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """Another worker's process, and its directory."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", WORKER], stdin=pipe, stdout=pipe, text=True
+    ) as worker:
+        assert worker.stdout
+        directory, child = worker.stdout.readline().split()
+        try:
+            yield worker, Path(directory)
+        finally:
+            worker.kill()
+            os.kill(int(child), signal.SIGKILL)
+
+
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where all workers have their directories."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    home = tmp_path / ("home" * 20)
+    monkeypatch.setenv("SLUICE_HOME", str(home))
+    monkeypatch.setattr(sockets, "get_settings", lambda: Settings(home=home))
+    return tmp_path
+
+
+def test_what_a_killed_worker_has_left_goes_with_the_next(shared: Path) -> None:
+    with socket_worker() as (worker, left), sockets.private_directory() as used:
+        worker.kill()
+        worker.wait()
+        assert left.parent == shared
+        # As a killed worker would have left it in another container, where this pid is alive.
+        as_here = shared / f"{sockets.NAME}{os.getpid()}-x"
+        as_here.mkdir()
+        with sockets.private_directory() as own:
+            assert not left.exists()
+            assert not as_here.exists()
+            assert Path(used).is_dir()
+            assert Path(own).is_dir()
+        assert not Path(own).exists()
+        assert Path(used).is_dir()
+
+
+def test_sockets_of_a_worker_in_another_container_stay(shared: Path) -> None:
+    """Its pid tells nothing here."""
+    with socket_worker() as (_, used):
+        elsewhere = used.rename(shared / f"{sockets.NAME}{2**22}-x")
+        with sockets.private_directory():
+            assert elsewhere.is_dir()
+
+
+def test_a_directory_that_is_swept_before_it_is_locked_is_made_anew(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(sockets, "get_settings", lambda: Settings(home=tmp_path / "home"))
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    left, used = (tmp_path / f"sluice-ipc-{pid}-x" for pid in (gone.pid, os.getpid()))
-    for directory in (left, used):
-        directory.mkdir()
-        (directory / "socket").touch()
+    make: Callable[..., str] = tempfile.mkdtemp
+    swept: list[str] = []
+
+    def make_and_sweep(**arguments: Any) -> str:
+        directory = make(**arguments)
+        if not swept:
+            swept.append(directory)
+            sockets._sweep(shared)
+        return directory
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make_and_sweep)
     with sockets.private_directory() as own:
-        assert not left.exists()
-        assert used.exists()
+        assert own not in swept
         assert Path(own).is_dir()
-    assert not Path(own).exists()
+        assert not Path(swept[0]).exists()
 
 
 def test_cards_have_the_length_of_the_context(vllm_stack: Stack, demo_model: Model) -> None:

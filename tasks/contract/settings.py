@@ -97,7 +97,9 @@ class Settings(BaseSettings):
         100_000, ge=1, description="larger schemas, grammars and lists of tools get 400"
     )
     body_timeout_s: float = Field(
-        60, gt=0, description="a request body that takes longer to arrive gets 408"
+        60,
+        gt=0,
+        description="a request whose headers, or whose body, take longer to arrive gets 408",
     )
     max_answer_bytes: int = Field(
         100_000_000,
