@@ -11,7 +11,7 @@ from typing import Any
 
 from gunicorn.app.base import BaseApplication
 
-from api.connections import MOST_STREAMS, OTHER_FILES
+from api.connection_limits import MOST_STREAMS, OTHER_FILES
 
 
 class Application(BaseApplication):  # type: ignore[misc]

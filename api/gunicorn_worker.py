@@ -13,7 +13,7 @@ from gunicorn.http.message import Request
 from gunicorn.http.parser import RequestParser
 from gunicorn.workers.ggevent import GeventWorker
 
-from api.connections import REFUSED_AT_ONCE
+from api.connection_limits import REFUSED_AT_ONCE
 from tasks.contract.errors import HttpError, SluiceError, TooManyConnectionsError, headers_of
 from tasks.contract.settings import get_settings
 

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from api.connections import KEPT_FILES
+from api.connection_limits import KEPT_FILES
 from db import migrate
 from tasks.contract import open_files
 from tasks.contract.errors import ConfigurationError
