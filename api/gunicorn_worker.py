@@ -15,7 +15,6 @@ from gunicorn.workers.ggevent import GeventWorker
 
 from api.connection_limits import REFUSED_AT_ONCE
 from tasks.contract.errors import HttpError, SluiceError, TooManyConnectionsError, headers_of
-from tasks.contract.settings import get_settings
 
 REFUSAL_TIMEOUT_S = 1.0
 MOST_READS = 10
@@ -50,6 +49,9 @@ class _Request(Request):  # type: ignore[misc]
 
     def parse(self, unreader: Any) -> Any:
         """Reads the headers; returns what follows them (gunicorn's name)."""
+        # Not before gevent's patches: it brings much of the standard library.
+        from tasks.contract.settings import get_settings
+
         # The connection is idle until the first byte.
         unreader.unread(unreader.read())
         late = HttpError(
