@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 from gunicorn import util
+from gunicorn.http.errors import ParseException
 from gunicorn.workers.ggevent import GeventWorker
 
 from tasks.contract.errors import HttpError, SluiceError, TooManyConnectionsError, headers_of
@@ -16,6 +17,8 @@ from tasks.contract.errors import HttpError, SluiceError, TooManyConnectionsErro
 REFUSED_AT_ONCE = 64
 REFUSAL_TIMEOUT_S = 1.0
 MOST_READS = 10
+# How gunicorn begins the line of a request that fails in its hands; the URI follows.
+UNEXPECTED = "Error handling request"
 
 
 def _encode(error: SluiceError) -> bytes:
@@ -42,11 +45,17 @@ def _write_error(client: Any, status: int, reason: str, message: str) -> None:
 util.write_error = _write_error
 
 
-def _leave_out_request(record: logging.LogRecord) -> bool:
+def leave_out_request(record: logging.LogRecord) -> bool:
     """What was wrong with a request is told; not the words in it."""
     message = record.getMessage()
     if message.startswith("Invalid request"):
         record.msg, record.args = ": ".join(message.split(": ")[:2]), ()
+    elif message.startswith(UNEXPECTED):
+        record.msg, record.args = UNEXPECTED, ()
+        error = record.exc_info and record.exc_info[1]
+        if isinstance(error, ParseException):
+            # Its message shows the header that cannot be sent.
+            record.msg, record.exc_info = f"{UNEXPECTED}: {type(error).__name__}", None
     return True
 
 
@@ -59,7 +68,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
     def init_process(self) -> None:
         """Runs the worker (gunicorn's name)."""
-        self.log.error_log.addFilter(_leave_out_request)
+        self.log.error_log.addFilter(leave_out_request)
         super().init_process()
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
