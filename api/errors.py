@@ -2,6 +2,7 @@
 
 import logging
 from http import HTTPStatus
+from types import TracebackType
 from typing import Any
 
 from flask import Flask, Response, make_response, request
@@ -33,6 +34,8 @@ def register(app: Flask) -> None:
         app.register_error_handler(away, _answer_database)
     app.register_error_handler(HTTPException, _answer_http)
     app.register_error_handler(Exception, _answer_unexpected)
+    # What fails after the routes; Flask itself would log the path.
+    app.log_exception = _log_late  # type: ignore[method-assign]
 
 
 def respond(body: dict[str, Any], kind: SluiceError | type[SluiceError]) -> Response:
@@ -79,5 +82,17 @@ def _answer_http(error: HTTPException) -> Response:
 
 
 def _answer_unexpected(error: Exception) -> Response:
-    log.error("%s %s failed", request.method, request.path, exc_info=error)
+    log.error("%s failed", _route(), exc_info=error)
     return _answer(SluiceError())
+
+
+def _log_late(
+    exc_info: tuple[type, BaseException, TracebackType] | tuple[None, None, None],
+) -> None:
+    log.error("%s: its answer failed", _route(), exc_info=exc_info)
+
+
+def _route() -> str:
+    """Which route a request has taken: its path, and a method that no route has, are content."""
+    rule = request.url_rule
+    return f"{request.method} {rule}" if rule else "no route"

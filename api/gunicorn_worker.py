@@ -9,6 +9,7 @@ from typing import Any
 import gevent
 import orjson
 from gunicorn import util
+from gunicorn.http.errors import ParseException
 from gunicorn.http.message import Request
 from gunicorn.http.parser import RequestParser
 from gunicorn.workers.ggevent import GeventWorker
@@ -18,6 +19,8 @@ from tasks.contract.errors import HttpError, SluiceError, TooManyConnectionsErro
 
 REFUSAL_TIMEOUT_S = 1.0
 MOST_READS = 10
+# How gunicorn begins the line of a request that fails in its hands; the URI follows.
+UNEXPECTED = "Error handling request"
 
 
 def _encode(error: SluiceError) -> bytes:
@@ -64,11 +67,17 @@ class _Request(Request):  # type: ignore[misc]
 RequestParser.mesg_class = _Request
 
 
-def _leave_out_request(record: logging.LogRecord) -> bool:
+def leave_out_request(record: logging.LogRecord) -> bool:
     """What was wrong with a request is told; not the words in it."""
     message = record.getMessage()
     if message.startswith("Invalid request"):
         record.msg, record.args = ": ".join(message.split(": ")[:2]), ()
+    elif message.startswith(UNEXPECTED):
+        record.msg, record.args = UNEXPECTED, ()
+        error = record.exc_info and record.exc_info[1]
+        if isinstance(error, ParseException):
+            # Its message shows the header that cannot be sent.
+            record.msg, record.exc_info = f"{UNEXPECTED}: {type(error).__name__}", None
     return True
 
 
@@ -81,7 +90,7 @@ class Worker(GeventWorker):  # type: ignore[misc]
 
     def init_process(self) -> None:
         """Runs the worker (gunicorn's name)."""
-        self.log.error_log.addFilter(_leave_out_request)
+        self.log.error_log.addFilter(leave_out_request)
         super().init_process()
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
