@@ -24,7 +24,7 @@ UNEXPECTED = "Error handling request"
 
 
 def _encode(error: SluiceError) -> bytes:
-    """An error as a whole HTTP response, for connections of which the app hears nothing."""
+    """An error as a whole HTTP response, for connections that never reach the app."""
     body = orjson.dumps(error.body())
     head = [
         f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}",
@@ -68,7 +68,7 @@ RequestParser.mesg_class = _Request
 
 
 def leave_out_request(record: logging.LogRecord) -> bool:
-    """What was wrong with a request is told; not the words in it."""
+    """Logs what was wrong with a request; not the words in it."""
     message = record.getMessage()
     if message.startswith("Invalid request"):
         record.msg, record.args = ": ".join(message.split(": ")[:2]), ()
