@@ -4,6 +4,7 @@ Places and messages only: a frame's variables hold prompts and keys. Messages th
 of such values are left out as well, unless content is to be logged.
 """
 
+import re
 from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
@@ -17,6 +18,8 @@ LONGEST_TEXT = 10_000
 
 # Errors of Python and its libraries whose messages show a value.
 WITH_VALUES = (ValueError, LookupError, TypeError, AssertionError)
+# What redis-py puts before an error of a pipeline: the command, with a prompt or an answer.
+COMMAND = re.compile(r"(?s)^Command # .* caused error: ")
 HIDDEN = "(SLUICE_LOG_CONTENT shows its message)"
 
 CAUSE = "\nThe above exception was the direct cause of the following exception:\n"
@@ -125,7 +128,7 @@ def message_of(error: BaseException, shows_content: bool) -> str:
         return "(its message cannot be rendered)"
     if not shows_content:
         # Databases show the row in the lines below.
-        message = message.partition("\n")[0]
+        message = COMMAND.sub("", message).partition("\n")[0]
     return one_line(cut(message, LONGEST_MESSAGE))
 
 

@@ -32,6 +32,7 @@ from tasks.contract.settings import (
     get_settings,
     without_password,
 )
+from tasks.contract.tracebacks import COMMAND
 
 log = logging.getLogger(__name__)
 
@@ -252,9 +253,7 @@ def _find(cases: tuple[Case, ...], failure: Exception, settings: Settings, **wor
 
 def explain(error: BaseException, settings: Settings) -> str:
     """The first line of a library's error message, without any of our secrets."""
-    text = (str(error) or type(error).__name__).splitlines()[0]
-    # What a pipeline adds may hold a prompt or an answer.
-    text = re.sub(r"^Command # .* caused error: ", "", text)
+    text = (COMMAND.sub("", str(error)) or type(error).__name__).splitlines()[0]
     for secret in sorted(_secrets(settings), key=len, reverse=True):
         text = text.replace(secret, "…")
     return text
