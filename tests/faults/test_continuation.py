@@ -109,10 +109,11 @@ def test_an_answer_goes_on_from_wherever_it_was_cut(vllm_stack: Stack, case: str
     endpoint, body = CASES[case]
     job_id, raw, whole = _run(vllm_stack, endpoint, body)
     expected = _outcome(job_id, whole)
-    assert len(whole) > 8
-    for cut in sorted({0, 1, 2, 3, 7, 20, len(whole) - 4, len(whole) - 2, len(whole) - 1}):
-        if cut >= len(whole):
-            continue
+    assert expected.usage
+    assert expected.usage["completion_tokens"] > 6
+    # On a busy machine an event has several tokens: there may be fewer places to cut it.
+    cuts = {0, 1, 2, 3, 7, 20, len(whole) - 4, len(whole) - 2, len(whole) - 1}
+    for cut in sorted(cuts & set(range(len(whole)))):
         continued = _continued(vllm_stack, job_id, raw, whole[:cut])
         assert continued[:cut] == whole[:cut]
         assert continued[cut][0] == b"2-0"
