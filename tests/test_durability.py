@@ -2,7 +2,6 @@
 
 import random
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,7 @@ from tests.test_jobs import (
     submit,
     wait,
 )
+from tests.test_metrics import open_streams
 
 JOBS = 250
 
@@ -168,7 +168,7 @@ def test_who_follows_an_accepted_job_hears_its_answer_though_redis_had_lost_it(
     with ThreadPoolExecutor(3) as pool:
         early = pool.submit(events, stack, job_id)
         await_that(lambda: stack.redis.zcard(keys.backlog("sim", "batch")) == 1)
-        time.sleep(0.5)  # its place is told, and it listens
+        await_that(lambda: open_streams(stack) == 1)
         stack.redis.flushall()
         late = pool.submit(events, stack, job_id)
         waiting = pool.submit(wait, stack, job_id, 60)
@@ -187,10 +187,10 @@ def test_who_follows_a_job_that_ends_while_redis_lacks_it_hears_how(stack: Stack
     job_id = submit(stack, STREAM)["id"]
     with ThreadPoolExecutor(2) as pool:
         early = pool.submit(events, stack, job_id)
-        time.sleep(0.5)
+        await_that(lambda: open_streams(stack) == 1)
         stack.redis.flushall()
         late = pool.submit(events, stack, job_id)
-        time.sleep(0.5)
+        await_that(lambda: open_streams(stack) == 2)
         assert call(stack, "POST", f"/v1/jobs/{job_id}/cancel").json()["status"] == "cancelled"
         for text in (early.result(), late.result()):
             assert '"code":"job_cancelled"' in text

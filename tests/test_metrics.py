@@ -47,6 +47,10 @@ class Metrics:
         )
 
 
+def open_streams(stack: Stack) -> float:
+    return Metrics(f"{stack.url}/metrics").total("sluice_streams_open")
+
+
 @pytest.fixture
 def stack(home: Path) -> Iterator[Stack]:
     """API, maintenance, and two slow workers."""

@@ -17,30 +17,15 @@ from tasks.contract import keys
 from tasks.queue.backlog import Backlog
 from tests.conftest import SIM
 from tests.test_jobs import CHAT, ENDPOINT, call, submit
-from tests.test_metrics import Metrics
+from tests.test_metrics import open_streams
 
 TRY_AGAIN_LATER = 1013
 FRAME = orjson.dumps(CHAT).decode()
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """Without a worker: all jobs wait."""
-    home = tmp_path_factory.mktemp("sockets")
-    with running(Stack(home, [SIM], keep_alive_s=1), workers=0) as stack:
-        yield stack
-
-
-@pytest.fixture
-def stack(shared: Stack) -> Stack:
-    """The same without any job."""
-    shared.clear()
-    return shared
-
-
 @pytest.fixture
 def own_stack(home: Path) -> Iterator[Stack]:
-    """The same, for a test that ends a part."""
+    """Without a worker: all jobs wait; for a test that ends a part."""
     with running(Stack(home, [SIM], keep_alive_s=1), workers=0) as stack:
         yield stack
 
@@ -58,10 +43,6 @@ def halted(stack: Stack) -> Iterator[None]:
         yield
     finally:
         server.signal(signal.SIGCONT)
-
-
-def open_streams(stack: Stack) -> float:
-    return Metrics(f"{stack.url}/metrics").total("sluice_streams_open")
 
 
 def states(stack: Stack) -> list[bytes | None]:
@@ -91,30 +72,30 @@ def test_a_server_that_stops_reports_it_to_whoever_shares_a_job(own_stack: Stack
         check_end(socket, "server_restarting")
 
 
-def test_what_waits_on_a_socket_is_not_begun_when_its_client_has_left(stack: Stack) -> None:
-    with open_socket(stack) as socket:
+def test_what_waits_on_a_socket_is_not_begun_when_its_client_has_left(idle_stack: Stack) -> None:
+    with open_socket(idle_stack) as socket:
         for _ in range(3):
             socket.send(FRAME)
-        await_that(lambda: states(stack) == [b"queued"])
-    await_that(lambda: states(stack) == [b"cancelled"], 20)
+        await_that(lambda: states(idle_stack) == [b"queued"])
+    await_that(lambda: states(idle_stack) == [b"cancelled"], 20)
     time.sleep(0.5)
-    assert states(stack) == [b"cancelled"]
-    assert open_streams(stack) == 0
+    assert states(idle_stack) == [b"cancelled"]
+    assert open_streams(idle_stack) == 0
 
 
-def test_a_client_that_leaves_while_its_request_is_submitted(stack: Stack) -> None:
+def test_a_client_that_leaves_while_its_request_is_submitted(idle_stack: Stack) -> None:
     """It was not noticed, and the job ran for nobody."""
-    with halted(stack), open_socket(stack) as socket:
+    with halted(idle_stack), open_socket(idle_stack) as socket:
         socket.send(FRAME)
         time.sleep(0.5)
-    await_that(lambda: states(stack) == [b"cancelled"], 20)
-    await_that(lambda: open_streams(stack) == 0, 20)
+    await_that(lambda: states(idle_stack) == [b"cancelled"], 20)
+    await_that(lambda: open_streams(idle_stack) == 0, 20)
 
 
-def test_a_client_that_leaves_while_the_job_is_looked_up_that_it_follows(stack: Stack) -> None:
-    job_id = submit(stack)["id"]
-    assert Backlog(stack.redis).claim("sim", "w")
-    with halted(stack), open_socket(stack, f"/v1/jobs/{job_id}/events"):
+def test_a_client_that_leaves_while_the_job_is_looked_up_that_it_follows(idle_stack: Stack) -> None:
+    job_id = submit(idle_stack)["id"]
+    assert Backlog(idle_stack.redis).claim("sim", "w")
+    with halted(idle_stack), open_socket(idle_stack, f"/v1/jobs/{job_id}/events"):
         time.sleep(0.5)
     time.sleep(2)
-    assert open_streams(stack) == 0
+    assert open_streams(idle_stack) == 0
