@@ -21,8 +21,9 @@ log = logging.getLogger(__name__)
 
 CHECK_S = 0.2
 PROGRESS_LINE_S = 5.0
-# A worker without an engine is not waited for any longer.
-FORCED_EXIT_S = 8.0
+# How long a worker may take to hand back its jobs and close. Without Redis it can do neither, and
+# the jobs run elsewhere when their leases have expired.
+FORCED_EXIT_S = 10.0
 
 
 def drain(worker: "Worker") -> None:
@@ -34,6 +35,7 @@ def drain(worker: "Worker") -> None:
         held = len(worker.claims.held())
         log.info("draining: %d jobs run, %.0f s left for them", held, left_s)
         worker.claims.await_idle(min(left_s, PROGRESS_LINE_S))
+    threading.Thread(target=_force_exit, daemon=True).start()
     for claim in worker.claims.give_up():
         worker.hand_back(claim, Cause.HANDED_BACK, "its worker was stopped")
         worker.stop_job(Attempt.of(claim))

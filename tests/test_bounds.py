@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,8 @@ def test_a_body_that_does_not_come_is_not_waited_for(stack: Stack) -> None:
 
 
 def test_headers_that_come_a_byte_at_a_time_are_not_waited_for(stack: Stack) -> None:
+    begun_s = time.monotonic()
     with sending(stack, b"GET /health/live HTTP/1.1\r\nX-Slow: ") as connection:
-        begun_s = time.monotonic()
         connection.settimeout(0.1)
         response = b""
         while not response:
@@ -158,7 +159,10 @@ def test_headers_that_come_a_byte_at_a_time_are_not_waited_for(stack: Stack) -> 
 def test_a_connection_may_be_idle_between_requests_for_longer(stack: Stack) -> None:
     request = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with sending(stack, request) as connection:
-        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+        response = HTTPResponse(connection)
+        response.begin()
+        assert response.status == 200
+        assert response.read()
         connection.settimeout(2 * BODY_TIMEOUT_S)
         with pytest.raises(TimeoutError):
             connection.recv(1)

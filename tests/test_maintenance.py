@@ -1,11 +1,13 @@
 """When maintenance sends its tasks: whatever the host's clock says, and while Redis is away."""
 
 import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta, tzinfo
+from pathlib import Path
 from typing import Any, Self
 
 import orjson
@@ -14,7 +16,7 @@ import redis
 from celery import Celery
 from kombu.exceptions import OperationalError
 
-from bench.stack import Stack, await_that, slack
+from bench.stack import Process, Stack, await_that, slack
 from tasks.contract import keys
 from tasks.contract.settings import Settings
 from tasks.maintenance.main import periodic_tasks
@@ -114,3 +116,36 @@ def test_an_outage_is_told_once_and_caught_up_with_once(
         "maintenance: Redis is away, no tasks are sent: away",
         "maintenance: Redis is back",
     ]
+
+
+# Slow where the main thread builds its consumer; exits when another one imports what that imports.
+IMPORTING = """
+import os, sys, threading, time
+from pathlib import Path
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "celery.worker.consumer":
+            time.sleep(1)
+        elif name.startswith("celery.events"):
+            if threading.current_thread() is not threading.main_thread():
+                os._exit(3)
+
+sys.meta_path.insert(0, Watch())
+from tasks.contract.connections import connect
+from tasks.queue.celery_app import Periodic, run_periodically
+task = Periodic("touch", Path(sys.argv[1]).touch, 0.1)
+sys.exit(run_periodically([task], 1, connect(os.environ["SLUICE_REDIS_URL"])))
+"""
+
+
+def test_no_task_is_sent_while_celery_is_being_imported(server: Stack, tmp_path: Path) -> None:
+    """Python ends a deadlock of two threads' imports with an error: maintenance died of it."""
+    ran = tmp_path / "ran"
+    command = [sys.executable, "-c", IMPORTING, str(ran)]
+    process = Process(command, server.env, tmp_path / "maintenance.log")
+    try:
+        await_that(lambda: ran.exists() or process.popen.poll() is not None)
+    finally:
+        assert process.stop() == 0, process.log.read_text()
+    assert ran.exists()

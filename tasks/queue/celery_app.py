@@ -151,7 +151,8 @@ class Schedule:
     def stop(self) -> None:
         """Sends no more."""
         self._is_stopping = True
-        self._thread.join(2 * LONGEST_LOOK_S)
+        if self._thread.is_alive():
+            self._thread.join(2 * LONGEST_LOOK_S)
 
     def _run(self) -> None:
         while not self._is_stopping:
@@ -207,8 +208,10 @@ def run_periodically(tasks: Sequence[Periodic], threads: int, redis: Redis) -> i
     celery.conf.update(worker_redirect_stdouts=False)
     # In this process, with which it ends.
     schedule = Schedule(celery, redis, {task.name: task.interval_s for task in tasks})
-    schedule.start()
     worker = celery.Worker(
+        # Not before: both would import Celery's modules, and Python ends such a deadlock with an
+        # error, of which this process died.
+        ready_callback=lambda _consumer: schedule.start(),
         queues=[MAINTENANCE_QUEUE],
         pool_cls="threads",
         concurrency=threads,

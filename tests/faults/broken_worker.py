@@ -1,5 +1,9 @@
-"""A worker of the model `sim` whose engine raises when a file of that name lies in SLUICE_HOME."""
+"""A worker of the model `sim` whose engine fails where a file in SLUICE_HOME tells it to.
 
+`load` and `progress` raise, `close` does not return.
+"""
+
+import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator
@@ -34,17 +38,27 @@ class BrokenEngine:
         return self._sim.progress()
 
 
+def _file(name: str) -> Path:
+    return Path(os.environ["SLUICE_HOME"]) / name
+
+
 def _break(name: str) -> None:
-    file = Path(os.environ["SLUICE_HOME"]) / name
+    file = _file(name)
     if file.exists():
         file.unlink()
         raise LookupError(name)
+
+
+async def _close() -> None:
+    if _file("close").exists():
+        await asyncio.Event().wait()
 
 
 @asynccontextmanager
 async def open_engine(model: Model) -> AsyncIterator[BrokenEngine]:
     async with sim_engine.open_engine(model) as sim:
         yield BrokenEngine(sim)
+        await _close()
 
 
 if __name__ == "__main__":

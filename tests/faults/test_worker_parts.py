@@ -112,6 +112,34 @@ def test_an_error_in_a_part_of_a_worker_ends_it_and_loses_nothing(
             _ends_and_loses_nothing(stack, fault, _start_broken_worker(stack), part)
 
 
+def test_a_worker_that_is_stopped_while_redis_is_away_ends(home: Any, fault: Fault) -> None:
+    with running(Stack(home, [SLOW_SIM], lease_s=LEASE_S, keep_alive_s=1, drain_s=1)) as stack:
+        bodies = [chat(n, stream=True) for n in range(4)]
+        clients = [Client(stack, body) for body in bodies]
+        await_tokens(clients, 10)
+        (worker,) = stack.workers
+        fault.inflict("SIGKILL Redis, SIGTERM worker")
+        broken_s = time.monotonic()
+        stack.part("redis").kill()
+        worker.ask_to_stop()
+        assert worker.popen.wait(30) == 1
+        stack.processes.remove(worker)
+        stack.start_redis()
+        stack.start_worker("sim")
+        compare(fault, clients, ask(stack, bodies), broken_s)
+
+
+def test_a_worker_whose_engine_does_not_close_ends(home: Any, fault: Fault) -> None:
+    with running(Stack(home, [SLOW_SIM], lease_s=LEASE_S), workers=0) as stack:
+        worker = _start_broken_worker(stack)
+        fault.inflict("an engine that does not close")
+        (stack.home / "close").touch()
+        worker.ask_to_stop()
+        assert worker.popen.wait(30) == 1
+        assert "does not end by itself" in worker.log.read_text()
+        stack.processes.remove(worker)
+
+
 def test_a_claim_whose_reply_is_lost_again_and_again_is_of_one_job(home: Any, fault: Fault) -> None:
     stack = Stack(home, [SLOW_SIM], lease_s=LEASE_S, keep_alive_s=1)
     with running(stack, workers=0), serving(BadRedis(stack.redis_port)) as queue:
