@@ -126,19 +126,44 @@ class IdempotencyError(InvalidRequestError):
 
 
 class AuthenticationError(SluiceError):
-    """The key is missing or wrong; send it as `Authorization: Bearer KEY`."""
+    """The key is missing or not valid; send one that is as `Authorization: Bearer KEY`."""
 
     status = 401
     type = "authentication_error"
     code = "invalid_api_key"
 
 
+class KeyRevokedError(AuthenticationError):
+    """The key of this stream is not valid any more; go on with another one."""
+
+
 class PermissionDeniedError(SluiceError):
-    """The operator's endpoints are off; the setting SLUICE_ADMIN_KEY turns them on."""
+    """The key lacks the role that this takes."""
 
     status = 403
     type = "permission_error"
-    code = "admin_is_off"
+    code = "role_missing"
+
+
+class ModelNotAllowedError(PermissionDeniedError):
+    """The key is not for this model; /v1/models lists those that it is for."""
+
+    code = "model_not_allowed"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"The key is not for the model {model}; /v1/models lists those that it is for.",
+            param="model",
+        )
+
+
+class EndpointNotAllowedError(PermissionDeniedError):
+    """The key is not for this endpoint."""
+
+    code = "endpoint_not_allowed"
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(f"The key is not for {endpoint}.")
 
 
 class HostNotAllowedError(SluiceError):
