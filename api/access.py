@@ -4,11 +4,13 @@ The key comes as `Authorization: Bearer KEY`. A browser's WebSocket can set no h
 subprotocols: there it comes as `openai-insecure-api-key.KEY`, as with OpenAI's realtime API.
 """
 
+from functools import partial
+
 from flask import Flask, g, request
 from werkzeug.routing import Map, Rule
 
+from api.keyring import Keyring
 from api.principal import Principal
-from api.services import get_services
 from tasks.contract.access import Role
 
 KEY_PROTOCOL = "openai-insecure-api-key."
@@ -63,9 +65,9 @@ WHO: dict[str, Role | None] = {
 }
 
 
-def register(app: Flask) -> None:
+def register(app: Flask, keyring: Keyring) -> None:
     """Has every request checked, WebSockets included."""
-    app.before_request(_check)
+    app.before_request(partial(_check, keyring))
 
 
 def get_principal() -> Principal:
@@ -95,7 +97,7 @@ def rows_of(rule: Rule) -> list[str]:
 _ASIDE = {"HEAD", "OPTIONS"}
 
 
-def _check() -> None:
+def _check(keyring: Keyring) -> None:
     """Lets a request pass whose key may use the route.
 
     Raises:
@@ -109,7 +111,7 @@ def _check() -> None:
     method = {"HEAD": "GET"}.get(request.method, request.method)
     role = WHO[f"{SOCKET if rule.websocket else method} {rule.rule}"]
     if role is not None:
-        g.principal = get_services().keyring.find(_shown_key(is_socket=rule.websocket))
+        g.principal = keyring.find(_shown_key(is_socket=rule.websocket))
         g.principal.check_role(role)
 
 

@@ -67,7 +67,7 @@ def create_app(bind: str) -> OpenAPI:
     # Their checks come in this order: what is refused is counted too.
     instruments.register(app)
     sites.register(app, services.settings)
-    access.register(app)
+    access.register(app, services.keyring)
     websocket.register(app)
     access.check_table(app.url_map)
     app.after_request(_add_request_id)
