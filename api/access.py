@@ -62,6 +62,13 @@ WHO: dict[str, Role | None] = {
     "GET /load": None,
     "GET /version": None,
     "GET /openapi.json": None,
+    "GET /docs/": None,
+    "GET /docs/openapi.json": None,
+    "GET /docs/swagger": None,
+    "GET /docs/swagger/<path:filename>": None,
+    "GET /docs/static/<path:filename>": None,
+    "GET /docs/oauth2-redirect.html": None,
+    "GET /static/<path:filename>": None,
 }
 
 

@@ -47,6 +47,7 @@ from tasks.contract.errors import (
     SluiceError,
     StreamBrokenError,
     TooManyConnectionsError,
+    all_kinds,
     headers_of,
 )
 
@@ -163,20 +164,23 @@ def operation(
     }
     if body:
         told["requestBody"] = {"required": True, "content": {JSON: body}}
-    return {"x-sluice": told, "x-refuses": (tuple(refuses), tuple(engine))}
+    # Names, as flask-openapi3 writes it all out before `complete` reads it.
+    names = [kind.__name__ for kind in refuses]
+    return {"x-sluice": told, "x-refuses": names, "x-engine": list(engine)}
 
 
 def complete(document: dict[str, Any]) -> None:
     """Makes the document whole: every operation as its route has told, and what they refer to."""
     roles = {_RULE_PART.sub(r"{\1}", row): role for row, role in WHO.items()}
+    kinds = {kind.__name__: kind for kind in all_kinds()}
     for path, operations in document["paths"].items():
         for method, known in operations.items():
             told = known.pop("x-sluice")
-            refuses, engine = known.pop("x-refuses")
+            refuses = [kinds[name] for name in known.pop("x-refuses")]
             if roles[f"{method.upper()} {path}"]:
-                refuses += _WITH_KEY
+                refuses.extend(_WITH_KEY)
                 told["security"] = _SECURITY
-            told["responses"] |= _refusals(refuses, engine)
+            told["responses"] |= _refusals(refuses, known.pop("x-engine"))
             parameters = [_without_null(each) for each in known.get("parameters", ())]
             known.update(told, parameters=parameters + told["parameters"])
     document["components"] = {
@@ -217,7 +221,7 @@ def _schema(kind: Any) -> dict[str, Any]:
     return {"type": "array", "items": _schema(each)}
 
 
-def _refusals(kinds: Iterable[Kind], engine: tuple[int, ...]) -> dict[str, Any]:
+def _refusals(kinds: Iterable[Kind], engine: list[int]) -> dict[str, Any]:
     by_status: dict[int, list[Kind]] = defaultdict(list)
     for kind in dict.fromkeys([*_EVERYWHERE, *kinds]):
         by_status[kind.status].append(kind)

@@ -369,9 +369,14 @@ class HttpError(SluiceError):
         self.code = next((s.name.lower() for s in HTTPStatus if s == status), str(status))
 
 
-def kind_of(code: object) -> type[SluiceError]:
-    """The class of the errors with that code: whether to retry is not in the body."""
+def all_kinds() -> list[type[SluiceError]]:
+    """The classes of errors, each after those that it is made of."""
     kinds: list[type[SluiceError]] = [SluiceError]
     for kind in kinds:  # grows meanwhile
         kinds += kind.__subclasses__()
-    return next((kind for kind in kinds if kind.code == code), SluiceError)
+    return kinds
+
+
+def kind_of(code: object) -> type[SluiceError]:
+    """The class of the errors with that code: whether to retry is not in the body."""
+    return next((kind for kind in all_kinds() if kind.code == code), SluiceError)
