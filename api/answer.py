@@ -10,7 +10,7 @@ from flask import Response
 from api.encoders.sse import KEEP_ALIVE, error_event, event_stream
 from api.ends import end_without_log
 from api.errors import respond_again
-from api.relay import ClientDisconnectedError, JobStream, ServerStoppingError
+from api.relay import CUT_OFF, ClientDisconnectedError, JobStream
 from api.services import Services
 from tasks.contract.errors import RequestTimeoutError, StreamBrokenError
 from tasks.contract.events import End, Entry, Start
@@ -136,8 +136,9 @@ class Answer:
                     yield KEEP_ALIVE
         except ClientDisconnectedError:
             return
-        except ServerStoppingError as stopping:
-            self.end = End.failed(stopping)
+        except CUT_OFF as cut_off:
+            yield error_event(orjson.dumps(cut_off.body()))
+            return
         if self.end.error:
             yield error_event(orjson.dumps(self.end.error))
 
@@ -156,7 +157,7 @@ class Answer:
                 yield error_event(first + self._rest())
         except ClientDisconnectedError:
             return
-        except (RequestTimeoutError, ServerStoppingError) as late:
+        except (RequestTimeoutError, *CUT_OFF) as late:
             yield error_event(orjson.dumps(late.body()))
 
     def _take(self, timeout_s: float) -> tuple[bytes, bool]:

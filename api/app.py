@@ -11,11 +11,13 @@ from flask import Response, request
 from flask.json.provider import JSONProvider
 from flask_openapi3 import Info, OpenAPI
 
-from api import errors, instruments, sites
+from api import access, errors, instruments, sites
 from api import openapi as document
 from api.encoders import websocket
 from api.routes import admin, health, jobs, metrics
+from api.routes import keys as key_routes
 from api.routes import openai as routes
+from api.server import is_loopback
 from api.services import Services
 from tasks.contract import logs
 from tasks.contract.settings import get_settings
@@ -38,8 +40,8 @@ class Json(JSONProvider):
         return orjson.loads(s)
 
 
-def create_app() -> OpenAPI:
-    """Builds the app and starts this process's relay."""
+def create_app(bind: str) -> OpenAPI:
+    """Builds the app, which is served on HOST:PORT, and starts what runs beside its requests."""
     app = OpenAPI(
         __name__,
         info=Info(title="Sluice", version=version("sluice"), description=document.DESCRIPTION),
@@ -49,7 +51,7 @@ def create_app() -> OpenAPI:
     app.json = Json(app)
     logs.configure(get_settings())
     gevent.get_hub().print_exception = _log_lost  # type: ignore[assignment,method-assign]
-    services = Services.start()
+    services = Services.start(may_be_open=is_loopback(bind.rpartition(":")[0]))
     # Otherwise /docs would first ask which page it shall show.
     app.config["OPENAPI_HTML_STRING"] = "{% include 'docs.html' %}"
     app.config["MAX_CONTENT_LENGTH"] = services.settings.max_body_bytes
@@ -59,12 +61,15 @@ def create_app() -> OpenAPI:
     app.register_api(health.blueprint)
     app.register_api(metrics.blueprint)
     app.register_api(admin.blueprint)
+    app.register_api(key_routes.blueprint)
     document.complete(app.api_doc)
     app.add_url_rule("/openapi.json", view_func=lambda: app.api_doc)
     # Their checks come in this order: what is refused is counted too.
     instruments.register(app)
     sites.register(app, services.settings)
+    access.register(app, services.keyring)
     websocket.register(app)
+    access.check_table(app.url_map)
     app.after_request(_add_request_id)
     errors.register(app)
     # What is there now stays: a full collection over it would hold up every stream for 50 ms.

@@ -7,8 +7,9 @@ the engine knows works here.
 import logging
 import random
 import socket
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import gevent
@@ -23,7 +24,7 @@ from api.intake import Call
 from api.relay import ClientDisconnectedError, JobStream
 from api.services import Services
 from db import jobs as records
-from tasks.contract.errors import JobCancelledError
+from tasks.contract.errors import JobCancelledError, KeyRevokedError
 from tasks.contract.job import State
 
 log = logging.getLogger(__name__)
@@ -53,8 +54,9 @@ class Generation:
     def __init__(self, services: Services, call: Call, client_socket: Any = None) -> None:
         self._services = services
         self._resources = ExitStack()
+        self._principal = call.principal
         job = replace(call.job, listener=services.relay.process)
-        stream: JobStream = self._resources.enter_context(services.relay.stream(job.id))
+        stream = self._open(services.relay.stream(job.id))
         with ExitStack() as undo:
             undo.callback(self._resources.close)
             self.job_id = services.jobs.backlog.submit(job)
@@ -76,7 +78,14 @@ class Generation:
         is_queued = self._services.jobs.backlog.snapshots([self.job_id]) != [None]
         if not is_queued and not is_kept(self._services, self.job_id):
             raise AnsweredError(self.job_id)
-        return self._resources.enter_context(self._services.relay.follow(self.job_id))
+        return self._open(self._services.relay.follow(self.job_id))
+
+    def _open(self, opening: AbstractContextManager[JobStream]) -> JobStream:
+        """The stream, which is cut off when the key is refused."""
+        stream = self._resources.enter_context(opening)
+        keyring, cut_off = self._services.keyring, partial(stream.cut_off, KeyRevokedError())
+        self._resources.enter_context(keyring.watching(self._principal, cut_off))
+        return stream
 
     def close(self) -> None:
         """Lets go of the job, and cancels it unless somebody else may want it."""

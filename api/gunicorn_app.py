@@ -18,6 +18,7 @@ class Application(BaseApplication):  # type: ignore[misc]
     """Serves the API on HOST:PORT with that many processes."""
 
     def __init__(self, bind: str, processes: str) -> None:
+        self._bind = bind
         self._own = {"bind": bind, "workers": int(processes)}
         super().__init__()
 
@@ -30,7 +31,7 @@ class Application(BaseApplication):  # type: ignore[misc]
         """The WSGI application, in a process that gevent has patched (gunicorn's name)."""
         from api.app import create_app
 
-        return create_app()
+        return create_app(self._bind)
 
 
 def _settings() -> dict[str, Any]:

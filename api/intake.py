@@ -19,7 +19,8 @@ from gunicorn.http.errors import NoMoreData, ParseException
 from pydantic import TypeAdapter, ValidationError
 from werkzeug.datastructures import Headers
 
-from api.services import TENANT, Services
+from api.principal import Principal
+from api.services import Services
 from tasks.contract.errors import BodyTimeoutError, BodyTooLargeError, InvalidRequestError
 from tasks.contract.job import EnqueueOptions, Job, new_id
 from tasks.contract.models import Model
@@ -134,25 +135,35 @@ class Call:
     """A request for the engine as a job, and how its client wants to have the answer."""
 
     job: Job
+    principal: Principal
     wants_stream: bool
     continues: bool
     """Whether the job runs on when its client goes away."""
 
     @classmethod
-    def read(cls, services: Services, endpoint: str, body: bytes, headers: Headers) -> "Call":
+    def read(
+        cls,
+        services: Services,
+        principal: Principal,
+        endpoint: str,
+        body: bytes,
+        headers: Headers,
+    ) -> "Call":
         """Reads a body as it came.
 
         Raises:
             InvalidRequestError: it is not JSON, an option of ours is wrong, or it asks for more at
                 once than a worker of the model takes, or for what no user may.
             ModelNotFoundError: the model does not exist.
+            PermissionDeniedError: the key is not for the model or the endpoint.
         """
+        principal.check_endpoint(endpoint)
         whole = document = read_object(body)
         if "message" in document and "messages" not in document and "prompt" not in document:
             document = _expand_short_form(document)
         on_disconnect, document = _take_on_disconnect(document, headers)
         name = document.get("model")
-        model = services.catalog.resolve(name if isinstance(name, str) else None)
+        model = principal.resolve(services.catalog, name if isinstance(name, str) else None)
         _check_limits(document, model, services.settings.max_schema_bytes)
         key = read_key(headers)
         job = Job(
@@ -160,13 +171,13 @@ class Call:
             model.name,
             endpoint,
             body if document is whole else orjson.dumps(document),
-            tenant=TENANT,
+            tenant=principal.tenant,
             sequences=_admit_sequences(endpoint, document, model),
             options=EnqueueOptions(idempotency_key=key, fingerprint=fingerprint(endpoint, body)),
         )
         # A key says that the client will come back for the answer.
         continues = (on_disconnect or ("continue" if key else "abort")) == "continue"
-        return cls(job, document.get("stream") is True, continues)
+        return cls(job, principal, document.get("stream") is True, continues)
 
 
 def count_sequences(endpoint: str, document: dict[str, Any]) -> int:

@@ -7,22 +7,26 @@ lives, is told in between and not again.
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import orjson
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
+from api.encoders.sse import error_event
 from api.ends import end_without_log, is_kept
 from api.generation import cancel_accepted
 from api.job_view import describe, find_queued, positions_of
+from api.principal import Principal
 from api.relay import ClientDisconnectedError, JobStream, ServerStoppingError
 from api.schemas import EVENT_ID
-from api.services import TENANT, Services
+from api.services import Services
 from tasks.contract.errors import (
     InvalidRequestError,
     JobLostError,
     JobNotFoundError,
+    KeyRevokedError,
     StreamBrokenError,
 )
 from tasks.contract.events import End, Kind, Position, Start
@@ -65,8 +69,11 @@ KEEP_ALIVE = Event("", "keep-alive", b"")
 class JobEvents:
     """The events of one job for one client."""
 
-    def __init__(self, services: Services, stream: JobStream, head: Start | None) -> None:
+    def __init__(
+        self, services: Services, tenant: str, stream: JobStream, head: Start | None
+    ) -> None:
         self._services = services
+        self._tenant = tenant
         self._stream = stream
         self._head = head
         self._has_ended = False
@@ -78,6 +85,7 @@ class JobEvents:
 
         Raises:
             ClientDisconnectedError: the client has left.
+            ServerStoppingError, KeyRevokedError: it is no longer served.
         """
         keep_alive_s = self._services.settings.keep_alive_s
         with self._services.queue_positions.watching(self._stream) as queue:
@@ -110,7 +118,7 @@ class JobEvents:
         stored = None
         if end.error == JobLostError().body() and not self._has_sent:
             with suppress(JobNotFoundError, RedisError, SQLAlchemyError):
-                stored = describe(self._services, TENANT, self._job_id)
+                stored = describe(self._services, self._tenant, self._job_id)
         if stored is None or not State(stored["status"]).is_final:
             yield from self._encode_end("", end)
             return
@@ -147,7 +155,9 @@ class JobEvents:
 class Follower:
     """A client that follows a job from one of its events on."""
 
-    def __init__(self, services: Services, job_id: str, wanted: str | None) -> None:
+    def __init__(
+        self, services: Services, principal: Principal, job_id: str, wanted: str | None
+    ) -> None:
         """Looks the job up.
 
         Raises:
@@ -155,15 +165,16 @@ class Follower:
             InvalidRequestError: the position is none, or beyond the end.
         """
         self._services = services
+        self._principal = principal
         self._job_id = job_id
-        self._job = find_queued(services, TENANT, job_id)
+        self._job = find_queued(services, principal.tenant, job_id)
         self._stored: dict[str, Any] | None = None
         self._has_cancelled = False
         self._has_left = False
         if self._job is None:
             # One that SQL keeps is about to be queued: what is to be followed is its log.
             is_coming = is_kept(services, job_id)
-            stored = describe(services, TENANT, job_id)
+            stored = describe(services, principal.tenant, job_id)
             self._stored = None if is_coming else stored
             self._model = stored["model"]
         else:
@@ -201,12 +212,15 @@ class Follower:
         head, after = self._head(), self._after
         if head is not None and not head.is_event_stream:
             after = None
-        with self._services.relay.follow(self._job_id, after) as stream:
-            self.stream = stream
-            if self._has_left:
-                stream.client_disconnected()
-            (place,) = positions_of(self._services, [self._job]) if self._job else [None]
-            yield from JobEvents(self._services, stream, head).follow(place)
+        services, principal = self._services, self._principal
+        with services.relay.follow(self._job_id, after) as stream:
+            cut_off = partial(stream.cut_off, KeyRevokedError())
+            with services.keyring.watching(principal, cut_off):
+                self.stream = stream
+                if self._has_left:
+                    stream.client_disconnected()
+                (place,) = positions_of(services, [self._job]) if self._job else [None]
+                yield from JobEvents(services, principal.tenant, stream, head).follow(place)
 
     def _head(self) -> Start | None:
         """The head, when events before the first wanted one told it."""
@@ -238,7 +252,10 @@ def _position_event(place: QueuePosition) -> Event:
 
 
 def encode(events: Iterator[Event]) -> Iterator[bytes]:
-    """Server-sent events; a keep-alive is a comment. When this process ends, clients come back."""
+    """Server-sent events; a keep-alive is a comment. When this process ends, clients come back.
+
+    When their key is refused, they do not.
+    """
     try:
         for event in events:
             yield b": keep-alive\n\n" if event is KEEP_ALIVE else event.encode()
@@ -246,3 +263,5 @@ def encode(events: Iterator[Event]) -> Iterator[bytes]:
         return
     except ServerStoppingError:
         yield b"retry: 500\n\n"
+    except KeyRevokedError as revoked:
+        yield error_event(orjson.dumps(revoked.body()))

@@ -4,6 +4,7 @@ A route's `openapi_extensions=operation(...)` says what it takes, gives and refu
 classes of tasks/contract/errors.py. At the start `complete` makes valid OpenAPI 3.1 of all that.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, get_args
@@ -11,16 +12,20 @@ from typing import Any, NamedTuple, get_args
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from api.access import WHO
 from api.intake import LONGEST_KEY
 from api.relay import ServerStoppingError
 from api.replies import DOCUMENTED, Error, Job
-from api.schemas import EVENT_ID, JobRequest, engine_schemas
+from api.schemas import EVENT_ID, JobRequest, Rotation, engine_schemas
+from tasks.contract.access import KeySpec, TenantSpec
 from tasks.contract.errors import (
     AnswerTooLargeError,
+    AuthenticationError,
     BacklogBytesError,
     BodyTimeoutError,
     BodyTooLargeError,
     DatabaseUnavailableError,
+    EndpointNotAllowedError,
     EndpointNotSupportedError,
     HostNotAllowedError,
     IdempotencyError,
@@ -31,15 +36,18 @@ from tasks.contract.errors import (
     JobLostError,
     JobNotFoundError,
     KeyInUseError,
+    ModelNotAllowedError,
     ModelNotFoundError,
     OriginNotAllowedError,
     OverloadedError,
+    PermissionDeniedError,
     QueueUnavailableError,
     RecordsFullError,
     RequestTimeoutError,
     SluiceError,
     StreamBrokenError,
     TooManyConnectionsError,
+    all_kinds,
     headers_of,
 )
 
@@ -52,12 +60,13 @@ which it can be polled, waited for, streamed, resumed and cancelled.
 
 Every error has OpenAI's shape. What an engine refuses keeps its status: that of a `remote` engine
 may be another one than those listed here. Requests may bring an `x-request-id`, and get it back."""
-SECURITY: list[dict[str, list[Any]]] = [{"bearer": []}]
+_SECURITY: list[dict[str, list[Any]]] = [{"bearer": []}]
 _SCHEMES = {
     "bearer": {
         "type": "http",
         "scheme": "bearer",
-        "description": "The operator's SLUICE_ADMIN_KEY. Only `/v1/admin` asks for a key.",
+        "description": "A key, as `sluice keys create` makes them. While there is none, and the API"
+        " is bound to loopback, only keys and tenants themselves need one.",
     }
 }
 
@@ -96,6 +105,7 @@ _HEADERS = {
     "x-sluice-model": ("string", "the model that served"),
     "x-sluice-queue-ms": ("integer", "how long the job waited"),
 }
+_RULE_PART = re.compile(r"<(?:\w+:)?(\w+)>")
 _ALWAYS = {"Location", "x-sluice-job"}
 
 
@@ -120,10 +130,14 @@ ENDED = given("The job, which has ended", Job, *OF_JOB)
 _EVERYWHERE: tuple[Kind, ...] = (
     *(SluiceError, HostNotAllowedError, OriginNotAllowedError, TooManyConnectionsError),
 )
+_WITH_KEY: tuple[Kind, ...] = (
+    *(AuthenticationError, PermissionDeniedError, DatabaseUnavailableError),
+)
 BODY_ERRORS: tuple[Kind, ...] = (InvalidRequestError, BodyTooLargeError, BodyTimeoutError)
 STORE_ERRORS: tuple[Kind, ...] = (QueueUnavailableError, DatabaseUnavailableError)
 JOB_ERRORS: tuple[Kind, ...] = (InvalidRequestError, JobNotFoundError, *STORE_ERRORS)
 ACCEPTANCE_ERRORS: tuple[Kind, ...] = (
+    *(ModelNotAllowedError, EndpointNotAllowedError),
     *(ModelNotFoundError, KeyInUseError, IdempotencyError, *STORE_ERRORS),
     *(OverloadedError, BacklogBytesError, RecordsFullError),
 )
@@ -148,21 +162,25 @@ def operation(
         "parameters": [{"$ref": f"#/components/parameters/{name}"} for name in takes],
         "responses": {str(status): _answer(each) for status, each in gives.items()},
     }
-    by_status: dict[int, list[Kind]] = defaultdict(list)
-    for kind in dict.fromkeys([*_EVERYWHERE, *refuses]):
-        by_status[kind.status].append(kind)
-    for status in sorted(by_status.keys() | set(engine)):
-        told["responses"][str(status)] = _refusal(by_status[status], status in engine)
     if body:
         told["requestBody"] = {"required": True, "content": {JSON: body}}
-    return {"x-sluice": told}
+    # Names, as flask-openapi3 writes it all out before `complete` reads it.
+    names = [kind.__name__ for kind in refuses]
+    return {"x-sluice": told, "x-refuses": names, "x-engine": list(engine)}
 
 
 def complete(document: dict[str, Any]) -> None:
     """Makes the document whole: every operation as its route has told, and what they refer to."""
-    for path in document["paths"].values():
-        for known in path.values():
+    roles = {_RULE_PART.sub(r"{\1}", row): role for row, role in WHO.items()}
+    kinds = {kind.__name__: kind for kind in all_kinds()}
+    for path, operations in document["paths"].items():
+        for method, known in operations.items():
             told = known.pop("x-sluice")
+            refuses = [kinds[name] for name in known.pop("x-refuses")]
+            if roles[f"{method.upper()} {path}"]:
+                refuses.extend(_WITH_KEY)
+                told["security"] = _SECURITY
+            told["responses"] |= _refusals(refuses, known.pop("x-engine"))
             parameters = [_without_null(each) for each in known.get("parameters", ())]
             known.update(told, parameters=parameters + told["parameters"])
     document["components"] = {
@@ -173,7 +191,9 @@ def complete(document: dict[str, Any]) -> None:
 
 
 def _schemas() -> dict[str, Any]:
-    wanted = [(JobRequest, "validation"), *((kind, "serialization") for kind in DOCUMENTED)]
+    taken: tuple[type[BaseModel], ...] = (JobRequest, KeySpec, TenantSpec, Rotation)
+    wanted = [(kind, "validation") for kind in taken]
+    wanted += [(kind, "serialization") for kind in DOCUMENTED]
     _, made = models_json_schema(wanted, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     ours: dict[str, Any] = made["$defs"]
     for schema in ours.values():
@@ -199,6 +219,14 @@ def _schema(kind: Any) -> dict[str, Any]:
         return {"$ref": f"#/components/schemas/{kind.__name__}"}
     (each,) = get_args(kind)
     return {"type": "array", "items": _schema(each)}
+
+
+def _refusals(kinds: Iterable[Kind], engine: list[int]) -> dict[str, Any]:
+    by_status: dict[int, list[Kind]] = defaultdict(list)
+    for kind in dict.fromkeys([*_EVERYWHERE, *kinds]):
+        by_status[kind.status].append(kind)
+    statuses = sorted(by_status.keys() | set(engine))
+    return {str(status): _refusal(by_status[status], status in engine) for status in statuses}
 
 
 def _refusal(kinds: Iterable[Kind], has_engines: bool) -> dict[str, Any]:

@@ -21,7 +21,12 @@ from redis.exceptions import RedisError
 from api.instruments import STREAMS
 from tasks.contract import keys
 from tasks.contract.connections import connect_listener
-from tasks.contract.errors import DecodeError, OverloadedError, StreamBrokenError
+from tasks.contract.errors import (
+    DecodeError,
+    KeyRevokedError,
+    OverloadedError,
+    StreamBrokenError,
+)
 from tasks.contract.events import Entry, Kind, Position, decode_frame
 from tasks.queue.token_log import TokenLog
 
@@ -45,6 +50,11 @@ class ServerStoppingError(OverloadedError):
     retry_after_s = 1.0
 
 
+# With them a stream ends that is no longer served, while its job may go on.
+CutOff = ServerStoppingError | KeyRevokedError
+CUT_OFF = (ServerStoppingError, KeyRevokedError)
+
+
 class JobStream:
     """The entries of one job in order, without gaps or repetitions, as they come."""
 
@@ -64,7 +74,7 @@ class JobStream:
         self._wake = Event()
         self._is_behind = False
         self._is_disconnected = False
-        self._is_stopping = False
+        self._cut_off: CutOff | None = None
         self._is_broken = False
         self._is_woken = False
 
@@ -106,9 +116,9 @@ class JobStream:
         self._is_disconnected = True
         self._wake.set()
 
-    def server_stopping(self) -> None:
-        """The process is about to end: ends the wait of `take`."""
-        self._is_stopping = True
+    def cut_off(self, reason: CutOff) -> None:
+        """The stream is no longer served: ends the wait of `take`."""
+        self._cut_off = reason
         self._wake.set()
 
     def break_off(self) -> None:
@@ -122,6 +132,7 @@ class JobStream:
         Raises:
             ClientDisconnectedError: the client closed its connection.
             ServerStoppingError: the process is about to end.
+            KeyRevokedError: the client's key is not valid any more.
             StreamBrokenError: what comes next is not what follows.
         """
         deadline_s = time.monotonic() + timeout_s
@@ -133,8 +144,8 @@ class JobStream:
             self._wake.clear()
             if self._is_disconnected:
                 raise ClientDisconnectedError
-            if self._is_stopping:
-                raise ServerStoppingError
+            if self._cut_off:
+                raise self._cut_off
             self._catch_up()
             if self._is_broken and not self._ready:
                 raise StreamBrokenError
@@ -226,7 +237,7 @@ class Relay:
     def stop(self) -> None:
         """Tells who follows a job that this process ends; the job goes on."""
         for stream in list(self._followed):
-            stream.server_stopping()
+            stream.cut_off(ServerStoppingError())
 
     def start(self) -> None:
         """Starts feeding the streams."""

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tasks.contract.access import Role
 from tasks.contract.job import State
 from tasks.queue.control import WorkerState
 
@@ -228,6 +229,54 @@ class Paused(BaseModel):
     is_paused: bool
 
 
+class ApiKey(BaseModel):
+    """A key without its secret; times in seconds since 1970."""
+
+    id: str
+    object: Literal["api_key"]
+    name: str
+    prefix: str = Field(description="how its secret begins")
+    tenant: str
+    roles: list[Role]
+    models: list[str] | None = Field(description="names or aliases; null: all")
+    endpoints: list[str] | None = Field(description="null: all")
+    weight: float
+    limits: dict[str, int]
+    is_enabled: bool
+    created_at: int
+    expires_at: int | None
+    last_used_at: int | None = Field(description="to the minute or so")
+    old_secret_until: int | None = Field(description="until when the secret before this one lives")
+
+
+class NewApiKey(ApiKey):
+    """With its secret, which is shown this once."""
+
+    key: str
+
+
+class ApiKeyList(BaseModel):
+    object: Literal["list"]
+    data: list[ApiKey]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class Tenant(BaseModel):
+    id: str
+    object: Literal["tenant"]
+    weight: float
+    limits: dict[str, int]
+    is_enabled: bool
+    created_at: int
+
+
+class TenantList(BaseModel):
+    object: Literal["list"]
+    data: list[Tenant]
+
+
 class Live(BaseModel):
     status: Literal["ok"]
     streams: int
@@ -249,5 +298,6 @@ class Version(BaseModel):
 DOCUMENTED: tuple[type[BaseModel], ...] = (
     *(Error, ChatCompletion, Completion, Embeddings, Model, ModelList),
     *(Job, JobList, WebhookLog, DeadLetterList, DeadLetterWithReasons, NewJob, Deleted),
+    *(ApiKey, NewApiKey, ApiKeyList, Tenant, TenantList),
     *(WorkerList, Target, Drained, Paused, Live, Readiness, Load, Version),
 )

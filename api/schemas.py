@@ -1,9 +1,10 @@
 """What clients may send: our own objects, checked here; and the engine's, for the docs only."""
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from tasks.contract.access import MOST_OVERLAP_S, Endpoint, TenantId, whole
 from tasks.contract.errors import InvalidRequestError
 from tasks.contract.job import LOWEST_PRIORITY, Lane, State
 
@@ -46,6 +47,34 @@ class WorkerPath(BaseModel):
     worker_id: str = Field(max_length=256)
 
 
+class KeyPath(BaseModel):
+    key_id: str = Field(max_length=64, pattern=_NO_NUL)
+
+
+class TenantPath(BaseModel):
+    tenant_id: TenantId
+
+
+class KeyQuery(BaseModel):
+    """Which keys are listed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tenant: str | None = Field(None, pattern=_NO_NUL)
+    limit: int = Field(100, ge=1, le=1000)
+    after: str | None = Field(None, pattern=_NO_NUL, description="id of the last one before")
+
+
+class Rotation(BaseModel):
+    """How a key gets a new secret."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    overlap_s: Annotated[float, Field(strict=True)] = Field(
+        0, ge=0, le=MOST_OVERLAP_S, description="how long the old secret lives on"
+    )
+
+
 class EventQuery(BaseModel):
     starting_after: str | None = Field(
         None,
@@ -54,15 +83,10 @@ class EventQuery(BaseModel):
     )
 
 
-def _whole(given: Any) -> Any:
-    """For JSON, 5.0 is an integer."""
-    return int(given) if isinstance(given, float) and given.is_integer() else given
-
-
 Priority = Annotated[
     int,
     Field(strict=True, ge=-LOWEST_PRIORITY, le=LOWEST_PRIORITY),
-    BeforeValidator(_whole),
+    BeforeValidator(whole),
 ]
 
 
@@ -71,7 +95,7 @@ class JobRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+    endpoint: Endpoint
     body: dict[str, Any] = Field(description="what would be posted to the endpoint")
     priority: Lane | Priority = Field(
         Lane.BATCH, description="a lane, or an order within `batch`: lower ones go first"

@@ -12,10 +12,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from api.connection_limits import KEPT_FILES
 from db import migrate
+from db.keys import any_key
 from tasks.contract import open_files
 from tasks.contract.errors import ConfigurationError
 from tasks.contract.models import get_catalog
-from tasks.contract.settings import get_settings
+from tasks.contract.settings import Settings, get_settings
 from tasks.contract.trouble import database_trouble, refuse_lasting, refuse_unusable
 
 MOST_FILES = 16_384
@@ -40,12 +41,36 @@ def serve(bind: str) -> NoReturn:
     except SQLAlchemyError as failure:
         # Merely away: jobs in the background get 503 until it is back.
         refuse_lasting(database_trouble(failure, settings))
+    else:
+        refuse_open(bind, settings)
     _make_metrics_directory(bind)
     if not settings.allowed_hosts and is_loopback(bind.rpartition(":")[0]):
         os.environ["SLUICE_ALLOWED_HOSTS"] = LOOPBACK_NAMES
     processes = str(settings.api_processes)
     # -P: what lies in the working directory is not ours.
     os.execv(sys.executable, [sys.executable, "-P", "-m", "api.gunicorn_app", bind, processes])
+
+
+def is_open(bind: str, settings: Settings) -> bool:
+    """Whether no key is needed there: there is none, and only this machine reaches it."""
+    is_ours = is_loopback(bind.rpartition(":")[0])
+    return is_ours and not settings.admin_key and not any_key(settings.database_url)
+
+
+def refuse_open(bind: str, settings: Settings) -> None:
+    """Refuses to serve other machines while there is no key.
+
+    Raises:
+        ConfigurationError: nobody could use it there, as nobody has a key.
+        SQLAlchemyError: the database is away.
+    """
+    if is_loopback(bind.rpartition(":")[0]) or settings.admin_key:
+        return
+    if not any_key(settings.database_url):
+        raise ConfigurationError(
+            f"the API is to listen on {bind}, where other machines reach it, and there is no key; "
+            "make one with `sluice keys create NAME`, set SLUICE_ADMIN_KEY, or bind it to 127.0.0.1"
+        )
 
 
 def _allow_connections() -> None:

@@ -7,6 +7,7 @@ from flask import current_app
 from redis import Redis
 
 from api.acceptance import Acceptance
+from api.keyring import Keyring
 from api.lookups import Lookups
 from api.queue_positions import QueuePositions
 from api.relay import Relay
@@ -15,15 +16,13 @@ from tasks.contract.models import Catalog, get_catalog
 from tasks.contract.settings import Settings, get_settings
 from tasks.queue.jobs import Jobs
 
-# Until there are keys, everybody is this one.
-TENANT = "default"
-
 
 @dataclass(frozen=True)
 class Services:
     """The parts behind the routes; held by the app as `app.extensions["sluice"]`."""
 
     settings: Settings
+    keyring: Keyring
     catalog: Catalog
     redis: Redis
     jobs: Jobs
@@ -34,18 +33,24 @@ class Services:
     started_s: int
 
     @classmethod
-    def start(cls) -> "Services":
-        """Connects, and starts what runs beside the requests."""
+    def start(cls, *, may_be_open: bool) -> "Services":
+        """Connects, and starts what runs beside the requests.
+
+        `may_be_open`: no key is needed while there is none.
+        """
         settings = get_settings()
+        url, grace_s = settings.database_url, settings.key_grace_s
+        keyring = Keyring(url, settings.admin_key, grace_s, may_be_open=may_be_open)
         redis = connect(settings.redis_url)
         jobs = Jobs(redis, connect(settings.bus_url))
         relay = Relay(settings.bus_url, jobs.log)
         queue_positions = QueuePositions(redis, jobs.backlog)
         acceptance = Acceptance(jobs, settings.database_url)
-        for part in (relay, queue_positions, acceptance):
+        for part in (keyring, relay, queue_positions, acceptance):
             part.start()
         return cls(
             settings,
+            keyring,
             get_catalog(),
             redis,
             jobs,

@@ -28,6 +28,7 @@ from tasks.contract import keys
 STOP_S = 60.0
 SAMPLE_S = 0.1
 MOST_SLACK = 10.0
+KEPT_TABLES = {"api_keys", "tenants"}
 
 
 class Process:
@@ -177,10 +178,11 @@ class Stack:
         self.forget()
 
     def forget(self) -> None:
-        """Deletes all records of jobs, none of which may be open."""
+        """Deletes all records of jobs, none of which may be open; keys and tenants stay."""
         with writing(self.database_url) as session:
             for table in reversed(Base.metadata.sorted_tables):
-                session.execute(table.delete())
+                if table.name not in KEPT_TABLES:
+                    session.execute(table.delete())
         for prefix in (keys.JOB_PREFIX, keys.log("")):
             if found := list(self.redis.scan_iter(f"{prefix}*")):
                 self.redis.delete(*found)

@@ -55,6 +55,7 @@ class Base(MappedAsDataclass, DeclarativeBase, kw_only=True):
     type_annotation_map = {  # noqa: RUF012
         datetime: UtcDateTime,
         dict[str, Any]: JSON(none_as_null=True),
+        list[str]: JSON(none_as_null=True),
         float: Double(),
     }
 
@@ -203,3 +204,43 @@ class LedgerEntry(Base):
     started_at: Mapped[datetime | None]
     """Start of the last attempt; None: no worker took it."""
     ended_at: Mapped[datetime]
+
+
+class Tenant(Base):
+    """Whom keys and jobs belong to; none sees what is another's."""
+
+    __tablename__ = "tenants"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    """Its name."""
+    created_at: Mapped[datetime]
+    weight: Mapped[float] = mapped_column(default=1.0)
+    limits: Mapped[dict[str, Any]] = mapped_column(default_factory=dict)
+    is_enabled: Mapped[bool] = mapped_column(default=True)
+
+
+class ApiKey(Base):
+    """A key without its secret, of which only digests are kept."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str] = mapped_column(ForeignKey("tenants.id"), index=True)
+    name: Mapped[str]
+    prefix: Mapped[str]
+    """How the secret begins, to tell keys apart."""
+    digest: Mapped[str] = mapped_column(unique=True, repr=False)
+    created_at: Mapped[datetime]
+    roles: Mapped[list[str]]
+    models: Mapped[list[str] | None] = mapped_column(default=None)
+    """None: all of them, as with the endpoints."""
+    endpoints: Mapped[list[str] | None] = mapped_column(default=None)
+    weight: Mapped[float] = mapped_column(default=1.0)
+    limits: Mapped[dict[str, Any]] = mapped_column(default_factory=dict)
+    expires_at: Mapped[datetime | None] = mapped_column(default=None)
+    is_enabled: Mapped[bool] = mapped_column(default=True)
+    last_used_at: Mapped[datetime | None] = mapped_column(default=None)
+    """To the minute or so."""
+    old_digest: Mapped[str | None] = mapped_column(unique=True, default=None, repr=False)
+    """Of the secret before this one, which lives until `old_until`."""
+    old_until: Mapped[datetime | None] = mapped_column(default=None)

@@ -13,9 +13,23 @@ import click
 from deploy import operate
 from tasks.contract.errors import SluiceError
 
+NEED_SQL = ("keys", "tenants")
+
 
 class Program(click.Group):
     """Commands whose errors are one sentence, not a traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *NEED_SQL])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command; those that need SQL are not loaded for others."""
+        if cmd_name not in NEED_SQL:
+            return super().get_command(ctx, cmd_name)
+        from deploy import keys
+
+        command: click.Command = getattr(keys, cmd_name)
+        return command
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

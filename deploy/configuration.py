@@ -19,7 +19,7 @@ SECTIONS = {
     "lease_s": "Jobs and workers",
     "log_format": "Logs and metrics",
     "alert_webhook": "Alerts without Prometheus",
-    "admin_key": "Admin key and webhooks",
+    "admin_key": "Keys and webhooks",
 }
 # Wording of JSON schema's bounds.
 BOUNDS = {

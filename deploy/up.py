@@ -18,7 +18,7 @@ from rich.spinner import Spinner
 from rich.text import Text
 from sqlalchemy import make_url
 
-from api.server import is_loopback
+from api.server import is_open, refuse_open
 from deploy import checks, log_files, redis_server
 from deploy.process import Part, stop_all
 from deploy.screen import welcome
@@ -39,9 +39,9 @@ HEALTH_TIMEOUT_S = 3.0
 NOT_FOR_WORKERS = {f"{PREFIX}{name.upper()}" for name in (*SECRET_FIELDS, "database_url")}
 # Other commands do not get these either: they find it by its home, and the URL follows from it.
 NOT_ANNOUNCED = SECRET_FIELDS | {"home", "api_url"}
-OPEN_TO_ALL = (
-    "warning: the API listens on {host}, and there is no authentication yet: whoever reaches this "
-    "machine can use the models, and read and cancel every job"
+OPEN = (
+    "The API is open: there is no key, so whoever is on this machine can use the models, and read "
+    "and cancel every job; `sluice keys create NAME` ends that"
 )
 
 
@@ -103,8 +103,8 @@ class Deployment:
             )
             self._start_parts()
             self._console.print(welcome(self._settings, self._catalog), markup=False)
-            if not is_loopback(self._settings.host):
-                self._report(OPEN_TO_ALL.format(host=self._settings.bind))
+            if is_open(self._settings.bind, self._settings):
+                self._report(OPEN)
             self._supervise()
         except StopRequested:
             self._report("stopping")
@@ -149,6 +149,7 @@ class Deployment:
         from db import migrate
 
         migrate(self._settings.database_url)
+        refuse_open(self._settings.bind, self._settings)
 
     def _announced_settings(self) -> dict[str, str]:
         """The environment of the parts, usable from any directory."""

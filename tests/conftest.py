@@ -136,7 +136,7 @@ def demo_model() -> Model:
 def vllm_stack(tmp_path_factory: pytest.TempPathFactory, demo_model: Model) -> Iterator[Stack]:
     """API, maintenance and one worker with the demo model on vLLM."""
     home = tmp_path_factory.mktemp("vllm")
-    with running(Stack(home, [demo_model.model_dump(mode="json")], admin_key="admin")) as stack:
+    with running(Stack(home, [demo_model.model_dump(mode="json")])) as stack:
         yield stack
 
 

@@ -100,7 +100,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PositionWatche
         tmp_path_factory.mktemp, ("sluice", "prometheus", "alertmanager")
     )
     with (
-        running(Stack(home, [SIM], admin_key="admin")) as stack,
+        running(Stack(home, [SIM])) as stack,
         receiving() as receiver,
         Alertmanager(
             alertmanager_config(for_alertmanager, f"127.0.0.1:{receiver.server_port}")

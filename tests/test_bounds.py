@@ -41,7 +41,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 @pytest.fixture(scope="module")
 def postgres_stack(tmp_path_factory: pytest.TempPathFactory, postgres: Postgres) -> Iterator[Stack]:
     home, url = tmp_path_factory.mktemp("postgres"), postgres.create_database()
-    with running(Stack(home, [FAST], database_url=url, admin_key="admin"), workers=0) as stack:
+    with running(Stack(home, [FAST], database_url=url), workers=0) as stack:
         yield stack
 
 

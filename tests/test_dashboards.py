@@ -33,7 +33,7 @@ ENDPOINT = "/v1/chat/completions"
 def sim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """It has scraped a Sluice with the sim engine, on which much has happened."""
     home = tmp_path_factory.mktemp("dashboards")
-    stack = Stack(home, [SIM], admin_key="admin", max_attempts=2, **STACK_SETTINGS)
+    stack = Stack(home, [SIM], max_attempts=2, **STACK_SETTINGS)
     with (
         running(stack),
         receiving() as receiver,

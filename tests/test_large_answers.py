@@ -169,7 +169,7 @@ async def test_a_whole_answer_without_end_is_not_collected_any_further(
 def narrow_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Its Redis does not take what SLUICE_MAX_ANSWER_BYTES allows."""
     model = SIM | {"slots": 3000, "args": {"tokens-per-s": 50, "first-token-s": 0}}
-    stack = Stack(tmp_path_factory.mktemp("narrow"), [model], admin_key="admin", keep_alive_s=1)
+    stack = Stack(tmp_path_factory.mktemp("narrow"), [model], keep_alive_s=1)
     with running(stack) as stack:
         stack.redis.config_set("proto-max-bulk-len", 2**20)
         yield stack

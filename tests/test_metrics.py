@@ -54,7 +54,7 @@ def open_streams(stack: Stack) -> float:
 @pytest.fixture
 def stack(home: Path) -> Iterator[Stack]:
     """API, maintenance, and two slow workers."""
-    settings: dict[str, Any] = {"lease_s": 3, "keep_alive_s": 1, "admin_key": "admin"}
+    settings: dict[str, Any] = {"lease_s": 3, "keep_alive_s": 1}
     with running(Stack(home, [SLOW], **settings), workers=2) as stack:
         yield stack
 

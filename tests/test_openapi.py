@@ -112,21 +112,21 @@ def conform(document: dict[str, Any], name: str, given: Any) -> None:
     Draft202012Validator(reference | {"components": document["components"]}).validate(given)
 
 
-def test_jobs_of_every_end_are_as_documented(stack: Stack, document: dict[str, Any]) -> None:
+def test_jobs_of_every_end_are_as_documented(sim_stack: Stack, document: dict[str, Any]) -> None:
     bodies = {
         "completed": CHAT,
         "failed": CHAT | {"max_tokens": -1},
         "cancelled": CHAT | {"sim": {"failure": "hang"}, "stream": True},
     }
     for status, body in bodies.items():
-        job = submit(stack, body, metadata={"a": "b"})
+        job = submit(sim_stack, body, metadata={"a": "b"})
         conform(document, "Job", job)
         if status == "cancelled":
-            call(stack, "POST", f"/v1/jobs/{job['id']}/cancel")
-        ended = wait(stack, job["id"]).json()
+            call(sim_stack, "POST", f"/v1/jobs/{job['id']}/cancel")
+        ended = wait(sim_stack, job["id"]).json()
         assert ended["status"] == status
         conform(document, "Job", ended)
-    conform(document, "JobList", call(stack, "GET", "/v1/jobs").json())
+    conform(document, "JobList", call(sim_stack, "GET", "/v1/jobs").json())
 
 
 def test_dead_letters_are_as_documented(stack: Stack, document: dict[str, Any]) -> None:

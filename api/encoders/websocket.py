@@ -20,13 +20,19 @@ from simple_websocket import ConnectionClosed
 from sqlalchemy.exc import SQLAlchemyError
 
 from api import schemas
+from api.access import KEY_PROTOCOL, get_principal
 from api.generation import AnsweredError, Generation
 from api.intake import Call
 from api.job_events import KEEP_ALIVE, Follower
 from api.job_view import stored_response
 from api.relay import ClientDisconnectedError, ServerStoppingError
-from api.services import TENANT, Services, get_services
-from tasks.contract.errors import InvalidRequestError, QueueUnavailableError, SluiceError
+from api.services import Services, get_services
+from tasks.contract.errors import (
+    InvalidRequestError,
+    KeyRevokedError,
+    QueueUnavailableError,
+    SluiceError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +43,8 @@ PING_INTERVAL_S = 25
 LONGEST_STALL_S = 30.0
 MOST_WAITING = 16
 DONE = "[DONE]"
+# The second is what clients of OpenAI's realtime API name beside their key.
+PROTOCOLS = ("sluice", "realtime")
 POLICY_VIOLATION, INTERNAL_ERROR, TRY_AGAIN_LATER = 1008, 1011, 1013
 
 
@@ -74,7 +82,7 @@ def register(app: Flask) -> None:
     app.config["SOCK_SERVER_OPTIONS"] = {
         "ping_interval": PING_INTERVAL_S,
         "max_message_size": app.config["MAX_CONTENT_LENGTH"],
-        "subprotocols": ["sluice"],
+        "subprotocols": _Chosen(),
     }
     sock = Sock(app)
     app.before_request(_prepare_socket)
@@ -85,6 +93,23 @@ def register(app: Flask) -> None:
         if rule.websocket:
             # Otherwise those who do not upgrade would read that GET is allowed.
             rule.methods = None
+
+
+class _Chosen:
+    """Whatever `_choose_protocol` has left of the subprotocols that the client offers."""
+
+    def __contains__(self, _name: object) -> bool:
+        return True
+
+
+def _choose_protocol(offered: str) -> str:
+    """The one that the answer names: browsers give up if there is none of those that they offered.
+
+    The key, which may be one of them, only if it is the only one.
+    """
+    names = [name.strip() for name in offered.split(",")]
+    known = [name for name in names if name in PROTOCOLS]
+    return next(iter(known + [name for name in names if name.startswith(KEY_PROTOCOL)]), "")
 
 
 def _prepare_socket() -> None:
@@ -98,6 +123,9 @@ def _prepare_socket() -> None:
         request.environ["gunicorn.socket"] = WholeWrites(request.environ["gunicorn.socket"])
         # No compression: a frame of some kilobytes can inflate to a gigabyte.
         request.environ.pop("HTTP_SEC_WEBSOCKET_EXTENSIONS", None)
+        chosen = _choose_protocol(request.environ.pop("HTTP_SEC_WEBSOCKET_PROTOCOL", ""))
+        if chosen:
+            request.environ["HTTP_SEC_WEBSOCKET_PROTOCOL"] = chosen
 
 
 class Conversation:
@@ -112,13 +140,27 @@ class Conversation:
         self._on_cancel: Callable[[], object] | None = None
         self._on_disconnect: Callable[[], object] | None = None
         self._is_gone = False
+        self._is_revoked = False
         gevent.spawn(self._read)
 
     def requests(self) -> Iterator[bytes]:
-        """The frames that are not a cancellation, until either side closes."""
+        """The frames that are not a cancellation, until either side closes.
+
+        Raises:
+            KeyRevokedError: `revoke` was called.
+        """
         while (frame := self._requests.get()) is not None and not self._is_gone:
+            if self._is_revoked:
+                break
             self._waiting_bytes -= len(frame)
             yield frame
+        if self._is_revoked and not self._is_gone:
+            raise KeyRevokedError
+
+    def revoke(self) -> None:
+        """The key is refused: `requests` ends; what is being answered is cut off elsewhere."""
+        self._is_revoked = True
+        self._requests.put(b"")
 
     @contextlib.contextmanager
     def handling(
@@ -167,11 +209,13 @@ class Conversation:
             self._ws.close(code, reason)
 
     def _refuse(self, error: SluiceError) -> None:
-        """Sends an error, and closes when trying again later may help."""
+        """Sends an error, and closes when nothing else will be served here."""
         with contextlib.suppress(ClientDisconnectedError):
             self.send(orjson.dumps(error.body()).decode())
             self.send(DONE)
-        if error.status >= 500:
+        if isinstance(error, KeyRevokedError):
+            self.close(POLICY_VIOLATION, str(error)[:100])
+        elif error.status >= 500:
             code = INTERNAL_ERROR if error.retry_after_s is None else TRY_AGAIN_LATER
             self.close(code, str(error)[:100])
 
@@ -219,20 +263,27 @@ def _is_cancellation(frame: bytes) -> bool:
 def _generations(endpoint: str) -> Callable[[Any], None]:
     def serve(ws: Any) -> None:
         services = get_services()
+        principal = get_principal()
         conversation = Conversation(ws, services.settings.max_body_bytes)
-        for body in conversation.requests():
-            with conversation.reporting():
-                _serve(services, conversation, endpoint, body)
+        with (
+            conversation.reporting(),
+            services.keyring.watching(principal, conversation.revoke),
+        ):
+            for body in conversation.requests():
+                with conversation.reporting():
+                    call = Call.read(services, principal, endpoint, body, request.headers)
+                    _serve(services, conversation, call)
 
     return serve
 
 
-def _serve(services: Services, conversation: Conversation, endpoint: str, body: bytes) -> None:
+def _serve(services: Services, conversation: Conversation, call: Call) -> None:
     """Answers one request."""
     try:
-        generation = Generation(services, Call.read(services, endpoint, body, request.headers))
+        generation = Generation(services, call)
     except AnsweredError as answered:
-        conversation.send(stored_response(services, TENANT, answered.job_id).get_data(True))
+        stored = stored_response(services, call.principal.tenant, answered.job_id)
+        conversation.send(stored.get_data(True))
         conversation.send(DONE)
         return
     gone = generation.stream.client_disconnected
@@ -247,7 +298,8 @@ def _job_events(ws: Any, job_id: str) -> None:
     conversation = Conversation(ws, services.settings.max_body_bytes)
     with conversation.reporting():
         path = schemas.check(schemas.JobPath, {"job_id": job_id})
-        follower = Follower(services, path.job_id, request.args.get("starting_after"))
+        wanted = request.args.get("starting_after")
+        follower = Follower(services, get_principal(), path.job_id, wanted)
         with conversation.handling(follower.cancel, follower.client_disconnected):
             try:
                 for event in follower.events():

@@ -3,6 +3,7 @@
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import gevent
@@ -12,6 +13,7 @@ from flask_openapi3 import APIBlueprint, Tag
 from werkzeug.datastructures import Headers
 
 from api import replies, schemas
+from api.access import get_principal
 from api.encoders.sse import event_stream
 from api.ends import is_kept
 from api.intake import Call, Preference, fingerprint, read_body, read_key, read_object
@@ -33,8 +35,9 @@ from api.openapi import (
     given,
     operation,
 )
+from api.principal import Principal
 from api.relay import ServerStoppingError
-from api.services import TENANT, Services, get_services
+from api.services import Services, get_services
 from db import jobs as records
 from db.models import JobRecord
 from db.webhooks import attempts_of
@@ -42,6 +45,7 @@ from tasks.contract.errors import (
     ConflictError,
     JobCancelledError,
     JobNotFoundError,
+    KeyRevokedError,
     StreamBrokenError,
 )
 from tasks.contract.events import Kind
@@ -77,7 +81,8 @@ def submit() -> Response:
     services = get_services()
     body = read_body()
     wanted = schemas.check(schemas.JobRequest, read_object(body))
-    call = Call.read(services, wanted.endpoint, orjson.dumps(wanted.body), Headers())
+    request_body = orjson.dumps(wanted.body)
+    call = Call.read(services, get_principal(), wanted.endpoint, request_body, Headers())
     lane, priority = wanted.place
     key = read_key(request.headers)
     options = EnqueueOptions(priority, wanted.deadline_s, key, fingerprint("/v1/jobs", body))
@@ -114,11 +119,11 @@ def list_jobs(query: schemas.JobQuery) -> Response:
 
     One that has just begun or ended may be missing for a second among those of its new status.
     """
-    services = get_services()
+    services, tenant = get_services(), get_principal().tenant
     url = services.settings.database_url
-    if query.after and not records.exists(url, TENANT, query.after):
+    if query.after and not records.exists(url, tenant, query.after):
         raise JobNotFoundError(f"There is no job {query.after!r} to go on after.", param="after")
-    found = _page(services, query)
+    found = _page(services, tenant, query)
     page = describe_all(services, found[: query.limit])
     return _respond(
         {
@@ -131,7 +136,7 @@ def list_jobs(query: schemas.JobQuery) -> Response:
     )
 
 
-def _page(services: Services, query: schemas.JobQuery) -> list[Listed]:
+def _page(services: Services, tenant: str, query: schemas.JobQuery) -> list[Listed]:
     """One job more than asked for, if there are so many."""
     found: list[Listed] = []
     after, wanted = query.after, query.limit + 1
@@ -140,7 +145,7 @@ def _page(services: Services, query: schemas.JobQuery) -> list[Listed]:
     url, terms = services.settings.database_url, {"model": model, "status": query.status}
     for look in range(MOST_LOOKS):
         limit = max(wanted, ROWS_AT_A_LOOK if look else 0)
-        rows = records.page(url, TENANT, **terms, after=after, limit=limit)
+        rows = records.page(url, tenant, **terms, after=after, limit=limit)
         status = query.status if look < MOST_LOOKS - 1 else None
         found += look_again(services, rows, status)[: wanted - len(found)]
         if len(found) == wanted or len(rows) < limit:
@@ -174,7 +179,7 @@ def get_events(path: schemas.JobPath, query: schemas.EventQuery) -> Response:
     """Server-sent events from the start, or after `Last-Event-ID` or `starting_after`."""
     services = get_services()
     wanted = query.starting_after or request.headers.get("Last-Event-ID")
-    follower = Follower(services, path.job_id, wanted)
+    follower = Follower(services, get_principal(), path.job_id, wanted)
     response = event_stream(encode(follower.events()))
     response.headers["x-sluice-job"] = path.job_id
     return response
@@ -189,7 +194,7 @@ def get_events(path: schemas.JobPath, query: schemas.EventQuery) -> Response:
 def get_webhook(path: schemas.JobPath) -> Response:
     """How the calls of the job's webhook went."""
     services = get_services()
-    describe(services, TENANT, path.job_id)
+    describe(services, get_principal().tenant, path.job_id)
     delivery, attempts = attempts_of(services.settings.database_url, path.job_id)
     if delivery is None:
         raise JobNotFoundError("The job has no webhook, or has not ended yet.")
@@ -220,15 +225,15 @@ def get_webhook(path: schemas.JobPath) -> Response:
 )
 def cancel(path: schemas.JobPath) -> Response:
     """Takes it out of the queue or off the engine; one that has ended gets 409."""
-    services = get_services()
-    seen = find_queued(services, TENANT, path.job_id)
+    services, tenant = get_services(), get_principal().tenant
+    seen = find_queued(services, tenant, path.job_id)
     has_cancelled = seen is not None and services.jobs.cancel(seen.job.id, seen.job.model)
     if seen is None:
-        describe(services, TENANT, path.job_id)  # none of another tenant is touched
+        describe(services, tenant, path.job_id)  # none of another tenant is touched
         error = JobCancelledError().body()["error"]
         url = services.settings.database_url
         has_cancelled = records.end_lost(url, path.job_id, State.CANCELLED, error)
-    view = describe(services, TENANT, path.job_id)
+    view = describe(services, tenant, path.job_id)
     if not has_cancelled and view["status"] != State.CANCELLED:
         raise ConflictError(f"The job is {view['status']} already.")
     return _respond(view)
@@ -246,10 +251,10 @@ def cancel(path: schemas.JobPath) -> Response:
 )
 def retry(path: schemas.JobPath) -> Response:
     """A new job with the same request, for one that failed, expired or was cancelled."""
-    services = get_services()
-    known = find_queued(services, TENANT, path.job_id)
+    services, principal = get_services(), get_principal()
+    known = find_queued(services, principal.tenant, path.job_id)
     url = services.settings.database_url
-    stored = records.get(url, TENANT, path.job_id)
+    stored = records.get(url, principal.tenant, path.job_id)
     if known is None and stored is None:
         raise JobNotFoundError
     status = known.state if known else State(stored[0].status if stored else "")
@@ -258,25 +263,33 @@ def retry(path: schemas.JobPath) -> Response:
     old = records.load(url, path.job_id)
     if old is None or old.request is None:
         raise ConflictError("The job's request is no longer kept; send it again.")
+    principal.check_endpoint(old.endpoint)
+    principal.resolve(services.catalog, old.model)
     return _accept(services, renew(old))
 
 
 def _answer(services: Services, job_id: str, wait_s: int) -> Response:
     """The job, after at most that wait for its end."""
-    if wait_s:
-        _await_end(services, job_id, wait_s)
-    view = describe(services, TENANT, job_id)
+    principal = get_principal()
+    view = describe(services, principal.tenant, job_id)
+    if wait_s and not State(view["status"]).is_final:
+        _await_end(services, principal, job_id, wait_s)
+        view = describe(services, principal.tenant, job_id)
     has_ended = State(view["status"]).is_final
     return _respond(view, 200 if has_ended or (request.method == "GET" and not wait_s) else 202)
 
 
-def _await_end(services: Services, job_id: str, wait_s: int) -> None:
+def _await_end(services: Services, principal: Principal, job_id: str, wait_s: int) -> None:
     """Waits until the log and the queue both say that the job has ended, in whatever order."""
     deadline_s = time.monotonic() + wait_s
     has_log_ended = False
-    with suppress(ServerStoppingError, StreamBrokenError), services.relay.follow(job_id) as stream:
+    with (
+        suppress(ServerStoppingError, StreamBrokenError),
+        services.relay.follow(job_id) as stream,
+        services.keyring.watching(principal, partial(stream.cut_off, KeyRevokedError())),
+    ):
         while (left_s := deadline_s - time.monotonic()) > 0:
-            seen = find_queued(services, TENANT, job_id)
+            seen = find_queued(services, principal.tenant, job_id)
             if seen is None and not is_kept(services, job_id):
                 return
             if seen is None:

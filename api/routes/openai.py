@@ -7,6 +7,7 @@ from flask_openapi3 import APIBlueprint, Tag
 from redis.exceptions import RedisError
 
 from api import replies, schemas
+from api.access import get_principal
 from api.generation import AnsweredError, Generation
 from api.intake import Call, Preference, read_body
 from api.job_view import stored_response
@@ -27,8 +28,8 @@ from api.openapi import (
     operation,
 )
 from api.routes.jobs import accept_call
-from api.services import TENANT, get_services
-from tasks.contract.errors import ModelNotFoundError
+from api.services import get_services
+from tasks.contract.errors import ModelNotAllowedError, ModelNotFoundError
 from tasks.contract.models import Model
 from tasks.queue import control
 
@@ -93,8 +94,8 @@ def embeddings() -> Response:
     openapi_extensions=operation({200: given("All models", replies.ModelList)}),
 )
 def list_models() -> dict[str, Any]:
-    """Every name that requests may use, aliases included."""
-    names, lengths = get_services().catalog.names, _lengths()
+    """Every name that requests with this key may use, aliases included."""
+    names, lengths = get_principal().names(get_services().catalog), _lengths()
     cards = [_card(name, model, lengths) for name, model in names.items()]
     return {"object": "list", "data": cards}
 
@@ -103,23 +104,25 @@ def list_models() -> dict[str, Any]:
     "/v1/models/<path:model_id>",
     tags=MODELS,
     summary="Get a model",
-    openapi_extensions=operation({200: given("The model", replies.Model)}, (ModelNotFoundError,)),
+    openapi_extensions=operation(
+        {200: given("The model", replies.Model)}, (ModelNotFoundError, ModelNotAllowedError)
+    ),
 )
 def get_model(path: schemas.ModelPath) -> dict[str, Any]:
     """The model of that name or alias."""
-    model = get_services().catalog.resolve(path.model_id)
+    model = get_principal().resolve(get_services().catalog, path.model_id)
     return _card(path.model_id, model, _lengths())
 
 
 def _generate(endpoint: str) -> Response:
-    services = get_services()
-    call = Call.read(services, endpoint, read_body(), request.headers)
+    services, principal = get_services(), get_principal()
+    call = Call.read(services, principal, endpoint, read_body(), request.headers)
     if Preference.read(request.headers).is_async:
         return accept_call(services, call)
     try:
         generation = Generation(services, call, request.environ.get("gunicorn.socket"))
     except AnsweredError as answered:
-        return stored_response(services, TENANT, answered.job_id)
+        return stored_response(services, principal.tenant, answered.job_id)
     return generation.respond(call.wants_stream)
 
 

@@ -126,19 +126,44 @@ class IdempotencyError(InvalidRequestError):
 
 
 class AuthenticationError(SluiceError):
-    """The key is missing or wrong; send it as `Authorization: Bearer KEY`."""
+    """The key is missing or not valid; send one that is as `Authorization: Bearer KEY`."""
 
     status = 401
     type = "authentication_error"
     code = "invalid_api_key"
 
 
+class KeyRevokedError(AuthenticationError):
+    """The key of this stream is not valid any more; go on with another one."""
+
+
 class PermissionDeniedError(SluiceError):
-    """The operator's endpoints are off; the setting SLUICE_ADMIN_KEY turns them on."""
+    """The key lacks the role that this takes."""
 
     status = 403
     type = "permission_error"
-    code = "admin_is_off"
+    code = "role_missing"
+
+
+class ModelNotAllowedError(PermissionDeniedError):
+    """The key is not for this model; /v1/models lists those that it is for."""
+
+    code = "model_not_allowed"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"The key is not for the model {model}; /v1/models lists those that it is for.",
+            param="model",
+        )
+
+
+class EndpointNotAllowedError(PermissionDeniedError):
+    """The key is not for this endpoint."""
+
+    code = "endpoint_not_allowed"
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(f"The key is not for {endpoint}.")
 
 
 class HostNotAllowedError(SluiceError):
@@ -344,9 +369,14 @@ class HttpError(SluiceError):
         self.code = next((s.name.lower() for s in HTTPStatus if s == status), str(status))
 
 
-def kind_of(code: object) -> type[SluiceError]:
-    """The class of the errors with that code: whether to retry is not in the body."""
+def all_kinds() -> list[type[SluiceError]]:
+    """The classes of errors, each after those that it is made of."""
     kinds: list[type[SluiceError]] = [SluiceError]
     for kind in kinds:  # grows meanwhile
         kinds += kind.__subclasses__()
-    return next((kind for kind in kinds if kind.code == code), SluiceError)
+    return kinds
+
+
+def kind_of(code: object) -> type[SluiceError]:
+    """The class of the errors with that code: whether to retry is not in the body."""
+    return next((kind for kind in all_kinds() if kind.code == code), SluiceError)

@@ -183,8 +183,14 @@ class Settings(BaseSettings):
     admin_key: str = Field(
         "",
         repr=False,
-        description="bearer token of `/v1/admin` (dead letters, draining, pauses); empty: these "
-        "endpoints are off",
+        description="a key beside those that `sluice keys` makes, with role `admin` and tenant "
+        "`default`; with it every request needs a key",
+    )
+    key_grace_s: float = Field(
+        300,
+        ge=5,
+        description="how long keys that an API process knows are still taken while the database "
+        "does not answer; others get 503 at once",
     )
     webhook_secrets: str = Field(
         "",
