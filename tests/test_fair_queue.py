@@ -133,6 +133,7 @@ def test_who_was_idle_has_no_credit(backlog: Backlog) -> None:
     claimed = _tenants(backlog, 10)
     assert claimed.count("a") == claimed.count("b") == 5
 
+
 def test_a_tenant_that_comes_begins_where_the_last_one_is(backlog: Backlog) -> None:
     for _ in range(9):
         backlog.submit(_job("a"))
@@ -219,3 +220,69 @@ def test_a_job_is_passed_over_at_most_once_by_each_tenant_that_pays_as_much(
     backlog.submit(job)
     waited = next(n for n in itertools.count() if _claim(backlog).job.id == job.id)
     assert waited <= len(tenants)
+
+
+def _positions(backlog: Backlog, jobs: list[Job]) -> list[int]:
+    return [place.position for place in places(backlog.redis, jobs) if place]
+
+
+def test_positions_are_those_in_which_jobs_are_served(backlog: Backlog) -> None:
+    backlog.redis.hset(keys.tokens("m"), mapping={"input": PROMPT_TOKENS, "output": 60})
+    jobs = [_job(tenant, weight=2.0 if tenant == "c" else 1.0) for tenant in 9 * "a" + "bbbcccccc"]
+    for job in jobs[:4]:
+        backlog.submit(job)
+    running = [_claim(backlog).job.id for _ in range(2)]
+    for job in jobs[4:]:
+        backlog.submit(job)
+    waiting = [job for job in jobs if job.id not in running]
+    positions = dict(zip((job.id for job in waiting), _positions(backlog, waiting), strict=True))
+    claimed = [_claim(backlog).job.id for _ in waiting]
+    assert {job_id: n + 1 for n, job_id in enumerate(claimed)} == positions
+
+
+def test_positions_among_thousands_of_tenants_are_extrapolated(backlog: Backlog) -> None:
+    backlog.redis.hset(keys.tokens("m"), mapping={"input": PROMPT_TOKENS, "output": 60})
+    jobs = [_job(f"t{n:03}") for n in range(300) for _ in range(2)]
+    for job in jobs:
+        backlog.submit(job)
+    assert _positions(backlog, [jobs[0], jobs[1], jobs[-1]]) == [1, 301, 600]
+
+
+def test_jobs_of_an_older_version_are_served_and_get_their_turns(backlog: Backlog) -> None:
+    old = [_job("a") for _ in range(3)]
+    for job in old:
+        backlog.submit(job)
+        backlog.redis.hdel(keys.job(job.id), "weight", "max_tokens")
+    backlog.redis.delete(keys.turns(*LANE), keys.queue(*LANE, "a"))
+    assert _claim(backlog).job == old[0]
+    new = _job("b")
+    backlog.submit(new)
+    assert backlog.sweep([job.id for job in old], place=keys.backlog(*LANE)) == 3 * ["open"]
+    assert backlog.redis.zcard(keys.queue(*LANE, "a")) == 2
+    assert sorted(_tenants(backlog, 2)) == ["a", "b"]
+
+
+def test_a_turn_that_was_lost_is_repaired_and_one_without_jobs_is_passed(backlog: Backlog) -> None:
+    lost, other = _job("b"), _job("c")
+    for job in (lost, other):
+        backlog.submit(job)
+    backlog.redis.zrem(keys.turns(*LANE), "b")
+    backlog.redis.zadd(keys.turns(*LANE), {"a": 0})
+    backlog.redis.zadd(keys.queue(*LANE, "aa"), {"job_unknown": 1})
+    backlog.redis.zadd(keys.turns(*LANE), {"aa": 0})
+    assert _claim(backlog).job == other
+    assert backlog.redis.exists(keys.turns(*LANE), keys.queue(*LANE, "aa")) == 0
+    assert backlog.sweep([lost.id]) == ["misplaced"]
+    assert _claim(backlog).job == lost
+
+
+def test_a_suspect_goes_before_older_jobs_of_others(backlog: Backlog) -> None:
+    queue = Backlog(backlog.redis, Settings(lease_s=300, max_attempts=2))
+    queue.submit(_job("b"))
+    suspect = _claim(queue)
+    for _ in range(5):
+        queue.submit(_job("a"))
+    queue.requeue(suspect, Cause.ENGINE_ERROR, "503")
+    assert _positions(queue, [suspect.job]) == [1]
+    assert _claim(queue).job == suspect.job
+    assert _tenants(queue, 3) == "aaa"

@@ -5,9 +5,9 @@
 | job:{id}               | hash    | job (job.py), state, place, times     | TTL once SQL has it   |
 | backlog:{model}:{lane} | zset    | queued job -> order of service        | whoever moves the job |
 | suspects:{model}:{lane}| zset    | the same, of what may kill workers    | whoever moves the job |
-| queue:{model}:{lane}:{tenant} | zset | its jobs in the backlog -> order  | whoever moves the job |
+| queue:{lane}:{tenant}  | zset    | its jobs in the backlog -> order      | whoever moves the job |
 | turns:{model}:{lane}   | zset    | tenant with such jobs -> its service  | whoever moves the last|
-| served:{model}:{lane}:{tenant} | string | the service of one without any | TTL, submit           |
+| served:{lane}:{tenant} | string  | the service of a tenant without any   | TTL, submit           |
 | level:{model}:{lane}   | string  | that of the last one that had some    | nobody: a few names   |
 | delayed                | zset    | queued job -> us from when it may run | whoever moves the job |
 | leases                 | zset    | running job -> lease expiry, us       | whoever moves the job |
@@ -36,8 +36,8 @@
 | control:{worker}       | channel | id and attempt to stop, or `drain`    | -                     |
 
 `log`, `probe` and the channels live on the bus, all else on the queue's Redis; both may be one.
-An open job is in `backlog`, `suspects`, `delayed` or `leases`, its place: docs/queue.md has the rules.
-Names of models may have colons, those of tenants may not.
+In `queue` and `served` {lane} is {model}:{lane}; models may have colons in their names, tenants not.
+An open job's place is `backlog`, `suspects`, `delayed` or `leases`: docs/queue.md has the rules.
 The scripts in lua/ know the keys by name (SCRIPT_NAMES): Redis Cluster is not supported.
 """
 

@@ -56,12 +56,12 @@ class Fair:
         job.charged = min(tokens, queue.MOST_TOKENS) / job.weight
         self._add(strings, job, job.charged)
 
-    def correct(
-        self, strings: Strings, job: "QueuedJob", tokens: int | None, now_us: int
-    ) -> None:
+    def correct(self, strings: Strings, job: "QueuedJob", tokens: int | None, now_us: int) -> None:
         """When it ends: what it has cost, if that can be told."""
         mean_us = self.service_us.get(job.model, 0)
-        if job.charged is None or (tokens is None and not (job.state == "in_progress" and mean_us > 0)):
+        if job.charged is None or (
+            tokens is None and not (job.state == "in_progress" and mean_us > 0)
+        ):
             return
         if tokens is None:
             ran_us = max(now_us - job.started_us, 0)
