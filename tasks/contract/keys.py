@@ -36,7 +36,7 @@
 | control:{worker}       | channel | id and attempt to stop, or `drain`    | -                     |
 
 `log`, `probe` and the channels live on the bus, all else on the queue's Redis; both may be one.
-In `queue` and `served` {lane} is {model}:{lane}; models may have colons in their names, tenants not.
+In `queue` and `served` {lane} is {model}:{lane}; names of models may have colons, tenants' not.
 An open job's place is `backlog`, `suspects`, `delayed` or `leases`: docs/queue.md has the rules.
 The scripts in lua/ know the keys by name (SCRIPT_NAMES): Redis Cluster is not supported.
 """

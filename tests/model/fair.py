@@ -59,9 +59,8 @@ class Fair:
     def correct(self, strings: Strings, job: "QueuedJob", tokens: int | None, now_us: int) -> None:
         """When it ends: what it has cost, if that can be told."""
         mean_us = self.service_us.get(job.model, 0)
-        if job.charged is None or (
-            tokens is None and not (job.state == "in_progress" and mean_us > 0)
-        ):
+        is_timed = job.state == "in_progress" and mean_us > 0
+        if job.charged is None or (tokens is None and not is_timed):
             return
         if tokens is None:
             ran_us = max(now_us - job.started_us, 0)
