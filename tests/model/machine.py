@@ -140,6 +140,7 @@ class QueueMachine(RuleBasedStateMachine):
         model=st.sampled_from(MODELS),
         sequences=st.sampled_from([1, 1, 1, 2, 3]),
         tenant=st.sampled_from(list(WEIGHTS)),
+        max_tokens=st.sampled_from([None, None, 0, 100, 10**6]),
         webhook=st.booleans(),
         steps=st.sampled_from([1, 2, 3, 3, 3]),
     )
@@ -155,6 +156,7 @@ class QueueMachine(RuleBasedStateMachine):
         model: str,
         sequences: int,
         tenant: str,
+        max_tokens: int | None,
         webhook: bool,
         steps: int,
     ) -> None:
@@ -169,6 +171,8 @@ class QueueMachine(RuleBasedStateMachine):
             request=b'{"pieces":%d}' % (size % 5 + 1) + b" " * size,
             priority=priority,
             sequences=sequences,
+            weight=WEIGHTS[tenant],
+            max_tokens=max_tokens,
             deadline_s=deadline_s,
             idempotency_key=key or None,
             fingerprint=fingerprint if key else None,
