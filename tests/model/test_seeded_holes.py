@@ -116,6 +116,24 @@ HOLES = {
     "each job has a ticket": Hole(
         "state", "if redis.call('LLEN', tickets) < MOST_TICKETS then", "if true then"
     ),
+    "a tenant that was idle has credit": Hole(
+        "fair", "exact(math.max(own, least(lane)))", "exact(own)"
+    ),
+    "the charge of an estimate stays": Hole(
+        "fair", "if not cost then return end", "if cost then return end"
+    ),
+    "a job that was handed back is charged again": Hole(
+        "fair", "if job.charged then return end", ""
+    ),
+    "a tenant keeps its turn without a job": Hole(
+        "fair", "    redis.call('ZREM', turns, tenant)\n", ""
+    ),
+    "a tenant whose jobs wait loses its turn": Hole(
+        "fair", "if redis.call('EXISTS', queue) == 1 then return end", ""
+    ),
+    "the counter of an idle tenant has no end": Hole(
+        "fair", "counter, 'EX', SERVED_S)", "counter)"
+    ),
     "records leave Redis before SQL has them": Hole(
         (Recorder, "_record"),
         "ended += self._apply(changes)",
