@@ -38,7 +38,7 @@ HOLES = {
     "a claim takes a suspect that the worker may not run from its place": Hole(
         "claim",
         "local suspect = may_have_suspect and first",
-        "if not may_have_suspect then redis.call('ZPOPMIN', SUSPECTS .. model .. ':' .. lane) end\n"
+        "if not may_have_suspect then redis.call('ZPOPMIN', SUSPECTS .. lane) end\n"
         "    local suspect = may_have_suspect and first",
     ),
     "a worker runs two suspects": Hole(
