@@ -5,7 +5,6 @@ from typing import Any
 import orjson
 import pytest
 
-from api.intake import read_max_tokens
 from bench.stack import Stack, await_that
 from tasks.contract import keys
 from tests.test_jobs import CHAT, call, in_sql, submit, wait
@@ -77,21 +76,3 @@ def test_more_than_a_worker_takes_is_refused_with_what_to_do(
         assert "up to 64" in error["message"]
         assert "several requests" in error["message"]
     assert len(sim_stack.redis.keys(keys.job("*"))) == jobs
-
-
-@pytest.mark.parametrize(
-    ("body", "most"),
-    [
-        ({}, None),
-        ({"max_tokens": None}, None),
-        ({"max_tokens": 7}, 7),
-        ({"max_tokens": "7"}, 7),
-        ({"max_tokens": 7, "max_completion_tokens": 9}, 9),
-        ({"max_tokens": -1}, 0),
-        ({"max_tokens": 10**30}, 2**31 - 1),
-        ({"max_tokens": "many"}, 1),
-    ],
-)
-def test_the_most_tokens_of_an_answer_are_read(body: dict[str, Any], most: int | None) -> None:
-    assert read_max_tokens("/v1/completions", body) == most
-    assert read_max_tokens("/v1/embeddings", body) == 0
