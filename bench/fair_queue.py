@@ -64,7 +64,7 @@ def fill(redis: Redis, backlog: Backlog, jobs_each: int) -> None:
     for number in range(1, TENANTS):
         tenant = _tenant(number)
         zsets = [keys.backlog(*lane), keys.turns(*lane), keys.queue(*lane, tenant)]
-        args = [keys.JOB_PREFIX, tenant, f"{number:07}", jobs_each]
+        args: list[str | int] = [keys.JOB_PREFIX, tenant, f"{number:07}", jobs_each]
         copy([keys.job(job.id), *zsets], args)
 
 
