@@ -40,6 +40,9 @@ _SEQUENCES = {
     "/v1/completions": ("prompt", ("n", "best_of")),
     "/v1/embeddings": ("input", ()),
 }
+_MAX_TOKENS = ("max_completion_tokens", "max_tokens")
+# As many as SQL's integers hold; no model has so much context.
+MOST_MAX_TOKENS = 2**31 - 1
 _NUMBER = TypeAdapter(int)
 _SECONDS = re.compile("[0-9]{1,9}")
 _ON_DISCONNECT = ("abort", "continue")
@@ -173,6 +176,7 @@ class Call:
             body if document is whole else orjson.dumps(document),
             tenant=principal.tenant,
             sequences=_admit_sequences(endpoint, document, model),
+            max_tokens=read_max_tokens(endpoint, document),
             options=EnqueueOptions(idempotency_key=key, fingerprint=fingerprint(endpoint, body)),
         )
         # A key says that the client will come back for the answer.
@@ -188,6 +192,15 @@ def count_sequences(endpoint: str, document: dict[str, Any]) -> int:
     inputs, numbers = _SEQUENCES[endpoint]
     each = max([1, *(_read_number(document.get(name)) for name in numbers)])
     return each * _count_inputs(document.get(inputs))
+
+
+def read_max_tokens(endpoint: str, document: dict[str, Any]) -> int | None:
+    """Most tokens that the engine generates of each sequence; None: the request does not say."""
+    if endpoint == "/v1/embeddings":
+        return 0
+    given = (document.get(name) for name in _MAX_TOKENS)
+    found = next((_read_number(one) for one in given if one is not None), None)
+    return None if found is None else min(max(0, found), MOST_MAX_TOKENS)
 
 
 def _read_number(given: Any) -> int:

@@ -23,6 +23,7 @@ from tasks.queue.depth import places
 SHALLOW_JOBS = 1000
 # In front of the deep queue, of a worker that runs one already: claims pass them.
 SUSPECTS = 4000
+TENANT = "one"
 ROUNDS = 9
 CYCLES_PER_ROUND = 300
 FILLED_AT_ONCE = 10_000
@@ -36,6 +37,7 @@ for i = ARGV[3], ARGV[4] do
     local id = string.format('job_%d%031d', ARGV[5], i)
     redis.call('COPY', KEYS[1], ARGV[2] .. id)
     redis.call('ZADD', KEYS[2], string.format('%d', last - i), id)
+    redis.call('ZADD', KEYS[3], string.format('%d', last - i), id)
 end"""
 
 
@@ -84,6 +86,7 @@ class Queue:
         self._backlog = backlog
         self._model = model
         self._lane = keys.backlog(model, Lane.BATCH)
+        self._queue = keys.queue(model, Lane.BATCH, TENANT)
         self._jobs = jobs
         self._suspects = 0
 
@@ -93,7 +96,8 @@ class Queue:
         copy = self._redis.register_script(FILL)
         for first in range(1, self._jobs, FILLED_AT_ONCE):
             last = min(first + FILLED_AT_ONCE, self._jobs) - 1
-            copy([keys.job(job.id), self._lane], [job.id, keys.JOB_PREFIX, first, last, number])
+            filled = [keys.job(job.id), self._lane, self._queue]
+            copy(filled, [job.id, keys.JOB_PREFIX, first, last, number])
 
     def fill_suspects(self) -> None:
         """Jobs that have lost two workers, before all others; one of them runs on the claimer."""
@@ -101,6 +105,7 @@ class Queue:
         for _ in range(SUSPECTS):
             job = self._submit()
             self._redis.zrem(self._lane, job.id)
+            self._redis.zrem(self._queue, job.id)
             self._redis.hset(keys.job(job.id), mapping={"place": place, "failures": 2})
             self._redis.zadd(place, {job.id: 0})
         claim = self._backlog.claim(self._model, "bench")
@@ -123,7 +128,7 @@ class Queue:
         return {"claim": claim_s, "finish": finish_s, "submit": submit_s, "position": position_s}
 
     def _submit(self) -> Job:
-        job = Job(new_id(), self._model, ENDPOINT, BODY, lane=Lane.BATCH)
+        job = Job(new_id(), self._model, ENDPOINT, BODY, Lane.BATCH, TENANT)
         self._backlog.submit(job)
         return job
 

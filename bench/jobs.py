@@ -1,7 +1,7 @@
 """The jobs API against its aims: submitting, resuming, idle watchers, and a deep queue.
 
 Each part starts what it needs on loopback and ends it; its docstring describes what runs.
-`submitter.py` is the client that submits, `deep_queue.py` the last part.
+`submitter.py` is the client that submits, `deep_queue.py` and `fair_queue.py` the last parts.
 """
 
 import json
@@ -22,7 +22,7 @@ import requests
 from redis.exceptions import RedisError
 from rich.console import Console
 
-from bench import deep_queue, scrape
+from bench import deep_queue, fair_queue, scrape
 from bench.figures import Report
 from bench.postgres import running_postgres
 from bench.processes import cpu_between_s, largest_rss_mb, snapshot
@@ -49,6 +49,7 @@ WATCHED_JOBS = 200
 WATCHERS = 2000
 IDLE_S = 20.0  # each gets two keep-alives meanwhile
 DEEP_JOBS = 1_000_000
+FAIR_JOBS = 100_000
 
 
 def run(console: Console, scale: float, document: dict[str, Any]) -> list[str]:
@@ -81,6 +82,10 @@ def _measure_all(report: Report, home: Path, scale: float) -> None:
         backlog = Backlog(stack.redis, Settings(max_backlog=NO_LIMIT))
         jobs = max(round(DEEP_JOBS * scale), deep_queue.SHALLOW_JOBS)
         deep_queue.measure(report, stack, backlog, jobs)
+    with _stack(home, "fair-queue") as stack:
+        backlog = Backlog(stack.redis, Settings(max_backlog=NO_LIMIT))
+        jobs = max(round(FAIR_JOBS * scale), fair_queue.TENANTS)
+        fair_queue.measure(report, stack, backlog, jobs)
     scrape.measure(report)
 
 

@@ -170,7 +170,8 @@ def _as_queued(job: JobRecord) -> JobRecord:
 def _update(session: Session, job: JobRecord) -> None:
     dead: dict[str, Any] = {}
     if job.died_at and job.request:
-        dead = {"died_at": job.died_at, "request": job.request, "sequences": job.sequences}
+        kept = ("died_at", "request", "sequences", "weight", "max_tokens")
+        dead = {name: getattr(job, name) for name in kept}
     newer = update(JobRecord).where(JobRecord.id == job.id, JobRecord.completed_at.is_(None))
     # An end counts, even if Redis has lost attempts that were recorded here.
     if job.completed_at is None:

@@ -95,6 +95,10 @@ class JobRecord(Base):
     """How often it was put in the queue: once, and again whenever Redis lost it."""
     sequences: Mapped[int] = mapped_column(default=1, server_default="1")
     """How many the engine generates at once for it."""
+    weight: Mapped[float] = mapped_column(default=1.0, server_default="1")
+    """Share of the model's service that its tenant gets, beside those of others."""
+    max_tokens: Mapped[int | None] = mapped_column(default=None)
+    """Most that the engine generates of one sequence; None: it ends by itself."""
     request: Mapped[bytes | None] = mapped_column(default=None, repr=False)
     """Body for the engine; None: not accepted in the background, lives in Redis only."""
     meta: Mapped[dict[str, Any]] = mapped_column("metadata", default_factory=dict)

@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpu_worker.engines.engine import Engine, Message
 from gpu_worker.metrics import Meter
@@ -14,7 +14,7 @@ from gpu_worker.refusal import in_our_shape
 from gpu_worker.replay_log import ReplayLog, current_replay_log
 from tasks.contract.errors import AnswerTooLargeError, JobFailedError, StreamBrokenError
 from tasks.contract.events import Attempt, End, Entry, Kind, Start
-from tasks.contract.job import Cause, Claim, State
+from tasks.contract.job import Cause, Claim, State, Usage
 from tasks.contract.response import Chunk, Finish, Head, read
 from tasks.contract.settings import get_settings
 
@@ -80,6 +80,14 @@ class History:
         return bool(self.events) and not self.records
 
 
+class Ended(NamedTuple):
+    """How the engine has ended a job."""
+
+    state: State
+    usage: Usage | None
+    """None: it does not tell."""
+
+
 @dataclass
 class Running:
     """A job on the engine, and the response that it sends."""
@@ -114,6 +122,13 @@ class Running:
         self.replay_log = ReplayLog(self.history.records)
         self.meter = Meter(self.claim)
         self.feed = Feed(self.publisher, self.claim, self.history.continued)
+
+    @property
+    def usage(self) -> Usage | None:
+        """Tokens of prompt and answer, of all attempts; None: nobody has counted them."""
+        usage = Usage(*self.replay_log.total())
+        is_refused = self.head is not None and 400 <= self.head.status < 500
+        return usage if any(usage) or is_refused else None
 
     async def receive(self) -> Message:
         """ASGI's receive: the request's body, then, when the client has left, the disconnect."""
@@ -272,11 +287,11 @@ class Runner:
         self._on_cleared = on_cleared
         self._running: dict[Attempt, Running] = {}
 
-    async def run(self, claim: Claim, history: History) -> State | None:
+    async def run(self, claim: Claim, history: History) -> Ended | None:
         """Runs the job to its end, from where earlier attempts ended.
 
         Returns:
-            Its final state; None when it was stopped and is no longer this worker's. Either way
+            Its end; None when it was stopped and is no longer this worker's. Either way
             the engine is done with it.
 
         Raises:
@@ -295,7 +310,9 @@ class Runner:
             raise LogLostError(Refusal.GAP.value)
         if running.feed.refusal is Refusal.UNWRITABLE:
             raise AnswerRefusedError(Refusal.UNWRITABLE.value)
-        return None if running.is_stopped or running.feed.refusal else state
+        if state is None or running.is_stopped or running.feed.refusal:
+            return None
+        return Ended(state, running.usage)
 
     async def _run(self, running: Running) -> State | None:
         if running.history.end:

@@ -157,10 +157,10 @@ class Worker:
         begun_s = time.monotonic()
         try:
             history = self._take_over(claim) if claim.attempt > 1 else History()
-            state = None
+            ended = None
             if history is not None:
                 running = self.runner.run(claim, history)
-                state = asyncio.run_coroutine_threadsafe(running, self.loop).result()
+                ended = asyncio.run_coroutine_threadsafe(running, self.loop).result()
         except EngineDiedError:
             self.state = WorkerState.DRAINING
             self.claims.close()
@@ -178,12 +178,13 @@ class Worker:
             pause_s = FAILED_RETRY_S * 2**claim.failures * random.uniform(1, 1.5)  # noqa: S311
             self.hand_back(claim, failed.cause, str(failed), pause_s)
             return True
-        if state is None:
+        if ended is None:
             return True
-        is_dead = state is State.FAILED and claim.failures > 0 and claim.is_last
+        is_dead = ended.state is State.FAILED and claim.failures > 0 and claim.is_last
         reason = "the engine failed on its last attempt too" if is_dead else ""
-        finished = self.persist(lambda: self.backlog.finish(claim, state, reason))
-        self._log_end(claim, state, time.monotonic() - begun_s)
+        finish = lambda: self.backlog.finish(claim, ended.state, reason, ended.usage)
+        finished = self.persist(finish)
+        self._log_end(claim, ended.state, time.monotonic() - begun_s)
         return finished is not Finished.NONE_WAITS
 
     def _log_end(self, claim: Claim, state: State, ran_s: float) -> None:

@@ -157,8 +157,9 @@ async def test_a_whole_answer_without_end_is_not_collected_any_further(
     engine: Engine = Endless()
     claim = Claim(Job("job_1", "m", ENDPOINT, b"{}"), 1, 0, 0, 3)
     runner = Runner(engine, publisher, lambda _claim: None)
-    state = await asyncio.wait_for(runner.run(claim, History()), 5)
-    assert state is State.FAILED
+    ended = await asyncio.wait_for(runner.run(claim, History()), 5)
+    assert ended
+    assert (ended.state, ended.usage) == (State.FAILED, None)
     assert engine.load().running == 0
     (end,) = TokenLog(bus).read_after("job_1")
     check_error(End.decode(end.data).error["error"])

@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ def submit(backlog: Backlog) -> Job:
 def test_a_dead_letter_of_a_chat_takes_as_many_slots_when_it_is_tried_again(
     backlog: Backlog, database_url: str
 ) -> None:
-    backlog.submit(Job.create(model="sim", endpoint="/v1/completions", body=b"{}", sequences=3))
+    job = Job.create(model="sim", endpoint="/v1/completions", body=b"{}", sequences=3)
+    backlog.submit(replace(job, weight=2.5, max_tokens=8))
     claim = backlog.claim("sim", "worker", free_slots=3)
     assert claim
     assert backlog.finish(claim, State.FAILED, "the engine failed on its last attempt too")
@@ -68,7 +70,8 @@ def test_a_dead_letter_of_a_chat_takes_as_many_slots_when_it_is_tried_again(
     recorder_of(backlog, database_url).record()
     queue = Jobs(backlog.redis, backlog.redis, Settings(**SETTINGS))
     again = dead.retry(queue, database_url, claim.job.id)
-    assert backlog.redis.hget(keys.job(again), "sequences") == b"3"
+    found: Any = backlog.redis.hmget(keys.job(again), "sequences", "weight", "max_tokens")
+    assert found == [b"3", b"2.5", b"8"]
 
 
 def run(backlog: Backlog) -> Claim:

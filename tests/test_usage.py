@@ -10,6 +10,7 @@ import requests
 from bench.stack import Stack, await_that, running
 from db import reading
 from db.models import JobResult
+from tasks.contract import keys
 from tasks.queue.control import workers
 from tests.conftest import SIM
 from tests.test_metrics import Metrics
@@ -66,6 +67,8 @@ def check_usage(stack: Stack, name: str) -> None:
         assert job["response"]["body"]["usage"] == job["usage"]
         grown = {kind: count - before[kind] for kind, count in tokens(stack).items()}
         assert grown == {"input": usage["prompt_tokens"], "output": usage["completion_tokens"]}
+        charged: Any = stack.redis.hget(keys.job(job["id"]), "charged")
+        assert float(charged) == sum(grown.values())
         used[way] = usage
     assert used["whole"] == used["asked"] == used["not asked"] == used["refused"]
     assert used["whole"]["completion_tokens"] > 0

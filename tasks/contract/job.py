@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Self
+from typing import NamedTuple, Self
 
 from uuid_utils import uuid7
 
@@ -39,6 +39,13 @@ class Cause(StrEnum):
     ENGINE_ERROR = "engine_error"
     LOG_REFUSED = "log_refused"
     HANDED_BACK = "handed_back"
+
+
+class Usage(NamedTuple):
+    """What a job has cost."""
+
+    input_tokens: int
+    output_tokens: int
 
 
 def new_id() -> str:
@@ -85,10 +92,17 @@ class Job:
     """JSON object of the user's own."""
     sequences: int = 1
     """How many the engine generates at once for it: so many slots it takes."""
+    weight: float = 1.0
+    """Share of the model's service that its tenant gets, beside those of others."""
+    max_tokens: int | None = None
+    """Most that the engine generates of one sequence; None: it ends by itself."""
     options: EnqueueOptions = field(default_factory=EnqueueOptions, compare=False)
 
     # What `decode` reads; the body comes separately, as it may be megabytes.
-    FIELDS = ("model", "endpoint", "lane", "tenant", "listener", "metadata", "sequences", "order")
+    FIELDS = (
+        *("model", "endpoint", "lane", "tenant", "listener", "metadata"),
+        *("sequences", "weight", "max_tokens", "order"),
+    )
 
     @classmethod
     def create(
@@ -107,23 +121,27 @@ class Job:
             *("listener", self.listener),
             *("metadata", self.metadata),
             *("sequences", str(self.sequences)),
+            *("weight", str(self.weight)),
+            *("max_tokens", "" if self.max_tokens is None else str(self.max_tokens)),
         ]
 
     @classmethod
     def decode(cls, job_id: str, values: Sequence[bytes | None], body: bytes = b"") -> Self:
-        """Reads FIELDS of a job's hash; the last two may be missing.
+        """Reads FIELDS of a job's hash; the last four may be missing.
 
         Raises:
             DecodeError: they have another shape.
         """
         try:
-            *texts, sequences, order = values
+            *texts, sequences, weight, max_tokens, order = values
             # None has no decode: an AttributeError.
             text = [value.decode() for value in texts]  # type: ignore[union-attr]
             model, endpoint, lane, tenant, listener, metadata = text
             return cls(
                 *(job_id, model, endpoint, body, Lane(lane), tenant, listener, metadata or "{}"),
                 sequences=int(sequences or 1),
+                weight=float(weight or 1),
+                max_tokens=int(max_tokens) if max_tokens else None,
                 options=EnqueueOptions(priority=int(float(order or 0) // ONE_PRIORITY)),
             )
         except (ValueError, AttributeError) as broken:

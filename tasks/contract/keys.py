@@ -5,6 +5,10 @@
 | job:{id}               | hash    | job (job.py), state, place, times     | TTL once SQL has it   |
 | backlog:{model}:{lane} | zset    | queued job -> order of service        | whoever moves the job |
 | suspects:{model}:{lane}| zset    | the same, of what may kill workers    | whoever moves the job |
+| queue:{lane}:{tenant}  | zset    | its jobs in the backlog -> order      | whoever moves the job |
+| turns:{model}:{lane}   | zset    | tenant with such jobs -> its service  | whoever moves the last|
+| served:{lane}:{tenant} | string  | the service of a tenant without any   | TTL, submit           |
+| level:{model}:{lane}   | string  | that of the last one that had some    | nobody: a few names   |
 | delayed                | zset    | queued job -> us from when it may run | whoever moves the job |
 | leases                 | zset    | running job -> lease expiry, us       | whoever moves the job |
 | deadlines              | zset    | job -> us by which it must start      | claim, end            |
@@ -15,6 +19,7 @@
 | claim:{token}          | string  | job and attempt that a claim got      | TTL                   |
 | suspect:{worker}       | string  | job and attempt that may kill it      | TTL, clear            |
 | service:{model}        | string  | mean time on the engine, us           | nobody: a few names   |
+| tokens:{model}         | hash    | mean tokens of input and output       | nobody: a few names   |
 | paused                 | set     | models whose backlog is not served    | `sluice resume`       |
 | ledger                 | stream  | changes not yet in SQL (ledger.py)    | maintenance           |
 | run                    | string  | run of Redis, us when it was seen     | nobody                |
@@ -31,7 +36,8 @@
 | control:{worker}       | channel | id and attempt to stop, or `drain`    | -                     |
 
 `log`, `probe` and the channels live on the bus, all else on the queue's Redis; both may be one.
-An open job is in one of the four zsets that come after it, its place: docs/queue.md has the rules.
+In `queue` and `served` {lane} is {model}:{lane}; names of models may have colons, tenants' not.
+An open job's place is `backlog`, `suspects`, `delayed` or `leases`: docs/queue.md has the rules.
 The scripts in lua/ know the keys by name (SCRIPT_NAMES): Redis Cluster is not supported.
 """
 
@@ -57,6 +63,11 @@ SUSPECTS_PREFIX = f"{PREFIX}suspects:"
 JOB_PREFIX = f"{PREFIX}job:"
 LOG_PREFIX = f"{PREFIX}log:"
 SERVICE_PREFIX = f"{PREFIX}service:"
+TOKENS_PREFIX = f"{PREFIX}tokens:"
+QUEUE_PREFIX = f"{PREFIX}queue:"
+TURNS_PREFIX = f"{PREFIX}turns:"
+SERVED_PREFIX = f"{PREFIX}served:"
+LEVEL_PREFIX = f"{PREFIX}level:"
 TICKETS_PREFIX = f"{CELERY_PREFIX}gen."
 
 # The keys, or their beginnings, as constants of the scripts.
@@ -64,6 +75,12 @@ SCRIPT_NAMES = {
     "JOB": JOB_PREFIX,
     "BACKLOG": BACKLOG_PREFIX,
     "SUSPECTS": SUSPECTS_PREFIX,
+    "QUEUE": QUEUE_PREFIX,
+    "TURNS": TURNS_PREFIX,
+    "SERVED": SERVED_PREFIX,
+    "LEVEL": LEVEL_PREFIX,
+    "SERVICE": SERVICE_PREFIX,
+    "TOKENS": TOKENS_PREFIX,
     "DELAYED": DELAYED,
     "LEASES": LEASES,
     "DEADLINES": DEADLINES,
@@ -83,6 +100,26 @@ def backlog(model: str, lane: str) -> str:
 
 def suspects(model: str, lane: str) -> str:
     return f"{SUSPECTS_PREFIX}{model}:{lane}"
+
+
+def queue(model: str, lane: str, tenant: str) -> str:
+    return f"{QUEUE_PREFIX}{model}:{lane}:{tenant}"
+
+
+def turns(model: str, lane: str) -> str:
+    return f"{TURNS_PREFIX}{model}:{lane}"
+
+
+def served(model: str, lane: str, tenant: str) -> str:
+    return f"{SERVED_PREFIX}{model}:{lane}:{tenant}"
+
+
+def level(model: str, lane: str) -> str:
+    return f"{LEVEL_PREFIX}{model}:{lane}"
+
+
+def tokens(model: str) -> str:
+    return TOKENS_PREFIX + model
 
 
 def job(job_id: str) -> str:

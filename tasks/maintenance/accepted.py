@@ -28,6 +28,8 @@ def to_record(job: Job, webhook: str | None = None) -> JobRecord:
         created_at=datetime.now(UTC),
         request=job.body,
         sequences=job.sequences,
+        weight=job.weight,
+        max_tokens=job.max_tokens,
         priority=job.options.priority,
         deadline_s=job.options.deadline_s,
         idempotency_key=job.options.idempotency_key or None,
@@ -48,6 +50,8 @@ def to_job(record: JobRecord) -> Job:
         tenant=record.tenant,
         metadata=orjson.dumps(record.meta).decode(),
         sequences=record.sequences,
+        weight=record.weight,
+        max_tokens=record.max_tokens,
         options=EnqueueOptions(
             priority=record.priority,
             deadline_s=record.deadline_s,

@@ -207,10 +207,13 @@ class Recorder:
 
     def _keep_request(self, job: JobRecord) -> None:
         """Adds its request to a dead letter, so that it can be retried."""
-        found: Any = self._redis.hmget(keys.job(job.id), "body", "sequences")
-        body, sequences = found
+        fields = ("body", "sequences", "weight", "max_tokens")
+        found: Any = self._redis.hmget(keys.job(job.id), fields)
+        body, sequences, weight, max_tokens = found
         job.request = None if body is None else bytes(body)
         job.sequences = int(sequences or 1)
+        job.weight = float(weight or 1)
+        job.max_tokens = int(max_tokens) if max_tokens else None
 
     def _outcome(self, fields: dict[bytes, bytes]) -> Outcome | None:
         """The outcome in the log of a job that has ended; None when it has none, or not yet."""

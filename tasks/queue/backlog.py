@@ -23,7 +23,7 @@ from tasks.contract.errors import (
     OverloadedError,
     RecordsFullError,
 )
-from tasks.contract.job import Cause, Claim, Job, Lane, Snapshot, State, new_id
+from tasks.contract.job import Cause, Claim, Job, Lane, Snapshot, State, Usage, new_id
 from tasks.contract.settings import Settings, get_settings
 from tasks.queue.celery_app import make_ticket
 
@@ -38,6 +38,13 @@ MOST_TICKETS = 256
 MOST_RECORDS = 1_000_000
 # Bounds one look at a place.
 MEMBERS_AT_ONCE = 1000
+# What a job is charged before its tokens are known: of an answer, until the model has answered; and
+# at most, so that no body full of pictures keeps its tenant waiting.
+MEAN_TOKENS = 256
+BYTES_PER_TOKEN = 4
+MOST_TOKENS = 100_000
+# A tenant's counter of its service, from its last job on.
+SERVED_S = 86_400
 # From a job's check to its queueing, while SQL commits it.
 RESERVATION_S = 60
 
@@ -57,10 +64,20 @@ def load_script(client: Any, *names: str) -> Callable[..., Any]:
 @functools.cache
 def read_scripts(names: tuple[str, ...]) -> str:
     """The files' text, behind the constants and functions that all scripts share."""
-    constants = keys.SCRIPT_NAMES | {"MOST_TICKETS": MOST_TICKETS}
+    constants = keys.SCRIPT_NAMES | {
+        "MOST_TICKETS": MOST_TICKETS,
+        "MEAN_TOKENS": MEAN_TOKENS,
+        "BYTES_PER_TOKEN": BYTES_PER_TOKEN,
+        "MOST_TOKENS": MOST_TOKENS,
+        "SERVED_S": SERVED_S,
+    }
     lines = [f"local {name} = {value!r}\n" for name, value in constants.items()]
     files = [(LUA / f"{name}.lua").read_text() for name in ("clock", *names)]
     return "".join(lines + files)
+
+
+# In front of the scripts that change a job.
+STATE = ("fair", "state")
 
 
 class Reaped(NamedTuple):
@@ -97,18 +114,18 @@ class Backlog:
     def __init__(self, redis: Redis, settings: Settings | None = None) -> None:
         self.redis = redis
         self._settings = settings or get_settings()
-        self._submit = load_script(redis, "state", "submit")
-        self._claim = load_script(redis, "state", "claim")
-        self._clear = load_script(redis, "state", "clear")
+        self._submit = load_script(redis, *STATE, "submit")
+        self._claim = load_script(redis, *STATE, "claim")
+        self._clear = load_script(redis, *STATE, "clear")
         self._renew = load_script(redis, "renew")
-        self._requeue = load_script(redis, "state", "requeue")
-        self._finish = load_script(redis, "state", "finish")
-        self._cancel = load_script(redis, "state", "cancel")
-        self._reap = load_script(redis, "state", "reap")
-        self._settle = load_script(redis, "state", "settle")
-        self._forget = load_script(redis, "state", "forget")
-        self._sweep = load_script(redis, "state", "sweep")
-        self._wake = load_script(redis, "state", "wake")
+        self._requeue = load_script(redis, *STATE, "requeue")
+        self._finish = load_script(redis, *STATE, "finish")
+        self._cancel = load_script(redis, *STATE, "cancel")
+        self._reap = load_script(redis, *STATE, "reap")
+        self._settle = load_script(redis, *STATE, "settle")
+        self._forget = load_script(redis, *STATE, "forget")
+        self._sweep = load_script(redis, *STATE, "sweep")
+        self._wake = load_script(redis, *STATE, "wake")
 
     def submit(self, job: Job) -> str:
         """Puts the job at the end of its priority in its lane, and sends a ticket for it.
@@ -225,16 +242,22 @@ class Backlog:
         )
         return None if state is None else State(state.decode())
 
-    def finish(self, claim: Claim, state: State, dead_because: str = "") -> Finished:
+    def finish(
+        self, claim: Claim, state: State, dead_because: str = "", usage: Usage | None = None
+    ) -> Finished:
         """Ends a claimed job, as a dead letter if there is a reason for that.
+
+        Its tenant is charged its usage; if that is not known, by its time on the engine.
 
         Returns:
             Whether other jobs of its model wait; or that it was taken from this worker before, and
             its result is void.
         """
         ended = self._finish(
-            keys=[keys.service(claim.job.model)],
-            args=[claim.job.id, claim.attempt, state, dead_because, " ".join(Lane)],
+            args=[
+                *(claim.job.id, claim.attempt, state, dead_because, " ".join(Lane)),
+                *(usage or ("", "")),
+            ],
         )
         return Finished(ended)
 

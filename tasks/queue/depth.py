@@ -1,6 +1,7 @@
 """What waits for a model, the position of a job, and when it may start.
 
-A job's score in its lane is the order of service: priority x 1e13 + the ms at which it was queued.
+A job's score in the backlog: priority x 1e13 + the ms at which it was queued. It is the order of
+service of each tenant's jobs; tenants take turns (turns.py).
 """
 
 import math
@@ -13,13 +14,14 @@ from tasks.contract import keys
 from tasks.contract.job import Job, Lane
 from tasks.queue.control import workers
 from tasks.queue.statistics import Depth, ModelStats, ask_depths, read_depths
+from tasks.queue.turns import read_ranks
 
 
 class QueuePosition(NamedTuple):
     """A queued job's place, in the fields that clients see."""
 
     position: int
-    """1 is next."""
+    """1 is next; as it would be served if nothing else arrived."""
     eta_s: float | None
     """Until it starts, as the model was served lately; None: not known, or nobody will start it."""
     is_paused: bool
@@ -39,23 +41,11 @@ def depth(redis: Redis, model: str) -> Depth:
 
 
 def places(redis: Redis, queued: Sequence[Job]) -> list[QueuePosition | None]:
-    """The places of these jobs; None for one that no longer waits.
-
-    Suspects count as the first of their lane: their score is that of their first time in it.
-    """
+    """The places of these jobs; None for one that no longer waits."""
     if not queued:
         return []
-    pipeline = redis.pipeline(transaction=False)
-    for job in queued:
-        pipeline.zrank(keys.suspects(job.model, job.lane), job.id)
-        pipeline.zrank(keys.backlog(job.model, job.lane), job.id)
-        pipeline.zcard(keys.suspects(job.model, job.lane))
-    pipeline.smembers(keys.PAUSED)
-    *asked, paused = pipeline.execute()
-    ranks = [
-        rank if rank is not None else ready if ready is None else ready + suspects
-        for rank, ready, suspects in zip(asked[::3], asked[1::3], asked[2::3], strict=True)
-    ]
+    ranks = read_ranks(redis, queued)
+    paused: Any = redis.smembers(keys.PAUSED)
     alive, names = workers(redis), {name.decode() for name in paused}
     waiting = read_depths(redis, {job.model for job in queued})
     models = {name: ModelStats.of(name, lanes, alive, names) for name, lanes in waiting.items()}

@@ -9,7 +9,7 @@ from tests.model.expected import DELAYED, LEASES, Expected, Log, QueuedJob
 
 _FIELDS = (
     *("state", "place", "attempt", "failures", "cleared", "deadline_us", "attached", "worker"),
-    *("is_dead", "body_bytes", "sequences"),
+    *("is_dead", "body_bytes", "sequences", "charged"),
 )
 
 _READ = f"""
@@ -37,6 +37,10 @@ end
 return found
 """
 
+_PLACES = (
+    *(keys.BACKLOG_PREFIX, keys.SUSPECTS_PREFIX, keys.QUEUE_PREFIX, keys.TURNS_PREFIX),
+    *(keys.TICKETS_PREFIX, keys.SERVICE_PREFIX, keys.LEVEL_PREFIX, keys.TOKENS_PREFIX),
+)
 _LASTING = {keys.COUNTS, keys.MODELS, keys.PAUSED, keys.BODY_BYTES, keys.RUN}
 
 
@@ -56,6 +60,7 @@ class Checks:
         _check_jobs(found, expected)
         _check_logs(found, expected)
         _check_counters(found, expected)
+        _check_turns(found, expected)
         _check_ledger(found, expected)
         _check_ends(found, expected)
 
@@ -104,7 +109,9 @@ def _fields(job: QueuedJob) -> list[Any]:
         *(job.state, job.place, str(job.attempt), str(job.failures)),
         *("1" if job.cleared else None, str(job.deadline_us) if job.deadline_us else None),
         *("1" if job.attached else None, job.worker or None, "1" if job.is_dead else None),
-        *(str(job.body_bytes), str(job.sequences), int(job.has_body)),
+        *(str(job.body_bytes), str(job.sequences)),
+        None if job.charged is None else f"{job.charged:.17g}",
+        int(job.has_body),
     ]
 
 
@@ -140,6 +147,31 @@ def _check_counters(found: Found, expected: Expected) -> None:
         assert waiting == tickets, f"{waiting} tickets of {model}; they should be {tickets}"
 
 
+def _check_turns(found: Found, expected: Expected) -> None:
+    """Who waits has a turn, with the service that was charged; who does not has none."""
+    queues: dict[str, dict[str, float]] = {}
+    waiting: dict[str, set[str]] = {}
+    for job in expected.jobs.values():
+        if job.place == job.backlog:
+            queues.setdefault(keys.queue(job.model, job.lane, job.tenant), {})[job.id] = job.order
+            waiting.setdefault(keys.turns(job.model, job.lane), set()).add(job.tenant)
+    got = {key: _members(found, key) for key in found if key.startswith(keys.QUEUE_PREFIX)}
+    assert got == queues, f"queues of tenants are {got}; they should be {queues}"
+    got = {key: _members(found, key) for key in found if key.startswith(keys.TURNS_PREFIX)}
+    assert {key: set(turns) for key, turns in got.items()} == waiting, f"{got}, not {waiting}"
+    turns = {_turns_of(backlog): turns for backlog, turns in expected.fair.turns.items() if turns}
+    assert got == turns, f"turns are {got}; they should be {turns}"
+    served = {key: found[key] for key in found if key.startswith(keys.SERVED_PREFIX)}
+    assert all(has_ttl for has_ttl, _ in served.values()), f"{served} has no end"
+    idle = {key: float(value) for key, (_, value) in served.items()}
+    wanted = {k: float(v) for k, v in expected.keys.items() if k.startswith(keys.SERVED_PREFIX)}
+    assert idle == wanted, f"idle tenants have {idle}; they should have {wanted}"
+
+
+def _turns_of(backlog: str) -> str:
+    return keys.TURNS_PREFIX + backlog.removeprefix(keys.BACKLOG_PREFIX)
+
+
 def _check_ledger(found: Found, expected: Expected) -> None:
     _, entries = found.get(keys.LEDGER, (False, []))
     assert len(entries) == len(expected.ledger), f"{len(entries)} records, not {expected.ledger}"
@@ -163,5 +195,4 @@ def _check_ends(found: Found, expected: Expected) -> None:
 
 
 def _is_place(key: str) -> bool:
-    places = (keys.BACKLOG_PREFIX, keys.SUSPECTS_PREFIX, keys.TICKETS_PREFIX, keys.SERVICE_PREFIX)
-    return key in (LEASES, DELAYED, keys.DEADLINES) or key.startswith(places)
+    return key in (LEASES, DELAYED, keys.DEADLINES) or key.startswith(_PLACES)

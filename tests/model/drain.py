@@ -13,6 +13,9 @@ LASTING = {
     b"sluice:ledger",
     b"sluice:run",
 }
+LASTING_PREFIXES = (
+    *(b"sluice:celery:gen.", b"sluice:service:", b"sluice:tokens:", b"sluice:level:"),
+)
 
 
 def drain(world: World) -> None:
@@ -92,5 +95,4 @@ def _check_nothing_stays(world: World) -> None:
 
 
 def _lasts(key: bytes) -> bool:
-    tickets, service = b"sluice:celery:gen.", b"sluice:service:"
-    return key in LASTING or key.startswith((tickets, service))
+    return key in LASTING or key.startswith(LASTING_PREFIXES)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from tasks.contract import keys
 from tasks.contract.events import Kind
+from tests.model.fair import Fair
 
 DELAYED, LEASES = keys.DELAYED, keys.LEASES
 MOST_PASSED = 2
@@ -30,6 +31,11 @@ class QueuedJob:
     sequences: int
     queued_us: int
     attempt: int
+    tenant: str = "default"
+    weight: float = 1
+    max_tokens: int | None = None
+    charged: float | None = None
+    started_us: int = 0
     deadline_us: int | None = None
     state: str = "queued"
     place: str | None = None
@@ -48,9 +54,13 @@ class QueuedJob:
         return self.state in OPEN
 
     @property
+    def backlog(self) -> str:
+        return keys.backlog(self.model, self.lane)
+
+    @property
     def ready_place(self) -> str:
         is_suspect = self.failures > 0 and self.failures + 1 >= self.max_failures
-        return (keys.suspects if is_suspect else keys.backlog)(self.model, self.lane)
+        return keys.suspects(self.model, self.lane) if is_suspect else self.backlog
 
 
 def piece_of(value: str) -> str:
@@ -113,6 +123,7 @@ class Expected:
         self.tickets: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.body_bytes: Counter[str] = Counter()
+        self.fair = Fair()
         self.models: set[str] = set()
         self.run: tuple[int, int] | None = None
         """The run of Redis, and when it was seen first; 0: there was none before."""
@@ -126,7 +137,16 @@ class Expected:
     # What all transitions are made of.
 
     def move(self, job: QueuedJob, state: str, place: str | None, score: float = 0) -> None:
+        left, job.place = job.place, None
+        if left == job.backlog and not self.queue(job.backlog, job.tenant):
+            self.fair.leave(self.keys, job)
         job.state, job.place, job.score = state, place, score
+        if place == job.backlog:
+            self.fair.enter(self.keys, job)
+
+    def queue(self, backlog: str, tenant: str) -> list[QueuedJob]:
+        """The tenant's jobs in that backlog."""
+        return [job for job in self.members(backlog) if job.tenant == tenant]
 
     def record(self, job: QueuedJob) -> None:
         self.ledger.append(Record(job.id, job.state, job.attempt))
@@ -134,7 +154,15 @@ class Expected:
     def count(self, what: str, job: QueuedJob) -> None:
         self.counts[f"{what} {job.lane} {job.model}"] += 1
 
-    def end(self, job: QueuedJob, state: str, is_dead: bool = False) -> None:
+    def end(
+        self,
+        job: QueuedJob,
+        state: str,
+        now_us: int,
+        is_dead: bool = False,
+        tokens: int | None = None,
+    ) -> None:
+        self.fair.correct(self.keys, job, tokens, now_us)
         job.deadline_us = None
         self.move(job, state, None)
         self.body_bytes[job.model] -= job.body_bytes
@@ -151,7 +179,7 @@ class Expected:
         if cause != "handed_back":
             job.failures += 1
             if job.failures >= job.max_failures:
-                return self.end(job, "failed", is_dead=True)
+                return self.end(job, "failed", now_us, is_dead=True)
         if delay_us > 0:
             self.move(job, "queued", DELAYED, now_us + delay_us)
         else:

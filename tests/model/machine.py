@@ -37,6 +37,8 @@ STEPS_PER_EXAMPLE = 100
 # The actor has given up or crashed; the world goes on.
 GIVEN_UP = (RedisError, SQLAlchemyError, SluiceError)
 
+WEIGHTS = {"default": 1.0, "rich": 3.0, "poor": 0.1}
+
 some = st.integers(0, 2**16)
 key_names = st.sampled_from(["", "", "", "k1", "k2"])
 deadlines_s = st.sampled_from([None, None, None, 5.0, 400.0])
@@ -97,6 +99,8 @@ class QueueMachine(RuleBasedStateMachine):
         fingerprint=st.sampled_from("fg"),
         model=st.sampled_from(MODELS),
         sequences=st.sampled_from([1, 1, 1, 2, 3]),
+        tenant=st.sampled_from(list(WEIGHTS)),
+        max_tokens=st.sampled_from([None, None, 0, 100, 10**6]),
     )
     def submit(
         self,
@@ -109,12 +113,20 @@ class QueueMachine(RuleBasedStateMachine):
         fingerprint: str,
         model: str,
         sequences: int,
+        tenant: str,
+        max_tokens: int | None,
     ) -> None:
         """A client asks and waits."""
         body = b'{"pieces":%d}' % (size % 5 + 1) + b" " * size
         options = EnqueueOptions(priority, deadline_s, key, fingerprint)
         job_id = self.world.new_id()
-        job = Job(job_id, model, ENDPOINT, body, lane, sequences=sequences, options=options)
+        job = Job(
+            *(job_id, model, ENDPOINT, body, lane, tenant),
+            sequences=sequences,
+            weight=WEIGHTS[tenant],
+            max_tokens=max_tokens,
+            options=options,
+        )
         self.world.asked[job.id] = Asked(job.id, model, size % 5 + 1)
         self.world.queue.backlog.submit(job)
 
@@ -127,6 +139,8 @@ class QueueMachine(RuleBasedStateMachine):
         fingerprint=st.sampled_from("fg"),
         model=st.sampled_from(MODELS),
         sequences=st.sampled_from([1, 1, 1, 2, 3]),
+        tenant=st.sampled_from(list(WEIGHTS)),
+        max_tokens=st.sampled_from([None, None, 0, 100, 10**6]),
         webhook=st.booleans(),
         steps=st.sampled_from([1, 2, 3, 3, 3]),
     )
@@ -141,13 +155,15 @@ class QueueMachine(RuleBasedStateMachine):
         fingerprint: str,
         model: str,
         sequences: int,
+        tenant: str,
+        max_tokens: int | None,
         webhook: bool,
         steps: int,
     ) -> None:
         """A client submits a background job; the API may stop on the way, or crash."""
         job = JobRecord(
             id=self.world.new_id(),
-            tenant="default",
+            tenant=tenant,
             model=model,
             endpoint=ENDPOINT,
             lane=lane,
@@ -155,6 +171,8 @@ class QueueMachine(RuleBasedStateMachine):
             request=b'{"pieces":%d}' % (size % 5 + 1) + b" " * size,
             priority=priority,
             sequences=sequences,
+            weight=WEIGHTS[tenant],
+            max_tokens=max_tokens,
             deadline_s=deadline_s,
             idempotency_key=key or None,
             fingerprint=fingerprint if key else None,

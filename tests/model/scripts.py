@@ -56,6 +56,8 @@ class Scripts:
         job = QueuedJob(
             *(job_id, model, lane, order, int(size), int(most_failures)),
             *(int(values["sequences"]), self.now_us, int(attempt)),
+            *(values["tenant"], float(values["weight"])),
+            int(values["max_tokens"]) if values["max_tokens"] else None,
         )
         job.deadline_us = self.now_us + int(deadline_us) if deadline_us else None
         known.jobs[job_id] = job
@@ -80,12 +82,14 @@ class Scripts:
         if job is None:
             return None
         is_suspect = job.place == keys.suspects(model, job.lane)
+        job.started_us = self.now_us
         if job.queued_us > self._started_us():
             job.attempt += 1
         else:
             job.attempt = max(job.attempt + 100, (self.now_us - job.queued_us) // 1000)
         job.worker, job.deadline_us = worker, None
         known.move(job, "in_progress", LEASES, self.now_us + int(lease_us))
+        known.fair.charge(known.keys, job)
         known.record(job)
         known.count("jobs in_progress", job)
         known.keys[token] = f"{job.id} {job.attempt}"
@@ -103,14 +107,12 @@ class Scripts:
         known = self.expected
         for lane in lanes:
             for _ in range(MOST_PASSED):
-                heads = known.members(keys.backlog(model, lane))[:1]
-                if may_have_suspect:
-                    heads += known.members(keys.suspects(model, lane))[:1]
-                if not heads:
+                suspects = known.members(keys.suspects(model, lane)) if may_have_suspect else []
+                ready = keys.backlog(model, lane)
+                jobs = suspects or known.queue(ready, known.fair.next_tenant(ready))
+                if not jobs:
                     break
-                job = min(
-                    heads, key=lambda head: (head.score, head.place != keys.suspects(model, lane))
-                )
+                job = jobs[0]
                 if job.deadline_us is not None and job.deadline_us <= self.now_us:
                     known.move(job, "queued", DELAYED, self.now_us)
                 else:
@@ -162,13 +164,18 @@ class Scripts:
         return job.state
 
     def finish(self, _: Arguments, args: Arguments) -> Any:
-        job_id, attempt, state, dead_because, lanes = args
+        job_id, attempt, state, dead_because, lanes, *usage = args
         job = self.expected.jobs.get(job_id)
         if job is None or str(job.attempt) != attempt:
             return 0
         if job.state != "in_progress":
             return int(job.state == state) and self._ended(job, lanes)
-        self.expected.end(job, state, is_dead=dead_because != "")
+        tokens = [int(number) for number in usage if number]
+        self.expected.end(
+            job, state, self.now_us, dead_because != "", sum(tokens) if tokens else None
+        )
+        if state == "completed":
+            self.expected.fair.learn(job, tokens, self.now_us - job.started_us)
         return self._ended(job, lanes)
 
     def _ended(self, job: QueuedJob, lanes: str) -> int:
@@ -185,7 +192,7 @@ class Scripts:
         if job.is_open:
             if unless_attached == "1" and job.attached:
                 return None
-            self.expected.end(job, "cancelled")
+            self.expected.end(job, "cancelled", self.now_us)
         return [str(job.attempt), job.worker]
 
     def reap(self, _: Arguments, args: Arguments) -> Any:
@@ -201,7 +208,7 @@ class Scripts:
         with_deadline = [job for job in known.jobs.values() if job.deadline_us is not None]
         with_deadline.sort(key=lambda job: (job.deadline_us or 0, job.id))
         for job in due([(job.deadline_us or 0, job) for job in with_deadline]):
-            known.end(job, "expired")
+            known.end(job, "expired", self.now_us)
             reaped.append(job)
         for job in due([(job.score, job) for job in known.members(DELAYED)]):
             known.move(job, "queued", job.ready_place, job.order)

@@ -38,7 +38,7 @@ HOLES = {
     "a claim takes a suspect that the worker may not run from its place": Hole(
         "claim",
         "local suspect = may_have_suspect and first",
-        "if not may_have_suspect then redis.call('ZPOPMIN', SUSPECTS .. model .. ':' .. lane) end\n"
+        "if not may_have_suspect then redis.call('ZPOPMIN', SUSPECTS .. lane) end\n"
         "    local suspect = may_have_suspect and first",
     ),
     "a worker runs two suspects": Hole(
@@ -115,6 +115,24 @@ HOLES = {
     "bodies of ended jobs are kept": Hole("state", "redis.call('HDEL', job.key, 'body')", ""),
     "each job has a ticket": Hole(
         "state", "if redis.call('LLEN', tickets) < MOST_TICKETS then", "if true then"
+    ),
+    "a tenant that was idle has credit": Hole(
+        "fair", "exact(math.max(own, least(lane)))", "exact(own)"
+    ),
+    "the charge of an estimate stays": Hole(
+        "fair", "if not cost then return end", "if cost then return end"
+    ),
+    "a job that was handed back is charged again": Hole(
+        "fair", "if job.charged then return end", ""
+    ),
+    "a tenant keeps its turn without a job": Hole(
+        "fair", "    redis.call('ZREM', turns, tenant)\n", ""
+    ),
+    "a tenant whose jobs wait loses its turn": Hole(
+        "fair", "if redis.call('EXISTS', queue) == 1 then return end", ""
+    ),
+    "the counter of an idle tenant has no end": Hole(
+        "fair", "counter, 'EX', SERVED_S)", "counter)"
     ),
     "records leave Redis before SQL has them": Hole(
         (Recorder, "_record"),

@@ -1,5 +1,6 @@
--- Takes the first job of the first lane that has one, and leases it to a worker. A worker runs one
--- uncleared suspect at a time, so that none fails because of another (clear.lua).
+-- Takes a job of the first lane that has one, and leases it to a worker: the first job of the tenant
+-- that has had the least service there (fair.lua). A worker runs one uncleared suspect at a time, so that
+-- none fails because of another (clear.lua); a suspect has had its turn, so it goes before all others.
 -- KEYS: 1 claim of this token (string), 2 the worker's suspect (string)
 -- ARGV: 1 worker, 2 lease in us, 3 model, 4 the worker's free slots, 5 ticket, 6 lanes as
 --       'interactive batch', 7... fields of the hash to return
@@ -25,19 +26,18 @@ local function held_claim(key)
     if job.state == 'in_progress' and job.attempt == attempt then return job end
 end
 
-local function first(place)
-    local head = redis.call('ZRANGE', place, 0, 0, 'WITHSCORES')
-    if head[1] then return {place = place, id = head[1], score = tonumber(head[2])} end
-end
+local function first(zset) return redis.call('ZRANGE', zset, 0, 0)[1] end
 
 local may_have_suspect = not held_claim(KEYS[2])
 
--- The job of the lane that is next for this worker.
+-- The place and the id of the lane's job that is next for this worker, and its tenant unless it is a
+-- suspect. An older version has left jobs in no tenant's queue; the sweeper puts them there.
 local function next_of(lane)
-    local ready = first(BACKLOG .. model .. ':' .. lane)
-    local suspect = may_have_suspect and first(SUSPECTS .. model .. ':' .. lane)
-    if suspect and (not ready or suspect.score <= ready.score) then return suspect, true end
-    return ready, false
+    local suspect = may_have_suspect and first(SUSPECTS .. lane)
+    if suspect then return SUSPECTS .. lane, suspect end
+    local tenant = first(TURNS .. lane)
+    if not tenant then return BACKLOG .. lane, first(BACKLOG .. lane), '' end
+    return BACKLOG .. lane, first(QUEUE .. lane .. ':' .. tenant) or '', tenant
 end
 
 -- A Redis that has come back without its last second may have given out numbers that it does not know:
@@ -50,9 +50,11 @@ end
 local function claim(job, is_suspect)
     job.attempt = whole(next_attempt(job))
     job.worker, job.started_us = ARGV[1], whole(at_us)
-    redis.call('HSET', job.key, 'attempt', job.attempt, 'worker', job.worker, 'started_us', job.started_us)
     drop_deadline(job)
     move(job, 'in_progress', LEASES, whole(at_us + ARGV[2]))
+    charge(job)
+    redis.call('HSET', job.key, 'attempt', job.attempt, 'worker', job.worker, 'started_us', job.started_us,
+        'charged', job.charged)
     record(job, at_us)
     count('jobs', 'in_progress', job)
     local held = job.id .. ' ' .. job.attempt
@@ -68,22 +70,28 @@ local function wake_next()
     end
 end
 
--- Claims of the lane's first job; nil and true: it does not fit, and nobody passes it.
+-- A job that is not where it was found.
+local function drop(place, id, lane, tenant)
+    redis.call('ZREM', place, id)
+    if tenant then leave(lane, tenant, id) end
+    redis.call('HINCRBY', COUNTS, 'repairs stray  ', 1)
+end
+
+-- Claims the lane's next job; nil and true: it does not fit, and nobody passes it.
 local function take(lane)
     for _ = 1, MOST_PASSED do
-        local head, is_suspect = next_of(lane)
-        if not head then return nil, false end
-        local job = read_job(head.id)
-        if job.place ~= head.place then
-            redis.call('ZREM', head.place, head.id)
-            redis.call('HINCRBY', COUNTS, 'repairs stray  ', 1)
+        local place, id, tenant = next_of(lane)
+        if not id then return nil, false end
+        local job = read_job(id)
+        if job.place ~= place then
+            drop(place, id, lane, tenant)
         elseif job.deadline_us and tonumber(job.deadline_us) <= at_us then
             -- Too late: aside, where the reaper ends it.
             move(job, 'queued', DELAYED, whole(at_us))
         elseif tonumber(job.sequences or 1) > tonumber(ARGV[4]) then
             return nil, true
         else
-            claim(job, is_suspect)
+            claim(job, tenant == nil)
             return job, true
         end
     end
@@ -95,7 +103,7 @@ local again = held_claim(KEYS[1])
 if again then return reply(again) end
 if redis.call('SISMEMBER', PAUSED, model) == 1 then return nil end
 for lane in string.gmatch(ARGV[6], '%S+') do
-    local job, is_done = take(lane)
+    local job, is_done = take(model .. ':' .. lane)
     if job then wake_next() end
     if is_done then return job and reply(job) end
 end

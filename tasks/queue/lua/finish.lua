@@ -1,7 +1,6 @@
 -- Ends a job that the caller still holds.
--- KEYS: 1 mean service time of its model (string)
 -- ARGV: 1 id, 2 attempt, 3 final state, 4 why it is a dead letter ('': it is none), 5 lanes as
---       'interactive batch'
+--       'interactive batch', 6 tokens of its prompt, 7 of its answer ('': not known)
 -- Returns 1, also when this attempt has ended it before (a reply was lost); 2 if other jobs of the model
 -- wait; 0 when the attempt is not the current one or the job has ended otherwise: the caller's result is
 -- then void.
@@ -18,10 +17,23 @@ end
 
 if job.state ~= 'in_progress' then return job.state == ARGV[3] and ended() or 0 end
 local at_us = now_us()
-end_job(job, ARGV[3], at_us, ARGV[4], ARGV[4] ~= '')
+local input, output = tonumber(ARGV[6]), tonumber(ARGV[7])
+end_job(job, ARGV[3], at_us, ARGV[4], ARGV[4] ~= '', input and input + output)
+
+-- The model's mean, with one more value.
+local function mean(old, value)
+    old = tonumber(old) or value
+    return old + (value - old) * 0.05
+end
+
 if ARGV[3] == 'completed' then
-    local took_us = at_us - job.started_us
-    local mean_us = tonumber(redis.call('GET', KEYS[1])) or took_us
-    redis.call('SET', KEYS[1], whole(mean_us + (took_us - mean_us) * 0.05))
+    local took_us, key = at_us - job.started_us, SERVICE .. job.model
+    redis.call('SET', key, whole(mean(redis.call('GET', key), took_us)))
+    if input then
+        local tokens = TOKENS .. job.model
+        local known = redis.call('HMGET', tokens, 'input', 'output')
+        redis.call('HSET', tokens, 'input', exact(mean(known[1], input)),
+            'output', exact(mean(known[2], output / (job.sequences or 1))))
+    end
 end
 return ended()

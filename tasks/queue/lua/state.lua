@@ -2,8 +2,8 @@
 -- the state machine). An open job is in exactly one place, a zset that its hash names; state and
 -- place change together, in `move` alone.
 local FIELDS = {'state', 'place', 'attempt', 'model', 'lane', 'tenant', 'endpoint', 'metadata', 'order',
-    'failures', 'max_failures', 'cleared', 'sequences', 'body_bytes', 'listener', 'attached', 'worker',
-    'queued_us', 'started_us', 'deadline_us', 'is_dead'}
+    'failures', 'max_failures', 'cleared', 'sequences', 'weight', 'max_tokens', 'charged', 'body_bytes',
+    'listener', 'attached', 'worker', 'queued_us', 'started_us', 'deadline_us', 'is_dead'}
 
 -- The job as a table; without a state when there is no such job.
 local function read_job(id)
@@ -34,7 +34,10 @@ end
 
 -- Gives the job a new state and its place; no place means that it has ended.
 local function move(job, state, place, score)
+    local backlog = BACKLOG .. lane_of(job)
     if job.place then redis.call('ZREM', job.place, job.id) end
+    if job.place == backlog then leave(lane_of(job), job.tenant, job.id) end
+    if place == backlog then enter(job, score) end
     if place then
         redis.call('ZADD', place, score, job.id)
         redis.call('HSET', job.key, 'state', state, 'place', place)
@@ -50,7 +53,7 @@ end
 local function ready_place(job)
     local failures = tonumber(job.failures or 0)
     local is_suspect = failures > 0 and failures + 1 >= tonumber(job.max_failures)
-    return (is_suspect and SUSPECTS or BACKLOG) .. job.model .. ':' .. job.lane
+    return (is_suspect and SUSPECTS or BACKLOG) .. lane_of(job)
 end
 
 -- Only a job that has never started can miss its deadline.
@@ -62,8 +65,9 @@ local function drop_deadline(job)
 end
 
 -- Ends an open job. Its hash and log stay until SQL has them (settle.lua), its body only if it is a dead
--- letter, which SQL is still to get.
-local function end_job(job, state, at_us, reason, is_dead)
+-- letter, which SQL is still to get. `tokens`: of prompt and answer, nil if they are not known.
+local function end_job(job, state, at_us, reason, is_dead, tokens)
+    correct(job, tokens, at_us)
     drop_deadline(job)
     move(job, state)
     redis.call('HSET', job.key, 'ended_us', whole(at_us))

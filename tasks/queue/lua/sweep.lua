@@ -13,8 +13,22 @@ local function repaired(kind)
 end
 
 local function places(job)
-    local lane = job.model .. ':' .. job.lane
+    local lane = lane_of(job)
     return {BACKLOG .. lane, SUSPECTS .. lane, DELAYED, LEASES}
+end
+
+-- A job is in its tenant's queue while it is in the backlog. An older version knew no such queues.
+local function check_queue(job)
+    local lane = lane_of(job)
+    local is_there = redis.call('ZSCORE', QUEUE .. lane .. ':' .. job.tenant, job.id)
+    if job.place ~= BACKLOG .. lane then
+        if not is_there then return nil end
+        leave(lane, job.tenant, job.id)
+        return 'stray'
+    end
+    if is_there and redis.call('ZSCORE', TURNS .. lane, job.tenant) then return nil end
+    enter(job, job.order)
+    return job.weight and 'misplaced'
 end
 
 -- An open job is in the place that it names, and in no other.
@@ -29,6 +43,7 @@ local function check_open(job)
         move(job, 'queued', ready_place(job), job.order)
         found = 'misplaced'
     end
+    found = check_queue(job) or found
     local is_due = job.state == 'queued' and job.deadline_us
     if is_due and not redis.call('ZSCORE', DEADLINES, job.id) then
         redis.call('ZADD', DEADLINES, job.deadline_us, job.id)
