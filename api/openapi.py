@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, get_args
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from api.intake import LONGEST_KEY
+from api.intake import LONGEST_KEY, TIMEOUT
 from api.relay import ServerStoppingError
 from api.replies import DOCUMENTED, Error, Job
 from api.schemas import EVENT_ID, JobRequest, engine_schemas
@@ -22,6 +22,7 @@ from tasks.contract.errors import (
     BodyTooLargeError,
     DatabaseUnavailableError,
     EndpointNotSupportedError,
+    FirstTokenTimeoutError,
     HostNotAllowedError,
     IdempotencyError,
     InvalidRequestError,
@@ -30,8 +31,10 @@ from tasks.contract.errors import (
     JobFailedError,
     JobLostError,
     JobNotFoundError,
+    JobTimeoutError,
     KeyInUseError,
     ModelNotFoundError,
+    NextTokenTimeoutError,
     OriginNotAllowedError,
     OverloadedError,
     QueueUnavailableError,
@@ -74,6 +77,10 @@ _PARAMETERS: dict[str, tuple[str, dict[str, Any]]] = {
         {"maxLength": LONGEST_KEY, "pattern": "^[ -~¡-¬®-ÿ]*$"},
     ),
     LEAVE: ("what becomes of the job when its client leaves", {"enum": ["abort", "continue"]}),
+    TIMEOUT: (
+        "seconds within which the job ends, with an error if need be",
+        {"pattern": r"^0*[1-9][0-9]{0,5}(\.[0-9]{1,9})?$"},
+    ),
     RESUME: ("goes on after that event", {"pattern": EVENT_ID}),
 }
 # Headers of answers.
@@ -132,6 +139,7 @@ GENERATION_ERRORS: tuple[Kind, ...] = (
     *(EndpointNotSupportedError, JobNotFoundError, JobCancelledError, JobFailedError),
     *(AnswerTooLargeError, StreamBrokenError, JobLostError, ServerStoppingError),
     *(RequestTimeoutError, JobExpiredError),
+    *(FirstTokenTimeoutError, NextTokenTimeoutError, JobTimeoutError),
 )
 
 

@@ -85,10 +85,15 @@ class Job:
     """JSON object of the user's own."""
     sequences: int = 1
     """How many the engine generates at once for it: so many slots it takes."""
+    timeout_s: float | None = None
+    """From its acceptance to its end."""
     options: EnqueueOptions = field(default_factory=EnqueueOptions, compare=False)
 
     # What `decode` reads; the body comes separately, as it may be megabytes.
-    FIELDS = ("model", "endpoint", "lane", "tenant", "listener", "metadata", "sequences", "order")
+    FIELDS = (
+        *("model", "endpoint", "lane", "tenant", "listener", "metadata"),
+        *("sequences", "order", "timeout_s"),
+    )
 
     @classmethod
     def create(
@@ -107,23 +112,25 @@ class Job:
             *("listener", self.listener),
             *("metadata", self.metadata),
             *("sequences", str(self.sequences)),
+            *("timeout_s", "" if self.timeout_s is None else repr(self.timeout_s)),
         ]
 
     @classmethod
     def decode(cls, job_id: str, values: Sequence[bytes | None], body: bytes = b"") -> Self:
-        """Reads FIELDS of a job's hash; the last two may be missing.
+        """Reads FIELDS of a job's hash; the last three may be missing.
 
         Raises:
             DecodeError: they have another shape.
         """
         try:
-            *texts, sequences, order = values
+            *texts, sequences, order, timeout_s = values
             # None has no decode: an AttributeError.
             text = [value.decode() for value in texts]  # type: ignore[union-attr]
             model, endpoint, lane, tenant, listener, metadata = text
             return cls(
                 *(job_id, model, endpoint, body, Lane(lane), tenant, listener, metadata or "{}"),
                 sequences=int(sequences or 1),
+                timeout_s=float(timeout_s) if timeout_s else None,
                 options=EnqueueOptions(priority=int(float(order or 0) // ONE_PRIORITY)),
             )
         except (ValueError, AttributeError) as broken:

@@ -28,6 +28,7 @@ def to_record(job: Job, webhook: str | None = None) -> JobRecord:
         created_at=datetime.now(UTC),
         request=job.body,
         sequences=job.sequences,
+        timeout_s=job.timeout_s,
         priority=job.options.priority,
         deadline_s=job.options.deadline_s,
         idempotency_key=job.options.idempotency_key or None,
@@ -48,6 +49,7 @@ def to_job(record: JobRecord) -> Job:
         tenant=record.tenant,
         metadata=orjson.dumps(record.meta).decode(),
         sequences=record.sequences,
+        timeout_s=record.timeout_s,
         options=EnqueueOptions(
             priority=record.priority,
             deadline_s=record.deadline_s,
