@@ -45,6 +45,9 @@ _MAX_TOKENS = ("max_completion_tokens", "max_tokens")
 MOST_MAX_TOKENS = 2**31 - 1
 _NUMBER = TypeAdapter(int)
 _SECONDS = re.compile("[0-9]{1,9}")
+_DECIMAL = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
+TIMEOUT = "x-sluice-timeout"
+LONGEST_TIMEOUT_S = 2_592_000
 _ON_DISCONNECT = ("abort", "continue")
 # They reach into how the engine runs. A model's entry may allow them (`allow`).
 OPERATORS_FIELDS = frozenset(
@@ -169,6 +172,7 @@ class Call:
         model = principal.resolve(services.catalog, name if isinstance(name, str) else None)
         _check_limits(document, model, services.settings.max_schema_bytes)
         key = read_key(headers)
+        timeout_s = _read_timeout(headers)
         job = Job(
             new_id(),
             model.name,
@@ -177,11 +181,32 @@ class Call:
             tenant=principal.tenant,
             sequences=_admit_sequences(endpoint, document, model),
             max_tokens=read_max_tokens(endpoint, document),
-            options=EnqueueOptions(idempotency_key=key, fingerprint=fingerprint(endpoint, body)),
+            timeout_s=timeout_s,
+            options=EnqueueOptions(
+                deadline_s=shortest(timeout_s, model.timeouts.queue_s, model.timeouts.total_s),
+                idempotency_key=key,
+                fingerprint=fingerprint(endpoint, body),
+            ),
         )
         # A key says that the client will come back for the answer.
         continues = (on_disconnect or ("continue" if key else "abort")) == "continue"
         return cls(job, principal, document.get("stream") is True, continues)
+
+
+def shortest(*limits_s: float | None) -> float | None:
+    """The shortest of the times that are limits; None: there is no limit."""
+    return min((limit_s for limit_s in limits_s if limit_s is not None), default=None)
+
+
+def _read_timeout(headers: Headers) -> float | None:
+    given = headers.get(TIMEOUT)
+    if given is None:
+        return None
+    if not _DECIMAL.fullmatch(given) or not 0 < float(given) <= LONGEST_TIMEOUT_S:
+        raise InvalidRequestError(
+            f"{TIMEOUT} is a number of seconds, more than 0 and up to {LONGEST_TIMEOUT_S:,}."
+        )
+    return float(given)
 
 
 def count_sequences(endpoint: str, document: dict[str, Any]) -> int:

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from api.access import WHO
-from api.intake import LONGEST_KEY
+from api.intake import LONGEST_KEY, TIMEOUT
 from api.relay import ServerStoppingError
 from api.replies import DOCUMENTED, Error, Job
 from api.schemas import EVENT_ID, JobRequest, Rotation, engine_schemas
@@ -27,6 +27,7 @@ from tasks.contract.errors import (
     DatabaseUnavailableError,
     EndpointNotAllowedError,
     EndpointNotSupportedError,
+    FirstTokenTimeoutError,
     HostNotAllowedError,
     IdempotencyError,
     InvalidRequestError,
@@ -35,9 +36,11 @@ from tasks.contract.errors import (
     JobFailedError,
     JobLostError,
     JobNotFoundError,
+    JobTimeoutError,
     KeyInUseError,
     ModelNotAllowedError,
     ModelNotFoundError,
+    NextTokenTimeoutError,
     OriginNotAllowedError,
     OverloadedError,
     PermissionDeniedError,
@@ -83,6 +86,10 @@ _PARAMETERS: dict[str, tuple[str, dict[str, Any]]] = {
         {"maxLength": LONGEST_KEY, "pattern": "^[ -~¡-¬®-ÿ]*$"},
     ),
     LEAVE: ("what becomes of the job when its client leaves", {"enum": ["abort", "continue"]}),
+    TIMEOUT: (
+        "seconds within which the job ends, with an error if need be",
+        {"pattern": r"^0*[1-9][0-9]{0,5}(\.[0-9]{1,9})?$"},
+    ),
     RESUME: ("goes on after that event", {"pattern": EVENT_ID}),
 }
 # Headers of answers.
@@ -146,6 +153,7 @@ GENERATION_ERRORS: tuple[Kind, ...] = (
     *(EndpointNotSupportedError, JobNotFoundError, JobCancelledError, JobFailedError),
     *(AnswerTooLargeError, StreamBrokenError, JobLostError, ServerStoppingError),
     *(RequestTimeoutError, JobExpiredError),
+    *(FirstTokenTimeoutError, NextTokenTimeoutError, JobTimeoutError),
 )
 
 

@@ -103,6 +103,9 @@ class JobRequest(BaseModel):
     deadline_s: float | None = Field(
         None, gt=0, le=2_592_000, description="from now; it expires when it has not started by then"
     )
+    timeout_s: float | None = Field(
+        None, gt=0, le=2_592_000, description="from now; it fails when it has not ended by then"
+    )
     webhook: Annotated[str, Field(max_length=2000)] | None = Field(
         None, description="URL that is told when the job has ended"
     )

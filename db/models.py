@@ -107,6 +107,8 @@ class JobRecord(Base):
     fingerprint: Mapped[str | None] = mapped_column(default=None)
     deadline_s: Mapped[float | None] = mapped_column(default=None)
     """From its creation; one that has not started by then expires."""
+    timeout_s: Mapped[float | None] = mapped_column(default=None)
+    """From its creation; one that has not ended by then fails."""
     started_at: Mapped[datetime | None] = mapped_column(default=None)
     completed_at: Mapped[datetime | None] = mapped_column(default=None)
     died_at: Mapped[datetime | None] = mapped_column(default=None)

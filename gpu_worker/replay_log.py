@@ -32,6 +32,10 @@ class ReplayLog:
         self.input_tokens = input_tokens
         self.output_tokens += new_tokens
 
+    def progress(self) -> object:
+        """Changes with each token that the engine makes, also of an answer that is not streamed."""
+        return self.output_tokens, len(self._new)
+
     def total(self) -> tuple[int, int]:
         """All tokens of prompt and answer: as the engine reports them, or as counted."""
         usage = self.usage or {}

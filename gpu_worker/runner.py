@@ -12,9 +12,16 @@ from gpu_worker.metrics import Meter
 from gpu_worker.publisher import Feed, Publisher, Refusal
 from gpu_worker.refusal import in_our_shape
 from gpu_worker.replay_log import ReplayLog, current_replay_log
-from tasks.contract.errors import AnswerTooLargeError, JobFailedError, StreamBrokenError
+from gpu_worker.timeouts import wait_until_late
+from tasks.contract.errors import (
+    AnswerTooLargeError,
+    JobFailedError,
+    SluiceError,
+    StreamBrokenError,
+)
 from tasks.contract.events import Attempt, End, Entry, Kind, Start
 from tasks.contract.job import Cause, Claim, State, Usage
+from tasks.contract.models import Timeouts
 from tasks.contract.response import Chunk, Finish, Head, read
 from tasks.contract.settings import get_settings
 
@@ -102,8 +109,8 @@ class Running:
     task: "asyncio.Task[None] | None" = None
     head: Start | None = None
     is_stopped: bool = False
-    is_too_large: bool = False
-    """The app is stopped because of how much it has sent; that is how the job ends."""
+    early_end: SluiceError | None = None
+    """Why the app is stopped, which is how the job ends."""
     body_given: bool = False
     _has_left: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the client needs nothing more: the answer is complete, or the job was stopped."""
@@ -141,12 +148,25 @@ class Running:
     @property
     def has_left(self) -> bool:
         """Whether nobody hears what the app still says."""
-        return self.is_stopped or self.is_too_large
+        return self.is_stopped or self.early_end is not None
 
     def stop(self) -> None:
         """Stops the job, which is no longer this worker's."""
         self.is_stopped = True
         self._leave()
+
+    def end_early(self, reason: SluiceError) -> None:
+        """Stops the app, and has the job end with that error."""
+        if self.has_left:
+            return
+        log.warning("job %s: %s", self.claim.job.id, reason)
+        self.early_end = reason
+        self._whole.clear()
+        self._leave()
+
+    def progress(self) -> object:
+        """Changes with whatever the engine makes of the answer."""
+        return self._sent_bytes, self.replay_log.progress()
 
     def _leave(self) -> None:
         """Notifies the app of its client's disconnect; what it still sends is dropped.
@@ -208,9 +228,9 @@ class Running:
 
     async def close_early(self) -> State | None:
         """Ends the job whose app was stopped, if it still is this worker's."""
-        if self.is_stopped:
+        if self.is_stopped or self.early_end is None:
             return None
-        return await self.end(End.failed(AnswerTooLargeError(self._most_bytes)))
+        return await self.end(End.failed(self.early_end))
 
     async def end(self, end: End, *whole: tuple[Kind, bytes]) -> State:
         """Ends the log, before the job's final state can be seen.
@@ -233,10 +253,7 @@ class Running:
         """Sends a piece, unless that makes more of the answer than may be kept of one."""
         self._sent_bytes += len(body)
         if self._sent_bytes > self._most_bytes:
-            log.warning("job %s: larger than %d bytes", self.claim.job.id, self._most_bytes)
-            self.is_too_large = True
-            self._whole.clear()
-            self._leave()
+            self.end_early(AnswerTooLargeError(self._most_bytes))
         elif self.head and self.head.is_event_stream:
             self._send_event(body)
         else:
@@ -279,10 +296,15 @@ class Runner:
     """Runs claimed jobs on the engine, all at once, on its event loop."""
 
     def __init__(
-        self, engine: Engine, publisher: Publisher, on_cleared: Callable[[Claim], None]
+        self,
+        engine: Engine,
+        publisher: Publisher,
+        on_cleared: Callable[[Claim], None],
+        timeouts: Timeouts,
     ) -> None:
         """`on_cleared` is called, in a thread, when a suspect has got further than before."""
         self._engine = engine
+        self._timeouts = timeouts
         self._publisher = publisher
         self._on_cleared = on_cleared
         self._running: dict[Attempt, Running] = {}
@@ -337,6 +359,7 @@ class Runner:
         running.task = asyncio.ensure_future(
             self._engine.app(_scope(running.claim), running.receive, running.send)
         )
+        watching = asyncio.ensure_future(self._watch(running))
         try:
             await running.task
             return await running.close()
@@ -348,6 +371,11 @@ class Runner:
             if running.has_left:
                 return await running.close_early()
             return await self._fail(running, failure)
+        finally:
+            watching.cancel()
+
+    async def _watch(self, running: Running) -> None:
+        running.end_early(await wait_until_late(running.claim, self._timeouts, running.progress))
 
     async def _fail(self, running: Running, failure: Exception) -> State:
         """Ends the job that the engine's app has not answered."""

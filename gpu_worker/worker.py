@@ -277,7 +277,7 @@ class Worker:
         async with open_engine(self.model) as engine:
             with orphans.recorded():
                 publisher = Publisher(connect_async(self.settings.bus_url), self.stop_job)
-                self.runner = Runner(engine, publisher, self._clear)
+                self.runner = Runner(engine, publisher, self._clear, self.model.timeouts)
                 publishing = asyncio.ensure_future(self._publish(publisher))
                 # The engine's libraries have configured loggers of their own.
                 logs.take_over_loggers()

@@ -25,6 +25,7 @@ from tasks.contract import keys
 from tasks.contract.connections import connect_async
 from tasks.contract.events import End
 from tasks.contract.job import Claim, Job, State
+from tasks.contract.models import Timeouts
 from tasks.contract.settings import get_settings
 from tasks.queue.control import workers
 from tasks.queue.token_log import TokenLog
@@ -156,7 +157,7 @@ async def test_a_whole_answer_without_end_is_not_collected_any_further(
 ) -> None:
     engine: Engine = Endless()
     claim = Claim(Job("job_1", "m", ENDPOINT, b"{}"), 1, 0, 0, 3)
-    runner = Runner(engine, publisher, lambda _claim: None)
+    runner = Runner(engine, publisher, lambda _claim: None, Timeouts())
     ended = await asyncio.wait_for(runner.run(claim, History()), 5)
     assert ended
     assert (ended.state, ended.usage) == (State.FAILED, None)

@@ -16,7 +16,7 @@ from api import replies, schemas
 from api.access import get_principal
 from api.encoders.sse import event_stream
 from api.ends import is_kept
-from api.intake import Call, Preference, fingerprint, read_body, read_key, read_object
+from api.intake import Call, Preference, fingerprint, read_body, read_key, read_object, shortest
 from api.job_events import Follower, encode
 from api.job_view import Listed, describe, describe_all, find_queued, look_again, of_record
 from api.openapi import (
@@ -85,9 +85,13 @@ def submit() -> Response:
     call = Call.read(services, get_principal(), wanted.endpoint, request_body, Headers())
     lane, priority = wanted.place
     key = read_key(request.headers)
-    options = EnqueueOptions(priority, wanted.deadline_s, key, fingerprint("/v1/jobs", body))
+    # What the model's timeouts allow is in the job already.
+    deadline_s = shortest(wanted.deadline_s, wanted.timeout_s, call.job.options.deadline_s)
+    options = EnqueueOptions(priority, deadline_s, key, fingerprint("/v1/jobs", body))
     metadata = orjson.dumps(wanted.metadata).decode()
-    job = replace(call.job, lane=lane, metadata=metadata, options=options)
+    job = replace(
+        call.job, lane=lane, metadata=metadata, timeout_s=wanted.timeout_s, options=options
+    )
     if wanted.webhook:
         check_webhook(wanted.webhook, services.settings, services.lookups.ask)
     return _accept(services, to_record(job, wanted.webhook))

@@ -9,7 +9,7 @@ from redis.exceptions import RedisError
 from api import replies, schemas
 from api.access import get_principal
 from api.generation import AnsweredError, Generation
-from api.intake import Call, Preference, read_body
+from api.intake import TIMEOUT, Call, Preference, read_body
 from api.job_view import stored_response
 from api.openapi import (
     ACCEPTANCE_ERRORS,
@@ -44,7 +44,7 @@ def _generating(body: str, gives: dict[str, Any]) -> dict[str, Any]:
         {200: Given("The engine's answer", gives, OF_ANSWER), 202: LATER},
         (*BODY_ERRORS, *ACCEPTANCE_ERRORS, *GENERATION_ERRORS),
         body=schemas.body(body),
-        takes=(PREFER, KEY, LEAVE),
+        takes=(PREFER, KEY, LEAVE, TIMEOUT),
         engine=(400, 404, 500, 501),
     )
 

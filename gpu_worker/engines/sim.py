@@ -134,9 +134,15 @@ class SimEngine:
     async def _token(self, answer: Answer, failure: Failure, number: int) -> None:
         """Returns when the token of that number is made, or fails as requested."""
         replay_log = get_replay_log()
+        # Those before were made by a worker that has died.
+        if number >= len(replay_log.earlier):
+            await self._make_token(answer, failure, number)
+            replay_log.note(number)
+            if self._dead.is_set():
+                raise HttpError(500, "The engine is dead")
         replay_log.count(answer.prompt_tokens, len(answer.choices))
-        if number < len(replay_log.earlier):
-            return  # made before, by a worker that has died
+
+    async def _make_token(self, answer: Answer, failure: Failure, number: int) -> None:
         if number == 0:
             await asyncio.sleep(self._args.first_token_s)
         elif rate := self._args.tokens_per_s:
@@ -155,9 +161,6 @@ class SimEngine:
         elif failure == "die" and number == min(FAILS_AT_TOKEN, last):
             self._dead.set()
         self._steps += 1
-        replay_log.note(number)
-        if self._dead.is_set():
-            raise HttpError(500, "The engine is dead")
 
     def _failure(self, request_id: str) -> Failure:
         """The failure that this request meets; the same id meets it again."""

@@ -312,6 +312,40 @@ class AnswerTooLargeError(SluiceError):
         )
 
 
+class _LateError(SluiceError):
+    """The job took longer than it may."""
+
+    status = 504
+    type = "timeout_error"
+    # Whatever is too long once is so again.
+    should_retry = False
+    found = ""
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(f"{self.found} within {limit_s:g} s; the job has ended.")
+
+
+class FirstTokenTimeoutError(_LateError):
+    """The engine made no token of the answer within the model's time limit."""
+
+    code = "first_token_timeout"
+    found = "The engine made no token of the answer"
+
+
+class NextTokenTimeoutError(_LateError):
+    """The engine made no further token within the model's time limit."""
+
+    code = "next_token_timeout"
+    found = "The engine made no further token of the answer"
+
+
+class JobTimeoutError(_LateError):
+    """The job did not end within its time limit, or the model's."""
+
+    code = "job_timeout"
+    found = "The job did not end"
+
+
 class JobExpiredError(SluiceError):
     """The job did not start before its deadline."""
 

@@ -96,12 +96,14 @@ class Job:
     """Share of the model's service that its tenant gets, beside those of others."""
     max_tokens: int | None = None
     """Most that the engine generates of one sequence; None: it ends by itself."""
+    timeout_s: float | None = None
+    """From its acceptance to its end."""
     options: EnqueueOptions = field(default_factory=EnqueueOptions, compare=False)
 
     # What `decode` reads; the body comes separately, as it may be megabytes.
     FIELDS = (
         *("model", "endpoint", "lane", "tenant", "listener", "metadata"),
-        *("sequences", "weight", "max_tokens", "order"),
+        *("sequences", "weight", "max_tokens", "order", "timeout_s"),
     )
 
     @classmethod
@@ -123,17 +125,18 @@ class Job:
             *("sequences", str(self.sequences)),
             *("weight", str(self.weight)),
             *("max_tokens", "" if self.max_tokens is None else str(self.max_tokens)),
+            *("timeout_s", "" if self.timeout_s is None else repr(self.timeout_s)),
         ]
 
     @classmethod
     def decode(cls, job_id: str, values: Sequence[bytes | None], body: bytes = b"") -> Self:
-        """Reads FIELDS of a job's hash; the last four may be missing.
+        """Reads FIELDS of a job's hash; the last five may be missing.
 
         Raises:
             DecodeError: they have another shape.
         """
         try:
-            *texts, sequences, weight, max_tokens, order = values
+            *texts, sequences, weight, max_tokens, order, timeout_s = values
             # None has no decode: an AttributeError.
             text = [value.decode() for value in texts]  # type: ignore[union-attr]
             model, endpoint, lane, tenant, listener, metadata = text
@@ -142,6 +145,7 @@ class Job:
                 sequences=int(sequences or 1),
                 weight=float(weight or 1),
                 max_tokens=int(max_tokens) if max_tokens else None,
+                timeout_s=float(timeout_s) if timeout_s else None,
                 options=EnqueueOptions(priority=int(float(order or 0) // ONE_PRIORITY)),
             )
         except (ValueError, AttributeError) as broken:

@@ -5,7 +5,7 @@ import shlex
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -15,6 +15,23 @@ from tasks.contract.errors import ConfigurationError, ModelNotFoundError
 from tasks.contract.settings import get_settings
 
 BUILT_IN = Path(__file__).parent / "models.yaml"
+
+
+Limit = Annotated[float | None, Field(gt=0, le=2_592_000, allow_inf_nan=False)]
+
+
+class Timeouts(BaseModel):
+    """How long jobs of a model may take, in seconds; a job that is late ends with 504."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    queue_s: Limit = None
+    """Until a worker begins it."""
+    first_token_s: Limit = None
+    """From there to its first token; of each attempt."""
+    between_tokens_s: Limit = None
+    total_s: Limit = None
+    """From its acceptance to its end, all attempts together."""
 
 
 class Model(BaseModel):
@@ -34,6 +51,9 @@ class Model(BaseModel):
     env: dict[str, str] = Field({}, description="set for the engine unless already set")
     allow: tuple[str, ...] = Field(
         (), description="fields of requests that are the operator's, and open to this model's users"
+    )
+    timeouts: Timeouts = Field(
+        Timeouts(), description="in s: queue_s, first_token_s, between_tokens_s, total_s"
     )
     slots: int = Field(64, ge=1, description="sequences that one worker runs at once")
 

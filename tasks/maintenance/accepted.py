@@ -30,6 +30,7 @@ def to_record(job: Job, webhook: str | None = None) -> JobRecord:
         sequences=job.sequences,
         weight=job.weight,
         max_tokens=job.max_tokens,
+        timeout_s=job.timeout_s,
         priority=job.options.priority,
         deadline_s=job.options.deadline_s,
         idempotency_key=job.options.idempotency_key or None,
@@ -52,6 +53,7 @@ def to_job(record: JobRecord) -> Job:
         sequences=record.sequences,
         weight=record.weight,
         max_tokens=record.max_tokens,
+        timeout_s=record.timeout_s,
         options=EnqueueOptions(
             priority=record.priority,
             deadline_s=record.deadline_s,
