@@ -14,7 +14,7 @@ from flask_openapi3 import Info, OpenAPI
 from api import errors, instruments, sites
 from api import openapi as document
 from api.encoders import websocket
-from api.routes import admin, health, jobs, metrics
+from api.routes import admin, health, jobs, metrics, usage
 from api.routes import openai as routes
 from api.services import Services
 from tasks.contract import logs
@@ -59,6 +59,8 @@ def create_app() -> OpenAPI:
     app.register_api(health.blueprint)
     app.register_api(metrics.blueprint)
     app.register_api(admin.blueprint)
+    app.register_api(usage.blueprint)
+    app.register_api(usage.admin_blueprint)
     document.complete(app.api_doc)
     app.add_url_rule("/openapi.json", view_func=lambda: app.api_doc)
     # Their checks come in this order: what is refused is counted too.

@@ -1,5 +1,6 @@
 """What clients may send: our own objects, checked here; and the engine's, for the docs only."""
 
+from datetime import date
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -40,6 +41,20 @@ class DeadQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     limit: int = Field(50, ge=1, le=1000)
+
+
+class UsageQuery(BaseModel):
+    """Which days of usage are shown."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    since: date | None = Field(None, description="the first day; default: 30 days up to `until`")
+    until: date | None = Field(None, description="the last day; default: today, in UTC")
+    format: Literal["json", "csv"] = "json"
+
+
+class TenantsUsageQuery(UsageQuery):
+    tenant: str | None = Field(None, pattern=_NO_NUL, description="of this one only")
 
 
 class WorkerPath(BaseModel):

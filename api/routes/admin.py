@@ -32,7 +32,7 @@ Document = dict[str, Any]
 ADMIN = [Tag(name="Admin", description="For the operator, with the admin key")]
 
 
-def _authenticate() -> None:
+def authenticate() -> None:
     """Refuses whoever does not show the key.
 
     Raises:
@@ -52,7 +52,7 @@ def _operation(gives: dict[int, Given], *refuses: type[SluiceError]) -> dict[str
 
 
 blueprint = APIBlueprint("admin", __name__, abp_security=SECURITY)
-blueprint.before_request(_authenticate)
+blueprint.before_request(authenticate)
 
 
 @blueprint.get(
