@@ -159,7 +159,7 @@ def apply(url: str, changes: Sequence[Change]) -> int:
         insert_new(session, [change.event for change in changes])
         insert_new(session, [change.result for change in ended if change.result])
         _plan_webhooks(session, [change.job.id for change in ended])
-        usages = {change.job.id: change.result and change.result.usage for change in ended}
+        usages = {change.job.id: change.result.usage for change in ended if change.result}
         return _note_ends(session, [change.ledger for change in ended if change.ledger], usages)
 
 

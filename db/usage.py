@@ -37,8 +37,7 @@ class _Sum:
 def _tokens(counts: Any, name: str) -> int:
     """A number that an engine reported; what is none counts as 0."""
     number = counts.get(name) if isinstance(counts, Mapping) else None
-    is_count = isinstance(number, int) and 0 <= number <= MOST_TOKENS
-    return int(number) if is_count else 0
+    return number if isinstance(number, int) and 0 <= number <= MOST_TOKENS else 0
 
 
 def add(

@@ -122,7 +122,7 @@ def test_what_was_used_can_be_got_as_json_and_as_csv(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize(
-    "query", ["since=yesterday", "format=xlsx", "tenant=default", "until=2026-02-30"]
+    "query", ["since=yesterday", "since=0", "format=xlsx", "tenant=default", "until=2026-02-30"]
 )
 def test_a_wrong_question_about_usage_is_refused(stack: Stack, query: str) -> None:
     assert call(stack, "GET", f"/v1/usage?{query}").status_code == 400
