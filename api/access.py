@@ -34,6 +34,7 @@ WHO: dict[str, Role | None] = {
     "GET /v1/jobs/<string:job_id>/webhook": Role.USER,
     "POST /v1/jobs/<string:job_id>/cancel": Role.USER,
     "POST /v1/jobs/<string:job_id>/retry": Role.USER,
+    "GET /v1/usage": Role.USER,
     # The whole deployment, of all tenants.
     "GET /metrics": Role.OPERATOR,
     "GET /v1/admin/dead": Role.OPERATOR,
@@ -45,6 +46,7 @@ WHO: dict[str, Role | None] = {
     "POST /v1/admin/workers/<string:worker_id>/drain": Role.OPERATOR,
     "POST /v1/admin/models/<path:model_id>/pause": Role.OPERATOR,
     "POST /v1/admin/models/<path:model_id>/resume": Role.OPERATOR,
+    "GET /v1/admin/usage": Role.OPERATOR,
     "GET /v1/admin/keys": Role.ADMIN,
     "POST /v1/admin/keys": Role.ADMIN,
     "GET /v1/admin/keys/<string:key_id>": Role.ADMIN,

@@ -1,5 +1,6 @@
 """What clients get, for the docs: our own objects, and what all engines' answers have in common."""
 
+from datetime import date
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -224,6 +225,24 @@ class Drained(BaseModel):
     state: Literal[WorkerState.DRAINING]
 
 
+class UsageDay(BaseModel):
+    """What a tenant's jobs of a model have used that ended on one day."""
+
+    day: date
+    tenant: str
+    model: str
+    jobs: int
+    failed_jobs: int
+    prompt_tokens: int
+    cached_tokens: int = Field(description="of the prompts' tokens, those in the prefix cache")
+    completion_tokens: int
+
+
+class UsageList(BaseModel):
+    object: Literal["list"]
+    data: list[UsageDay]
+
+
 class Paused(BaseModel):
     id: str
     is_paused: bool
@@ -298,6 +317,6 @@ class Version(BaseModel):
 DOCUMENTED: tuple[type[BaseModel], ...] = (
     *(Error, ChatCompletion, Completion, Embeddings, Model, ModelList),
     *(Job, JobList, WebhookLog, DeadLetterList, DeadLetterWithReasons, NewJob, Deleted),
-    *(ApiKey, NewApiKey, ApiKeyList, Tenant, TenantList),
+    *(ApiKey, NewApiKey, ApiKeyList, Tenant, TenantList, UsageDay, UsageList),
     *(WorkerList, Target, Drained, Paused, Live, Readiness, Load, Version),
 )

@@ -1,6 +1,8 @@
 """What clients may send: our own objects, checked here; and the engine's, for the docs only."""
 
-from typing import Annotated, Any, TypeVar
+import re
+from datetime import date
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -41,6 +43,30 @@ class DeadQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     limit: int = Field(50, ge=1, le=1000)
+
+
+def _as_written(given: str) -> str:
+    """A day in no other form of ISO 8601, and no number of seconds."""
+    if not re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", given):
+        raise ValueError("a day is YYYY-MM-DD")
+    return given
+
+
+Day = Annotated[date, BeforeValidator(_as_written)]
+
+
+class UsageQuery(BaseModel):
+    """Which days of usage are shown."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    since: Day | None = Field(None, description="the first day; default: 30 days up to `until`")
+    until: Day | None = Field(None, description="the last day; default: today, in UTC")
+    format: Literal["json", "csv"] = "json"
+
+
+class TenantsUsageQuery(UsageQuery):
+    tenant: str | None = Field(None, pattern=_NO_NUL, description="of this one only")
 
 
 class WorkerPath(BaseModel):

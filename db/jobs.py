@@ -1,6 +1,6 @@
 """The record of jobs: committed before the client gets its 202, changed only forwards, kept."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -9,8 +9,9 @@ from urllib.parse import urlsplit
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session, defer
 
+from db import usage
 from db.models import JobEvent, JobRecord, JobResult, LedgerEntry, WebhookDelivery
-from db.session import database_now, insert_new, reading, writing
+from db.session import database_now, insert_new, insert_returning, reading, writing
 
 # Megabytes that no view shows.
 _WITHOUT_REQUEST = defer(JobRecord.request, raiseload=True)
@@ -158,7 +159,21 @@ def apply(url: str, changes: Sequence[Change]) -> int:
         insert_new(session, [change.event for change in changes])
         insert_new(session, [change.result for change in ended if change.result])
         _plan_webhooks(session, [change.job.id for change in ended])
-        return insert_new(session, [change.ledger for change in ended if change.ledger])
+        usages = {change.job.id: change.result.usage for change in ended if change.result}
+        return _note_ends(session, [change.ledger for change in ended if change.ledger], usages)
+
+
+def _note_ends(
+    session: Session,
+    entries: Sequence[LedgerEntry],
+    usages: Mapping[str, dict[str, Any] | None],
+) -> int:
+    """Adds to the ledger, and to the sums of what tenants use; returns how many were new."""
+    new = insert_returning(session, entries, LedgerEntry.job_id)
+    # Of one that is there twice the first one was written.
+    first = {entry.job_id: entry for entry in reversed(entries)}
+    usage.add(session, [first[job_id] for job_id in new], usages)
+    return len(new)
 
 
 def _as_queued(job: JobRecord) -> JobRecord:
@@ -228,7 +243,7 @@ def end_lost(url: str, job_id: str, status: str, error: dict[str, Any]) -> bool:
         job = session.get_one(JobRecord, job_id)
         result = JobResult(job_id=job_id, status_code=None, body=None, error=error, usage=None)
         insert_new(session, [result])
-        insert_new(session, [ledger_entry(job, now)])
+        _note_ends(session, [ledger_entry(job, now)], {})
         _plan_webhooks(session, [job_id])
         return True
 

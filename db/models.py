@@ -1,10 +1,11 @@
 """The tables."""
 
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Any
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     DateTime,
     Dialect,
     Double,
@@ -250,3 +251,18 @@ class ApiKey(Base):
     old_digest: Mapped[str | None] = mapped_column(unique=True, default=None, repr=False)
     """Of the secret before this one, which lives until `old_until`."""
     old_until: Mapped[datetime | None] = mapped_column(default=None)
+class UsageDay(Base):
+    """What a tenant's jobs of a model have used that ended on one day (UTC)."""
+
+    __tablename__ = "usage_days"
+
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    day: Mapped[date] = mapped_column(primary_key=True)
+    model: Mapped[str] = mapped_column(primary_key=True)
+    jobs: Mapped[int] = mapped_column(BigInteger)
+    failed_jobs: Mapped[int] = mapped_column(BigInteger)
+    """Of these, those that failed; cancelled and expired ones are neither failed nor completed."""
+    prompt_tokens: Mapped[int] = mapped_column(BigInteger)
+    cached_tokens: Mapped[int] = mapped_column(BigInteger)
+    """Of the prompts' tokens, those that were in the engine's prefix cache."""
+    completion_tokens: Mapped[int] = mapped_column(BigInteger)

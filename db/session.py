@@ -24,7 +24,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, OperationalError
-from sqlalchemy.orm import DeclarativeBase, Session
+from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Session
 
 # Waiting for SQLite's lock stops a whole process under gevent: it is tried again instead.
 BUSY_TIMEOUT_S = 0.02
@@ -90,14 +90,28 @@ def insert_new(session: Session, rows: Sequence[DeclarativeBase]) -> int:
     """Inserts rows of one table, passing over those that are there; returns how many were new."""
     if not rows:
         return 0
+    once, values = _insert(session, rows)
+    counted = {"preserve_rowcount": True}
+    return session.connection().execute(once, values, execution_options=counted).rowcount
+
+
+def insert_returning(
+    session: Session, rows: Sequence[DeclarativeBase], column: InstrumentedAttribute[str]
+) -> set[str]:
+    """The same; returns that column of those that were new."""
+    if not rows:
+        return set()
+    once, values = _insert(session, rows)
+    return set(session.connection().execute(once.returning(column), values).scalars())
+
+
+def _insert(session: Session, rows: Sequence[DeclarativeBase]) -> tuple[Any, list[dict[str, Any]]]:
     table = type(rows[0])
     columns = inspect(table).column_attrs
     values = [{c.columns[0].name: getattr(row, c.key) for c in columns} for row in rows]
     dialect = session.get_bind().dialect.name
     insert = postgresql.insert if dialect == "postgresql" else sqlite.insert
-    once = insert(table.__table__).on_conflict_do_nothing()  # type: ignore[arg-type]
-    counted = {"preserve_rowcount": True}
-    return session.connection().execute(once, values, execution_options=counted).rowcount
+    return insert(table.__table__).on_conflict_do_nothing(), values  # type: ignore[arg-type]
 
 
 def parse(url: str) -> URL:
