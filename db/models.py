@@ -251,6 +251,8 @@ class ApiKey(Base):
     old_digest: Mapped[str | None] = mapped_column(unique=True, default=None, repr=False)
     """Of the secret before this one, which lives until `old_until`."""
     old_until: Mapped[datetime | None] = mapped_column(default=None)
+
+
 class UsageDay(Base):
     """What a tenant's jobs of a model have used that ended on one day (UTC)."""
 

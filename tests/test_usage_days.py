@@ -15,7 +15,7 @@ from db.models import JobEvent, JobRecord, JobResult, LedgerEntry
 from tests.conftest import SIM
 from tests.test_jobs import CHAT, ENDPOINT, call
 
-KEY = "operator"
+ADMIN = {"Authorization": "Bearer admin"}
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
 TODAY = date(2026, 1, 31)
 USED = {"prompt_tokens": 5, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 4}}
@@ -96,36 +96,35 @@ def test_what_is_no_number_of_tokens_counts_as_none(url: str, used: Any) -> None
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with running(Stack(tmp_path_factory.mktemp("usage"), [SIM], admin_key=KEY)) as stack:
+    with running(Stack(tmp_path_factory.mktemp("usage"), [SIM], admin_key="admin")) as stack:
         yield stack
 
 
 def test_what_was_used_can_be_got_as_json_and_as_csv(stack: Stack) -> None:
-    admin = {"Authorization": f"Bearer {KEY}"}
     for _ in range(3):
-        assert call(stack, "POST", ENDPOINT, json=CHAT).status_code == 200
+        assert call(stack, "POST", ENDPOINT, json=CHAT, headers=ADMIN).status_code == 200
 
     def sums() -> list[dict[str, Any]]:
-        data: list[dict[str, Any]] = call(stack, "GET", "/v1/usage").json()["data"]
+        data: list[dict[str, Any]] = call(stack, "GET", "/v1/usage", headers=ADMIN).json()["data"]
         return data
 
     await_that(lambda: [day["jobs"] for day in sums()] == [3])
     (day,) = sums()
     assert (day["tenant"], day["model"], day["failed_jobs"]) == ("default", "sim", 0)
     assert day["completion_tokens"] == 3 * CHAT["max_tokens"]
-    assert call(stack, "GET", "/v1/admin/usage", headers=admin).json()["data"] == [day]
-    table = call(stack, "GET", "/v1/admin/usage?format=csv", headers=admin)
+    assert call(stack, "GET", "/v1/admin/usage", headers=ADMIN).json()["data"] == [day]
+    table = call(stack, "GET", "/v1/admin/usage?format=csv", headers=ADMIN)
     assert table.headers["content-type"].startswith("text/csv")
     (row,) = csv.DictReader(table.text.splitlines())
     assert row == {name: str(value) for name, value in day.items()}
-    assert call(stack, "GET", "/v1/admin/usage?tenant=x", headers=admin).json()["data"] == []
+    assert call(stack, "GET", "/v1/admin/usage?tenant=x", headers=ADMIN).json()["data"] == []
 
 
 @pytest.mark.parametrize(
     "query", ["since=yesterday", "since=0", "format=xlsx", "tenant=default", "until=2026-02-30"]
 )
 def test_a_wrong_question_about_usage_is_refused(stack: Stack, query: str) -> None:
-    assert call(stack, "GET", f"/v1/usage?{query}").status_code == 400
+    assert call(stack, "GET", f"/v1/usage?{query}", headers=ADMIN).status_code == 400
 
 
 def test_the_usage_of_all_is_the_operators(stack: Stack) -> None:
@@ -136,6 +135,6 @@ def test_a_name_is_no_formula_in_a_spreadsheet(stack: Stack) -> None:
     database = f"sqlite:///{stack.home / 'sluice.db'}"
     apply(database, [ended("j1", tenant="=1+1", at=datetime.now(UTC))])
     asked = "/v1/admin/usage?format=csv&tenant=%3D1%2B1"
-    table = call(stack, "GET", asked, headers={"Authorization": f"Bearer {KEY}"})
+    table = call(stack, "GET", asked, headers=ADMIN)
     (row,) = csv.DictReader(table.text.splitlines())
     assert row["tenant"] == "'=1+1"
