@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from db import jobs
 from db.models import JobRecord
 from tasks.contract.errors import DatabaseUnavailableError, IdempotencyError, KeyInUseError
+from tasks.contract.job import State
 from tasks.maintenance.accepted import dispatch, to_job
 from tasks.queue.jobs import Jobs
 
@@ -92,7 +93,9 @@ class Acceptance:
             self._queue.backlog.release(to_job(job))
 
     def _is_accepted(self, job_id: str) -> bool:
-        if jobs.load(self._url, job_id) is not None:
+        job = jobs.load(self._url, job_id)
+        # Of a chat that runs SQL knows that it has begun, but not what it asks for.
+        if job and (job.request is not None or State(job.status).is_final):
             return True
         if self._queue.backlog.snapshots([job_id]) != [None]:
             raise KeyInUseError

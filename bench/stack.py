@@ -305,8 +305,12 @@ def running(stack: Stack, workers: int = 1) -> Iterator[Stack]:
     finally:
         stack.stop()
         groups = {process.pid for process in stack.processes}
-        left = [p for p in psutil.process_iter() if _group(p.pid) in groups and is_alive(p)]
-        assert not left, f"processes left behind: {left}"
+        # Even after SIGKILL the kernel takes its time with a process of some gigabytes.
+        await_that(lambda: not _alive(groups), 20, lambda: f"left behind: {_alive(groups)}")
+
+
+def _alive(groups: set[int]) -> list[psutil.Process]:
+    return [p for p in psutil.process_iter() if _group(p.pid) in groups and is_alive(p)]
 
 
 def _group(pid: int) -> int:
