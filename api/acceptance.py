@@ -5,6 +5,7 @@ database, and under SQLite the whole process, is held up once and not for each.
 """
 
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -14,12 +15,14 @@ from gevent.queue import Queue
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
+from api import allowance
 from db import jobs
 from db.models import JobRecord
 from tasks.contract.errors import DatabaseUnavailableError, IdempotencyError, KeyInUseError
 from tasks.contract.job import State
 from tasks.maintenance.accepted import dispatch, to_job
 from tasks.queue.jobs import Jobs
+from tasks.queue.limits import Limited
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +48,7 @@ class Acceptance:
         """Starts the greenlet that commits."""
         gevent.spawn(self._commit_for_ever)
 
-    def accept(self, job: JobRecord) -> str:
+    def accept(self, job: JobRecord, limits: Sequence[Limited] = ()) -> str:
         """Commits and queues the job; its `created_at` becomes the database's.
 
         Returns:
@@ -56,10 +59,12 @@ class Acceptance:
             KeyInUseError: the job that held the key was deleted just now; or it is a chat's, which
                 Redis alone knows until it ends.
             OverloadedError: the lane is full; nothing is stored.
+            RateLimitError: it is more than a limit allows; nothing is stored.
+            RedisError: whether a limit allows it cannot be told; nothing is stored.
             SQLAlchemyError: the database is away; nothing is stored.
             DatabaseUnavailableError: it does not answer; the job may be stored nevertheless.
         """
-        holder = self._reserve(job)
+        holder = self._reserve(job, limits)
         if holder != job.id and self._is_accepted(holder):
             return holder
         # Of equal requests that are being accepted at once, the one that SQL has first is it.
@@ -69,11 +74,13 @@ class Acceptance:
         dispatch(self._queue.backlog, job)
         return job.id
 
-    def _reserve(self, job: JobRecord) -> str:
+    def _reserve(self, job: JobRecord, limits: Sequence[Limited]) -> str:
         """What may refuse the job comes before its commit: an accepted one is never forgotten."""
         try:
-            return self._queue.backlog.reserve(to_job(job))
+            return self._queue.backlog.reserve(to_job(job), limits, allowance.note)
         except RedisError as away:
+            if limits:  # nobody can tell whether they allow it
+                raise
             log.warning("job %s: to be accepted without the queue: %s", job.id, away)
             return job.id
 

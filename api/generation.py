@@ -18,6 +18,7 @@ from gevent.socket import wait_read
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
+from api import allowance
 from api.answer import Answer
 from api.ends import is_kept
 from api.intake import Call
@@ -59,7 +60,8 @@ class Generation:
         stream = self._open(services.relay.stream(job.id))
         with ExitStack() as undo:
             undo.callback(self._resources.close)
-            self.job_id = services.jobs.backlog.submit(job)
+            limits = call.principal.limits
+            self.job_id = services.jobs.backlog.submit(job, limits, allowance.note)
             self._is_own = self.job_id == job.id
             if not self._is_own:
                 stream = self._attach()

@@ -179,6 +179,8 @@ class Call:
             endpoint,
             body if document is whole else orjson.dumps(document),
             tenant=principal.tenant,
+            key_id=principal.key_id,
+            weight=principal.weight,
             sequences=_admit_sequences(endpoint, document, model),
             max_tokens=read_max_tokens(endpoint, document),
             timeout_s=timeout_s,

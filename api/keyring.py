@@ -256,5 +256,7 @@ def _principal(key: keys.FoundKey, digest: str) -> Principal:
         frozenset(map(Role, key.roles)),
         None if key.models is None else frozenset(key.models),
         None if key.endpoints is None else frozenset(key.endpoints),
+        key.weight,
+        key.limits,
         digest,
     )

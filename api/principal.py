@@ -1,5 +1,6 @@
 """Who sends a request: whose it is, and what it may ask for."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tasks.contract.access import DEFAULT_TENANT, Role
@@ -10,6 +11,7 @@ from tasks.contract.errors import (
     PermissionDeniedError,
 )
 from tasks.contract.models import Catalog, Model
+from tasks.queue.limits import Limited
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,9 @@ class Principal:
     models: frozenset[str] | None = None
     """Names or aliases; None: all, as with the endpoints."""
     endpoints: frozenset[str] | None = None
+    weight: float = 1.0
+    """By which what its jobs cost counts less in the fair queue."""
+    limits: Sequence[Limited] = field(default=(), hash=False)
     digest: str = field(default="", repr=False)
     """By which the key that was shown is looked up again."""
 

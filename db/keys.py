@@ -51,6 +51,10 @@ class FoundKey:
     roles: tuple[str, ...]
     models: tuple[str, ...] | None
     endpoints: tuple[str, ...] | None
+    weight: float
+    """Its own times that of its tenant."""
+    limits: tuple[dict[str, Any], ...]
+    """Its own and those of its tenant, as queue/limits.py has them."""
     is_enabled: bool
     """So are its tenant, and the secret that it was found by."""
     lives_s: float | None
@@ -74,26 +78,32 @@ def find(url: str, digests: Collection[str]) -> Found:
         if not digests or not has_any:
             return Found(has_any=has_any)
         now = database_now(session)
-        query = select(ApiKey, Tenant.is_enabled).join(Tenant, Tenant.id == ApiKey.tenant)
+        query = select(ApiKey, Tenant).join(Tenant, Tenant.id == ApiKey.tenant)
         query = query.where(or_(ApiKey.digest.in_(digests), ApiKey.old_digest.in_(digests)))
         found: dict[str, FoundKey] = {}
-        for key, is_enabled in session.execute(query):
-            usable = bool(key.is_enabled and is_enabled)
-            found[key.digest] = _judge(key, usable, now, key.expires_at)
+        for key, tenant in session.execute(query):
+            found[key.digest] = _judge(key, tenant, now, key.expires_at)
             if key.old_digest and key.old_until:
                 ends = [end for end in (key.expires_at, key.old_until) if end]
-                found[key.old_digest] = _judge(key, usable, now, min(ends))
+                found[key.old_digest] = _judge(key, tenant, now, min(ends))
         return Found(found, has_any)
 
 
-def _judge(key: ApiKey, is_enabled: bool, now: datetime, ends_at: datetime | None) -> FoundKey:
+def _judge(key: ApiKey, tenant: Tenant, now: datetime, ends_at: datetime | None) -> FoundKey:
+    owners = ((f"key:{key.id}", key.limits), (f"tenant:{tenant.id}", tenant.limits))
+    limits = [
+        {name: most for name, most in limits.items() if most is not None} | {"subject": subject}
+        for subject, limits in owners
+    ]
     return FoundKey(
         key.id,
         key.tenant,
         tuple(key.roles),
         None if key.models is None else tuple(key.models),
         None if key.endpoints is None else tuple(key.endpoints),
-        is_enabled,
+        key.weight * tenant.weight,
+        tuple(each for each in limits if len(each) > 1),
+        key.is_enabled and tenant.is_enabled,
         (ends_at - now).total_seconds() if ends_at else None,
     )
 

@@ -106,7 +106,7 @@ def accept_call(services: Services, call: Call) -> Response:
 
 def _accept(services: Services, job: JobRecord) -> Response:
     prefer = Preference.read(request.headers)
-    job_id = services.acceptance.accept(job)
+    job_id = services.acceptance.accept(job, get_principal().limits)
     if job_id != job.id or prefer.wait_s:
         return _answer(services, job_id, prefer.wait_s)
     return _respond(of_record(job, None), 202)
@@ -269,7 +269,9 @@ def retry(path: schemas.JobPath) -> Response:
         raise ConflictError("The job's request is no longer kept; send it again.")
     principal.check_endpoint(old.endpoint)
     principal.resolve(services.catalog, old.model)
-    return _accept(services, renew(old))
+    new = renew(old)
+    new.key_id, new.weight = principal.key_id, principal.weight
+    return _accept(services, new)
 
 
 def _answer(services: Services, job_id: str, wait_s: int) -> Response:

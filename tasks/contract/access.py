@@ -2,7 +2,7 @@
 
 import time
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -53,7 +53,7 @@ Moment = Annotated[
 
 
 class Limits(BaseModel):
-    """What a key or a tenant may use; what is null is not limited. Stored, not enforced yet."""
+    """What a key or a tenant may use; what is null is not limited."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -65,12 +65,28 @@ class Limits(BaseModel):
     tokens_per_month: Limit | None = None
 
 
+class Left(NamedTuple):
+    """What is left of a limit per minute, after the request itself."""
+
+    most: int
+    left: int
+    resets_s: float
+    """Until all of it is there again, if nothing else is sent."""
+
+
+class Allowance(NamedTuple):
+    """What the strictest limits per minute leave a key; None: there is none."""
+
+    requests: Left | None
+    tokens: Left | None
+
+
 class TenantSpec(BaseModel):
     """What a tenant is to be."""
 
     model_config = ConfigDict(extra="forbid")
 
-    weight: Weight = Field(1.0, description="its share of the queue, beside others; not used yet")
+    weight: Weight = Field(1.0, description="its share of the queue, beside other tenants")
     limits: Limits = Field(default_factory=Limits)
     is_enabled: Annotated[bool, Field(strict=True)] = Field(
         True, description="false: all its keys are refused"
@@ -96,7 +112,7 @@ class KeySpec(BaseModel):
     endpoints: Annotated[list[Endpoint], AfterValidator(_without_repetition)] | None = Field(
         None, min_length=1, max_length=3, description="that it may use; null: all"
     )
-    weight: Weight = Field(1.0, description="its share within its tenant; not used yet")
+    weight: Weight = Field(1.0, description="its jobs' share, times that of its tenant")
     limits: Limits = Field(default_factory=Limits)
     expires_at: Moment | None = Field(None, description="seconds since 1970; null: never")
     is_enabled: Annotated[bool, Field(strict=True)] = Field(True, description="false: revoked")

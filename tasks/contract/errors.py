@@ -216,6 +216,41 @@ class OverloadedError(SluiceError):
     retry_after_s = 5.0
 
 
+_LIMITS = {
+    "requests_per_minute": ("requests", "{most:,} requests per minute"),
+    "tokens_per_minute": ("tokens", "{most:,} tokens per minute"),
+    "parallel_requests": ("requests", "{most:,} requests at once"),
+    "queued_jobs": ("requests", "{most:,} jobs that wait"),
+    "tokens_per_day": ("insufficient_quota", "{most:,} tokens per day (UTC)"),
+    "tokens_per_month": ("insufficient_quota", "{most:,} tokens per month (UTC)"),
+}
+# Clients wait a minute by themselves, not a day.
+LONGEST_RETRY_S = 60.0
+
+
+class RateLimitError(SluiceError):
+    """A limit of the key or its tenant is reached; try again later."""
+
+    status = 429
+    type = "requests"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, subject: str, name: str, most: int, wait_s: float | None) -> None:
+        """`subject`: key:ID or tenant:NAME; `wait_s`: None if it is too much for ever."""
+        self.type, allowed = _LIMITS[name]
+        if self.type == "insufficient_quota":
+            self.code = "insufficient_quota"
+        whose = "key" if subject.startswith("key:") else "tenant"
+        reached = f"Your {whose} is limited to {allowed.format(most=most)}"
+        if wait_s is None:
+            super().__init__(f"{reached}, and this request alone is more; ask for fewer tokens.")
+        else:
+            super().__init__(f"{reached}; try again in {max(wait_s, 0.1):,.1f} s.")
+            self.retry_after_s = wait_s
+        if wait_s is None or wait_s > LONGEST_RETRY_S:
+            self.should_retry = False
+
+
 class RecordsFullError(OverloadedError):
     """Too many ended jobs wait to be recorded: maintenance or the database is away; try later."""
 

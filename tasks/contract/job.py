@@ -98,12 +98,14 @@ class Job:
     """Most that the engine generates of one sequence; None: it ends by itself."""
     timeout_s: float | None = None
     """From its acceptance to its end."""
+    key_id: str = ""
+    """The API key that it came with, for limits; empty: none was needed."""
     options: EnqueueOptions = field(default_factory=EnqueueOptions, compare=False)
 
     # What `decode` reads; the body comes separately, as it may be megabytes.
     FIELDS = (
         *("model", "endpoint", "lane", "tenant", "listener", "metadata"),
-        *("sequences", "weight", "max_tokens", "order", "timeout_s"),
+        *("sequences", "weight", "max_tokens", "order", "timeout_s", "key_id"),
     )
 
     @classmethod
@@ -126,17 +128,18 @@ class Job:
             *("weight", str(self.weight)),
             *("max_tokens", "" if self.max_tokens is None else str(self.max_tokens)),
             *("timeout_s", "" if self.timeout_s is None else repr(self.timeout_s)),
+            *("key_id", self.key_id),
         ]
 
     @classmethod
     def decode(cls, job_id: str, values: Sequence[bytes | None], body: bytes = b"") -> Self:
-        """Reads FIELDS of a job's hash; the last five may be missing.
+        """Reads FIELDS of a job's hash; the last six may be missing.
 
         Raises:
             DecodeError: they have another shape.
         """
         try:
-            *texts, sequences, weight, max_tokens, order, timeout_s = values
+            *texts, sequences, weight, max_tokens, order, timeout_s, key_id = values
             # None has no decode: an AttributeError.
             text = [value.decode() for value in texts]  # type: ignore[union-attr]
             model, endpoint, lane, tenant, listener, metadata = text
@@ -146,6 +149,7 @@ class Job:
                 weight=float(weight or 1),
                 max_tokens=int(max_tokens) if max_tokens else None,
                 timeout_s=float(timeout_s) if timeout_s else None,
+                key_id=(key_id or b"").decode(),
                 options=EnqueueOptions(priority=int(float(order or 0) // ONE_PRIORITY)),
             )
         except (ValueError, AttributeError) as broken:

@@ -20,6 +20,11 @@
 | suspect:{worker}       | string  | job and attempt that may kill it      | TTL, clear            |
 | service:{model}        | string  | mean time on the engine, us           | nobody: a few names   |
 | tokens:{model}         | hash    | mean tokens of input and output       | nobody: a few names   |
+| used:{subject}:{of}    | string  | requests or tokens of a minute, day.. | TTL                   |
+| open:{subject}         | set     | its interactive jobs that are open    | end of the job        |
+| waiting:{subject}      | set     | its jobs that wait                    | whoever moves the job |
+| reserved:{job}         | string  | what it may cost, of whom, since when | whoever settles it    |
+| held                   | zset    | job not queued yet -> us until when   | submit, reaper        |
 | paused                 | set     | models whose backlog is not served    | `sluice resume`       |
 | ledger                 | stream  | changes not yet in SQL (ledger.py)    | maintenance           |
 | run                    | string  | run of Redis, us when it was seen     | nobody                |
@@ -36,6 +41,7 @@
 | control:{worker}       | channel | id and attempt to stop, or `drain`    | -                     |
 
 `log`, `probe` and the channels live on the bus, all else on the queue's Redis; both may be one.
+A subject of limits is `key:{id}` or `tenant:{name}` (lua/limits.lua).
 In `queue` and `served` {lane} is {model}:{lane}; names of models may have colons, tenants' not.
 An open job's place is `backlog`, `suspects`, `delayed` or `leases`: docs/queue.md has the rules.
 The scripts in lua/ know the keys by name (SCRIPT_NAMES): Redis Cluster is not supported.
@@ -68,6 +74,11 @@ QUEUE_PREFIX = f"{PREFIX}queue:"
 TURNS_PREFIX = f"{PREFIX}turns:"
 SERVED_PREFIX = f"{PREFIX}served:"
 LEVEL_PREFIX = f"{PREFIX}level:"
+USED_PREFIX = f"{PREFIX}used:"
+OPEN_PREFIX = f"{PREFIX}open:"
+WAITING_PREFIX = f"{PREFIX}waiting:"
+RESERVED_PREFIX = f"{PREFIX}reserved:"
+HELD = f"{PREFIX}held"
 TICKETS_PREFIX = f"{CELERY_PREFIX}gen."
 
 # The keys, or their beginnings, as constants of the scripts.
@@ -79,6 +90,11 @@ SCRIPT_NAMES = {
     "TURNS": TURNS_PREFIX,
     "SERVED": SERVED_PREFIX,
     "LEVEL": LEVEL_PREFIX,
+    "USED": USED_PREFIX,
+    "OPEN": OPEN_PREFIX,
+    "WAITING": WAITING_PREFIX,
+    "RESERVED": RESERVED_PREFIX,
+    "HELD": HELD,
     "SERVICE": SERVICE_PREFIX,
     "TOKENS": TOKENS_PREFIX,
     "DELAYED": DELAYED,

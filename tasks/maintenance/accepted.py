@@ -31,6 +31,7 @@ def to_record(job: Job, webhook: str | None = None) -> JobRecord:
         weight=job.weight,
         max_tokens=job.max_tokens,
         timeout_s=job.timeout_s,
+        key_id=job.key_id,
         priority=job.options.priority,
         deadline_s=job.options.deadline_s,
         idempotency_key=job.options.idempotency_key or None,
@@ -54,6 +55,7 @@ def to_job(record: JobRecord) -> Job:
         weight=record.weight,
         max_tokens=record.max_tokens,
         timeout_s=record.timeout_s,
+        key_id=record.key_id,
         options=EnqueueOptions(
             priority=record.priority,
             deadline_s=record.deadline_s,
@@ -64,7 +66,7 @@ def to_job(record: JobRecord) -> Job:
 
 
 def renew(record: JobRecord) -> JobRecord:
-    """A new job that asks for the same; the key stays with the old one."""
+    """A new job that asks for the same; the Idempotency-Key stays with the old one."""
     old = to_job(record)
     options = replace(old.options, idempotency_key="", fingerprint="")
     return to_record(replace(old, id=new_id(), options=options), record.webhook)

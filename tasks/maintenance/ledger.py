@@ -6,7 +6,6 @@ a crash in between loses or doubles nothing. Only maintenance imports this modul
 
 import logging
 import threading
-from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -86,6 +85,14 @@ def _change(record_id: str, text: dict[str, str], state: State, outcome: Outcome
     return Change(job, event, result, jobs.ledger_entry(job, at))
 
 
+def _tokens(result: JobResult) -> int | None:
+    """How many the job has used, of prompt and answer; None: not known."""
+    usage = result.usage or {}
+    counts = [usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens")]
+    are_numbers = all(isinstance(count, int) and count >= 0 for count in counts)
+    return sum(counts) if usage and are_numbers else None
+
+
 def _reason(state: State) -> dict[str, Any] | None:
     """The error of a job that ended without an answer."""
     return REASONS[state]().body()["error"] if state in REASONS else None
@@ -137,7 +144,7 @@ class Recorder:
             ended += self._apply(changes)
             if done:
                 self._note_presence()
-                self._settle([change.job.id for change in changes if change.result])
+                self._settle({c.job.id: _tokens(c.result) for c in changes if c.result})
                 self._redis.xdel(keys.LEDGER, *done)
             is_full = len(batch) == RECORDS_AT_ONCE or read < len(batch)
             if batch:
@@ -154,9 +161,9 @@ class Recorder:
             log.error("ledger: job %s dropped: %s", changes[0].job.id, refused)
             return 0
 
-    def _settle(self, job_ids: Sequence[str]) -> None:
+    def _settle(self, tokens: dict[str, int | None]) -> None:
         """Only now that SQL has them may jobs and their logs expire."""
-        self._queue.log.expire(self._queue.backlog.settle(job_ids))
+        self._queue.log.expire(self._queue.backlog.settle(tokens))
 
     def _read(self, batch: list[tuple[bytes, dict[bytes, bytes]]]) -> tuple[list[Change], Any, int]:
         """Reads a batch as far as memory allows, one record at least.

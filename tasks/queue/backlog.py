@@ -8,12 +8,13 @@ The scripts in lua/ make every step atomic, and take the time from Redis, never 
 import functools
 import logging
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import orjson
 from redis import Redis
 
 from tasks.contract import keys
@@ -26,6 +27,7 @@ from tasks.contract.errors import (
 from tasks.contract.job import Cause, Claim, Job, Lane, Snapshot, State, Usage, new_id
 from tasks.contract.settings import Settings, get_settings
 from tasks.queue.celery_app import make_ticket
+from tasks.queue.limits import Limited, NoteLeft, over_limit, read_allowance
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +79,7 @@ def read_scripts(names: tuple[str, ...]) -> str:
 
 
 # In front of the scripts that change a job.
-STATE = ("fair", "state")
+STATE = ("fair", "limits", "state")
 
 
 class Reaped(NamedTuple):
@@ -115,6 +117,7 @@ class Backlog:
         self.redis = redis
         self._settings = settings or get_settings()
         self._submit = load_script(redis, *STATE, "submit")
+        self._release = load_script(redis, *STATE, "release")
         self._claim = load_script(redis, *STATE, "claim")
         self._clear = load_script(redis, *STATE, "clear")
         self._renew = load_script(redis, "renew")
@@ -127,40 +130,54 @@ class Backlog:
         self._sweep = load_script(redis, *STATE, "sweep")
         self._wake = load_script(redis, *STATE, "wake")
 
-    def submit(self, job: Job) -> str:
+    def submit(
+        self, job: Job, limits: Sequence[Limited] = (), note_left: NoteLeft | None = None
+    ) -> str:
         """Puts the job at the end of its priority in its lane, and sends a ticket for it.
+
+        `note_left` is called with what is left of `limits`, once the job has taken its part.
 
         Returns:
             Its id, or that of the job that holds the idempotency key.
 
         Raises:
             OverloadedError: the lane is full, or what it holds in Redis.
+            RateLimitError: it is more than a limit allows.
             IdempotencyError: another request holds the key.
         """
         if job.options.deadline_s is None:
             options = replace(job.options, deadline_s=self._settings.job_ttl_s)
             job = replace(job, options=options)
-        job_id = self._put("submit", job)
+        job_id = self._put("submit", job, limits, note_left)
         if job_id == job.id:
             self._log_accepted(job)
         return job_id
 
-    def reserve(self, job: Job) -> str:
-        """Checks whether the job could be submitted, and holds its idempotency key for a minute.
+    def reserve(
+        self, job: Job, limits: Sequence[Limited] = (), note_left: NoteLeft | None = None
+    ) -> str:
+        """Checks whether the job could be submitted, and holds its places and key for a minute.
 
         Returns and raises what `submit` would.
         """
-        return self._put("reserve", job)
+        return self._put("reserve", job, limits, note_left)
 
     def queue(self, job: Job, first_attempt: int = 0) -> None:
         """Submits a job that SQL has: it is never refused. Doing it again changes nothing.
 
         `first_attempt`: attempts before; what they left in Redis is older than what now comes.
         """
-        self._put("queue", job, first_attempt)
+        self._put("queue", job, first_attempt=first_attempt)
         self._log_accepted(job)
 
-    def _put(self, step: str, job: Job, first_attempt: int = 0) -> str:
+    def _put(
+        self,
+        step: str,
+        job: Job,
+        limits: Sequence[Limited] = (),
+        note_left: NoteLeft | None = None,
+        first_attempt: int = 0,
+    ) -> str:
         settings, options = self._settings, job.options
         deadline_us = "" if options.deadline_s is None else int(options.deadline_s * 1e6)
         fingerprint = options.fingerprint if options.idempotency_key else ""
@@ -171,15 +188,23 @@ class Backlog:
                 *(settings.max_backlog, settings.max_backlog_bytes, MOST_RECORDS),
                 *(fingerprint, RESERVATION_S if step == "reserve" else settings.job_ttl_s),
                 *(options.priority, deadline_us, first_attempt, settings.max_attempts),
-                make_ticket(job.model, job.id),
+                *(make_ticket(job.model, job.id), orjson.dumps(limits)),
                 *job.encode(),
             ],
         )
         job_id, *details = (value.decode() for value in reply)
-        if not job_id:
-            raise _FULL[details[0]]
-        if details and details != [fingerprint]:
-            raise IdempotencyError
+        match details:
+            case []:
+                pass
+            case ["limit", refusal] if not job_id:
+                raise over_limit(refusal)
+            case [what] if not job_id:
+                raise _FULL[what]
+            case ["", left]:
+                if note_left:
+                    note_left(read_allowance(left))
+            case _ if details != [fingerprint]:
+                raise IdempotencyError
         return str(job_id)
 
     def _log_accepted(self, job: Job) -> None:
@@ -189,10 +214,9 @@ class Backlog:
         log.info("job accepted", extra=job.log_fields | about)
 
     def release(self, job: Job) -> None:
-        """Gives up the key that `reserve` holds for a job that is not accepted after all."""
+        """Gives up what `reserve` holds for a job that is not accepted after all."""
         key = keys.idempotency(job.tenant, job.options.idempotency_key)
-        if self.redis.get(key) == f"{job.options.fingerprint} {job.id}".encode():
-            self.redis.delete(key)
+        self._release(keys=[key], args=[job.id, job.options.fingerprint])
 
     def snapshots(self, job_ids: Sequence[str]) -> list[Snapshot | None]:
         """The jobs' current state; None for one that Redis does not hold."""
@@ -283,12 +307,16 @@ class Backlog:
             for job_id, model, tenant, attempt, listener, state in [map(bytes.decode, row)]
         ]
 
-    def settle(self, job_ids: Sequence[str]) -> list[str]:
-        """Lets ended jobs expire, now that SQL has them; returns those that have ended here too."""
-        if not job_ids:
+    def settle(self, tokens: Mapping[str, int | None]) -> list[str]:
+        """Lets ended jobs expire, now that SQL has them; returns those that have ended here too.
+
+        `tokens`: what each has used; None: not known, and its limits are charged the estimate.
+        """
+        if not tokens:
             return []
-        settled = self._settle(args=[self._settings.log_retention_s, *job_ids])
-        return [job_id for job_id, has_ended in zip(job_ids, settled, strict=True) if has_ended]
+        pairs = [value for job_id, used in tokens.items() for value in (job_id, used or "")]
+        settled = self._settle(args=[self._settings.log_retention_s, *pairs])
+        return [job_id for job_id, has_ended in zip(tokens, settled, strict=True) if has_ended]
 
     def forget(self, job_id: str, attempt: int) -> None:
         """Forgets an accepted job that ended without an answer: the reconciler queues it again."""

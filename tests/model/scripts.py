@@ -217,7 +217,7 @@ class Scripts:
 
     def settle(self, _: Arguments, args: Arguments) -> Any:
         settled = []
-        for job_id in args[1:]:
+        for job_id in args[1::2]:
             job = self.expected.jobs.get(job_id)
             settled.append(int(job is None or not job.is_open))
             if job and not job.is_open:

@@ -149,7 +149,7 @@ HOLES = {
     ),
     "recorded jobs never expire": Hole(
         (Recorder, "_record"),
-        "self._settle([change.job.id for change in changes if change.result])",
+        "self._settle({c.job.id: _tokens(c.result) for c in changes if c.result})",
         "pass",
     ),
     "a job whose answer is lost is completed": Hole(

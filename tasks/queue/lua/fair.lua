@@ -45,13 +45,20 @@ local function add(job, service)
     if counter then redis.call('SET', served, exact(counter + service), 'EX', SERVED_S) end
 end
 
--- Charges a job that is claimed what it is expected to cost: its prompt by its bytes, and an answer as
--- long as the model's mean, or what the job allows. One that was handed back has been charged.
+-- How many tokens a job costs whose answers have so many each; its prompt by its bytes.
+local function cost_of(job, each) return job.body_bytes / BYTES_PER_TOKEN + each * (job.sequences or 1) end
+
+-- How many tokens the model's answers have.
+local function mean_answer(model)
+    return tonumber(redis.call('HGET', TOKENS .. model, 'output') or MEAN_TOKENS)
+end
+
+-- Charges a job that is claimed what it is expected to cost: with an answer as long as the model's mean, or
+-- what the job allows. One that was handed back has been charged.
 local function charge(job)
     if job.charged then return end
-    local each = tonumber(redis.call('HGET', TOKENS .. job.model, 'output') or MEAN_TOKENS)
-    each = math.min(each, tonumber(job.max_tokens) or each)
-    local tokens = job.body_bytes / BYTES_PER_TOKEN + each * (job.sequences or 1)
+    local each = mean_answer(job.model)
+    local tokens = cost_of(job, math.min(each, tonumber(job.max_tokens) or each))
     job.charged = exact(math.min(tokens, MOST_TOKENS) / (job.weight or 1))
     add(job, job.charged)
 end

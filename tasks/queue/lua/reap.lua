@@ -1,6 +1,6 @@
 -- Hands on the jobs whose lease has expired: back to their places in the backlog, or, after their
 -- last failure, to their end. Ends the jobs that have not started by their deadline. And puts those
--- back in the backlog whose delay is over.
+-- back in the backlog whose delay is over. Gives up the reservations of jobs that were not accepted.
 -- ARGV: 1 at most, of each kind
 -- Returns a list of {id, model, tenant, attempt, listener, 'queued', 'failed' or 'expired'}.
 local at_us = now_us()
@@ -27,6 +27,11 @@ each_due(DEADLINES, function(job)
     end_job(job, 'expired', at_us)
     return true
 end)
+-- A reservation that was not used. That of a job that was queued meanwhile stays.
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', HELD, '-inf', whole(at_us), 'LIMIT', 0, ARGV[1])) do
+    redis.call('ZREM', HELD, id)
+    if redis.call('EXISTS', JOB .. id) == 0 then settle_cost(id, 0) end
+end
 each_due(DELAYED, function(job)
     if job.place ~= DELAYED then return false end
     move(job, 'queued', ready_place(job), job.order)

@@ -2,7 +2,7 @@
 -- the state machine). An open job is in exactly one place, a zset that its hash names; state and
 -- place change together, in `move` alone.
 local FIELDS = {'state', 'place', 'attempt', 'model', 'lane', 'tenant', 'endpoint', 'metadata', 'order',
-    'failures', 'max_failures', 'cleared', 'sequences', 'weight', 'max_tokens', 'charged', 'body_bytes',
+    'failures', 'max_failures', 'cleared', 'sequences', 'weight', 'max_tokens', 'charged', 'body_bytes', 'key_id',
     'listener', 'attached', 'worker', 'queued_us', 'started_us', 'deadline_us', 'is_dead'}
 
 -- The job as a table; without a state when there is no such job.
@@ -46,6 +46,7 @@ local function move(job, state, place, score)
         redis.call('HDEL', job.key, 'place')
     end
     job.state, job.place = state, place
+    note_waiting(job, state == 'queued')
 end
 
 -- Where a queued job waits that may run now. One whose next failure is its last is a suspect: it may be
@@ -68,6 +69,9 @@ end
 -- letter, which SQL is still to get. `tokens`: of prompt and answer, nil if they are not known.
 local function end_job(job, state, at_us, reason, is_dead, tokens)
     correct(job, tokens, at_us)
+    free_places(job.id, job.tenant, job.key_id)
+    -- What it has used of the engine without an end, its log knows: settle.lua.
+    if tokens or not job.started_us then settle_cost(job.id, tokens or 0) end
     drop_deadline(job)
     move(job, state)
     redis.call('HSET', job.key, 'ended_us', whole(at_us))

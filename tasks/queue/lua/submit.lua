@@ -5,10 +5,13 @@
 --       2 job id, 3 model, 4 lane, 5 bytes of its body, 6 most jobs in the lane, 7 most bytes of the
 --       model's bodies, 8 most records of ended jobs, 9 fingerprint ('': no key), 10 time that the key
 --       is held in s, 11 priority, 12 deadline in us from now ('': none), 13 attempts before,
---       14 most failures, 15 ticket, 16... fields of the hash
--- Returns {id}; {id of the job that has the key, its fingerprint}; {'', what is full}.
+--       14 most failures, 15 ticket, 16 limits (JSON, contract/access.py), 17... fields of the hash
+-- Returns {id}; {id, '', what is left of limits (JSON)}; {id of the job that has the key, its fingerprint};
+-- {'', what is full}; {'', 'limit', which one (JSON)}.
 local step, id, model, lane, body_bytes = unpack(ARGV, 1, 5)
 local fingerprint = ARGV[9]
+local fields = {model = model, body_bytes = body_bytes}
+for i = 17, #ARGV, 2 do fields[ARGV[i]] = ARGV[i + 1] end
 
 local function holder()
     local held = fingerprint ~= '' and redis.call('GET', KEYS[1])
@@ -26,12 +29,34 @@ local function what_is_full()
     if redis.call('XLEN', LEDGER) >= tonumber(ARGV[8]) then return 'records' end
 end
 
+local at_us = now_us()
+local cost = cost_of(fields, tonumber(fields.max_tokens) or mean_answer(model))
+
+-- Whether a limit refuses the job: that which does for the longest time. Else what it leaves of the
+-- strictest limit on requests, and on tokens.
+local function check_limits()
+    local refusal, left = nil, {}
+    for _, limits in ipairs(cjson.decode(ARGV[16])) do
+        for _, found in ipairs(check(limits, limits.subject, cost, at_us)) do
+            local wait_us = found.wait_us or math.huge
+            if wait_us > (refusal and refusal.wait_us or 0) then
+                refusal = {subject = limits.subject, name = found.name, most = found.most, wait_us = wait_us}
+            end
+            local rest = found.left - found.takes
+            if found.kind and (not left[found.kind] or rest < left[found.kind][2]) then
+                left[found.kind] = {found.most, rest, found.resets_us}
+            end
+        end
+    end
+    if refusal and refusal.wait_us == math.huge then refusal.wait_us = -1 end
+    return refusal, left
+end
+
 local function queue()
-    local at_us = now_us()
     -- Order of service: priority first, then time, in ms so that a double holds both exactly.
     local order = string.format('%.3f', ARGV[11] * 1e13 + math.floor(at_us / 1000))
     redis.call('HSET', JOB .. id, 'attempt', ARGV[13], 'order', order, 'max_failures', ARGV[14],
-        'queued_us', whole(at_us), 'body_bytes', body_bytes, unpack(ARGV, 16))
+        'queued_us', whole(at_us), 'body_bytes', body_bytes, unpack(ARGV, 17))
     local job = read_job(id)
     move(job, 'queued', ready_place(job), order)
     if ARGV[12] ~= '' then
@@ -60,9 +85,22 @@ if step ~= 'queue' then
     local full = what_is_full()
     if full then return {'', full} end
 end
-if step ~= 'reserve' then queue() end
+local left
+-- Sent again after a lost reply, it has its reservation.
+if step ~= 'queue' and redis.call('EXISTS', RESERVED .. id) == 0 then
+    local refusal
+    refusal, left = check_limits()
+    if refusal then return {'', 'limit', cjson.encode(refusal)} end
+end
+reserve(id, fields, cost, at_us)
+if step ~= 'reserve' then
+    redis.call('ZREM', HELD, id)
+    queue()
+elseif fields.key_id ~= '' then
+    redis.call('ZADD', HELD, whole(at_us + ARGV[10] * 1e6), id)
+end
 -- An accepted job is queued even if another has its key by now; it only does not take the key away.
 if fingerprint ~= '' and not other then
     redis.call('SET', KEYS[1], fingerprint .. ' ' .. id, 'EX', ARGV[10])
 end
-return {id}
+return left and next(left) and {id, '', cjson.encode(left)} or {id}

@@ -1,0 +1,145 @@
+-- In front of state.lua: what a key and its tenant may use (docs/queue.md, Limits). A job that came with a
+-- key has two subjects. What it may cost is reserved when it is admitted, in the counters of that minute,
+-- day and month, and settled when it has ended: the reservation is deleted with that, so it happens once,
+-- whoever does it.
+local MINUTE_US, DAY_US = 60e6, 86400e6
+local KEPT_S = {requests = 120, tokens = 120, day = 2 * 86400, month = 32 * 86400}
+
+local function subjects_of(tenant, key_id)
+    if not key_id or key_id == '' then return {} end
+    return {'key:' .. key_id, 'tenant:' .. tenant}
+end
+
+-- Months since the year 0, of a day since 1970 (Howard Hinnant, "chrono-Compatible Low-Level Date
+-- Algorithms", civil_from_days).
+local function month_of(day)
+    local shifted = day + 719468
+    local era = math.floor(shifted / 146097)
+    local of_era = shifted - era * 146097
+    local year = math.floor((of_era - math.floor(of_era / 1460) + math.floor(of_era / 36524)
+        - math.floor(of_era / 146096)) / 365)
+    local of_year = of_era - (365 * year + math.floor(year / 4) - math.floor(year / 100))
+    -- From March on.
+    return (year + era * 400) * 12 + math.floor((5 * of_year + 2) / 153) + 2
+end
+
+local function us_to_next_month(at_us)
+    local day = math.floor(at_us / DAY_US)
+    local next_day = day + 1
+    while month_of(next_day) == month_of(day) do next_day = next_day + 1 end
+    return next_day * DAY_US - at_us
+end
+
+-- The counters that a moment falls into, by what they count.
+local function counters(subject, at_us)
+    local minute, day = math.floor(at_us / MINUTE_US), math.floor(at_us / DAY_US)
+    local key = USED .. subject
+    return {
+        requests = key .. ':requests:' .. whole(minute),
+        tokens = key .. ':tokens:' .. whole(minute),
+        day = key .. ':day:' .. whole(day),
+        month = key .. ':month:' .. whole(month_of(day)),
+    }
+end
+
+local function get_number(key) return tonumber(redis.call('GET', key) or 0) end
+
+-- For how many us a value does not fit a limit per minute, if nobody adds anything; nil: for ever. The
+-- window slides: the minute before counts by the part of it that is less than a minute ago.
+local function wait_for_window(most, cost, used, before, at_us)
+    if cost > most then return nil end
+    local passed = at_us % MINUTE_US / MINUTE_US
+    if used + before * (1 - passed) + cost <= most then return 0 end
+    if used + cost <= most then return (1 - (most - cost - used) / before - passed) * MINUTE_US end
+    return (1 - passed + math.max(1 - (most - cost) / used, 0)) * MINUTE_US
+end
+
+-- What each limit of a subject says to a job: most, what is left, what the job takes of it, and for how
+-- many us it refuses the job (nil: for ever). Those per minute also: of what kind, and when it is full again.
+local function check(limits, subject, cost, at_us)
+    local now, before = counters(subject, at_us), counters(subject, at_us - MINUTE_US)
+    local passed = at_us % MINUTE_US / MINUTE_US
+    local found = {}
+    local function add(name, left, takes, wait_us)
+        found[#found + 1] = {name = name, most = limits[name], left = left, takes = takes, wait_us = wait_us}
+        return found[#found]
+    end
+    for name, kind in pairs({requests_per_minute = 'requests', tokens_per_minute = 'tokens'}) do
+        local most = limits[name]
+        if most then
+            local used, earlier = get_number(now[kind]), get_number(before[kind])
+            local takes = kind == 'requests' and 1 or cost
+            local wait_us = wait_for_window(most, takes, used, earlier, at_us)
+            local limit = add(name, most - used - earlier * (1 - passed), takes, wait_us)
+            limit.kind, limit.resets_us = kind, (2 - passed) * MINUTE_US
+        end
+    end
+    for name, period in pairs({tokens_per_day = 'day', tokens_per_month = 'month'}) do
+        local most = limits[name]
+        if most then
+            local left = most - get_number(now[period])
+            local wait_us = 0
+            if cost > left then wait_us = period == 'day' and DAY_US - at_us % DAY_US or us_to_next_month(at_us) end
+            if cost > most then wait_us = nil end
+            add(name, left, cost, wait_us)
+        end
+    end
+    for name, place in pairs({parallel_requests = OPEN, queued_jobs = WAITING}) do
+        local most = limits[name]
+        if most then
+            local left = most - redis.call('SCARD', place .. subject)
+            -- Nobody knows when one ends.
+            add(name, left, 1, left > 0 and 0 or 1e6)
+        end
+    end
+    return found
+end
+
+-- Notes that a job waits, or does not.
+local function note_waiting(job, waits)
+    for _, subject in ipairs(subjects_of(job.tenant, job.key_id)) do
+        redis.call(waits and 'SADD' or 'SREM', WAITING .. subject, job.id)
+    end
+end
+
+-- Counts a job that may cost so many tokens, and holds its places.
+local function reserve(id, job, cost, at_us)
+    local subjects = subjects_of(job.tenant, job.key_id)
+    for _, subject in ipairs(subjects) do
+        if job.lane == 'interactive' then redis.call('SADD', OPEN .. subject, id) end
+        redis.call('SADD', WAITING .. subject, id)
+    end
+    if #subjects == 0 or redis.call('EXISTS', RESERVED .. id) == 1 then return end
+    for _, subject in ipairs(subjects) do
+        for what, key in pairs(counters(subject, at_us)) do
+            redis.call('INCRBY', key, what == 'requests' and 1 or whole(cost))
+            redis.call('EXPIRE', key, KEPT_S[what])
+        end
+    end
+    local reserved = table.concat({job.tenant, job.key_id, whole(cost), whole(at_us)}, ' ')
+    redis.call('SET', RESERVED .. id, reserved, 'EX', KEPT_S.month)
+end
+
+-- Frees the places of a job that has ended.
+local function free_places(id, tenant, key_id)
+    for _, subject in ipairs(subjects_of(tenant, key_id)) do
+        redis.call('SREM', OPEN .. subject, id)
+        redis.call('SREM', WAITING .. subject, id)
+    end
+end
+
+-- Has the counters tell what the job has cost instead of what was reserved for it; nil: that stays.
+local function settle_cost(id, cost)
+    local reserved = redis.call('GETDEL', RESERVED .. id)
+    if not reserved then return end
+    local tenant, key_id, tokens, at_us = string.match(reserved, '^(%S+) (%S+) (%d+) (%d+)$')
+    free_places(id, tenant, key_id)
+    if not cost then return end
+    for _, subject in ipairs(subjects_of(tenant, key_id)) do
+        for what, key in pairs(counters(subject, tonumber(at_us))) do
+            if what ~= 'requests' and redis.call('EXISTS', key) == 1 then
+                redis.call('INCRBY', key, whole(cost - tokens))
+            end
+        end
+    end
+end
