@@ -49,7 +49,7 @@ class Scripts:
 
     def _queue(self, args: Arguments) -> None:
         job_id, model, lane, size = args[1:5]
-        priority, deadline_us, attempt, most_failures, _, *fields = args[10:]
+        priority, deadline_us, attempt, most_failures, _, _, *fields = args[10:]
         values = dict(zip(fields[::2], fields[1::2], strict=True))
         known = self.expected
         order = int(priority) * 1e13 + self.now_us // 1000
@@ -223,6 +223,12 @@ class Scripts:
             if job and not job.is_open:
                 job.has_body, job.may_expire = False, True
         return settled
+
+    def release(self, names: Arguments, args: Arguments) -> Any:
+        job_id, fingerprint = args
+        held = self.expected.keys.get(names[0])
+        if job_id not in self.expected.jobs and held == f"{fingerprint} {job_id}":
+            del self.expected.keys[names[0]]
 
     def forget(self, _: Arguments, args: Arguments) -> Any:
         job_id, attempt = args
