@@ -73,10 +73,10 @@ def run(backlog: Backlog, tokens: int | None = 50) -> None:
     assert backlog.finish(claim, State.COMPLETED, usage=usage)
 
 
-def left_places(backlog: Backlog) -> list[bytes]:
+def left_places(server: redis.Redis) -> list[bytes]:
     """Keys that hold something for jobs that are open."""
     found = [keys.OPEN_PREFIX, keys.WAITING_PREFIX, keys.RESERVED_PREFIX, keys.HELD]
-    return [key for prefix in found for key in backlog.redis.keys(f"{prefix}*")]
+    return [key for prefix in found for key in server.keys(f"{prefix}*")]
 
 
 def test_requests_per_minute_slide(backlog: Backlog) -> None:
@@ -183,14 +183,14 @@ def test_what_was_reserved_is_settled_once(backlog: Backlog, tokens: int) -> Non
         assert backlog.settle({first.id: 12_345}) == [first.id]
     for subject in ("key:k", "tenant:t"):
         assert used(backlog, subject) == used(backlog, subject, "month") == PROMPT_TOKENS + tokens
-    assert left_places(backlog) == []
+    assert left_places(backlog.redis) == []
 
 
 def test_a_job_that_never_ran_costs_nothing(backlog: Backlog) -> None:
     backlog.submit(cancelled := job())
     assert backlog.cancel(cancelled.id)
     assert used(backlog) == 0
-    assert left_places(backlog) == []
+    assert left_places(backlog.redis) == []
 
 
 @pytest.mark.parametrize(("known", "cost"), [(30, 30), (None, 200)])
@@ -203,7 +203,7 @@ def test_a_job_stopped_on_its_way_is_settled_when_it_is_recorded(
     assert used(backlog) == 200
     backlog.settle({cancelled.id: known})
     assert used(backlog) == cost
-    assert left_places(backlog) == []
+    assert left_places(backlog.redis) == []
 
 
 def test_a_job_that_moves_to_another_worker_is_charged_once(backlog: Backlog) -> None:
@@ -234,7 +234,7 @@ def test_what_is_reserved_for_a_job_that_is_not_accepted_is_given_back(
         pass_time(backlog, RESERVATION_S + 1)
         backlog.reap()
     assert used(backlog) == 0
-    assert left_places(backlog) == []
+    assert left_places(backlog.redis) == []
 
 
 @pytest.mark.parametrize("late_s", [0, RESERVATION_S + 1])
@@ -262,7 +262,7 @@ def test_a_job_sent_again_after_a_lost_reply_counts_once(backlog: Backlog) -> No
 def test_jobs_without_a_key_leave_nothing(backlog: Backlog) -> None:
     backlog.submit(job(key_id=""))
     run(backlog)
-    assert backlog.redis.keys(f"{keys.USED_PREFIX}*") == left_places(backlog) == []
+    assert backlog.redis.keys(f"{keys.USED_PREFIX}*") == left_places(backlog.redis) == []
 
 
 def test_what_is_left_is_told(backlog: Backlog) -> None:
