@@ -40,7 +40,7 @@ from tasks.contract import logs
 from tasks.contract.connections import connect, connect_async
 from tasks.contract.errors import ConfigurationError, SluiceError
 from tasks.contract.events import Attempt
-from tasks.contract.job import Cause, Claim, State
+from tasks.contract.job import Cause, Claim, Lane, State
 from tasks.contract.models import Model, get_catalog
 from tasks.contract.response import assemble
 from tasks.contract.settings import get_settings
@@ -132,8 +132,9 @@ class Worker:
         A ticket only wakes an idle thread.
         """
         if not self.claims.has_room():
-            # Leaves the ticket to others; this thread takes no other one until there is room.
-            self.persist(lambda: self.backlog.send_tickets(self.model.name))
+            if not self._make_room():
+                # Leaves the ticket to others; this thread takes no other one until there is room.
+                self.persist(lambda: self.backlog.send_tickets(self.model.name))
             self.claims.await_room()
         may_wait = True
         while may_wait and (claim := self.claims.take(self._claim)):
@@ -147,10 +148,23 @@ class Worker:
             finally:
                 self.claims.release(claim)
 
+    def _make_room(self) -> bool:
+        """Hands back a batch job, to be continued later, if an interactive one waits."""
+        if self.model.engine == "remote":
+            return False  # its streams cannot be continued
+        waits = lambda: self.backlog.waits(self.model.name, Lane.INTERACTIVE)
+        if not self.persist(waits) or not (claim := self.claims.pick(Lane.BATCH)):
+            return False
+        self.hand_back(claim, Cause.PREEMPTED, "an interactive job waits for its slot")
+        self.stop_job(Attempt.of(claim))
+        return True
+
     def _claim(self, free_slots: int) -> Claim | None:
         """The next job. A claim whose reply is lost took effect: its token finds the same job."""
-        token = uuid4().hex
-        return self.persist(lambda: self.backlog.claim(self.model.name, self.id, token, free_slots))
+        token, model = uuid4().hex, self.model
+        reserve = int(model.slots * model.interactive_reserve)
+        claim = lambda: self.backlog.claim(model.name, self.id, token, free_slots, reserve)
+        return self.persist(claim)
 
     def _run_job(self, claim: Claim) -> bool:
         """Runs the job; returns whether another one may wait without a ticket."""

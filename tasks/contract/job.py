@@ -31,7 +31,7 @@ class State(StrEnum):
 
 
 class Cause(StrEnum):
-    """Why a job was taken from its worker; each but the last is a failure of the job."""
+    """Why a job was taken from its worker; each but the last two is a failure of the job."""
 
     LEASE_EXPIRED = "lease_expired"
     ENGINE_DIED = "engine_died"
@@ -39,6 +39,7 @@ class Cause(StrEnum):
     ENGINE_ERROR = "engine_error"
     LOG_REFUSED = "log_refused"
     HANDED_BACK = "handed_back"
+    PREEMPTED = "preempted"
 
 
 class Usage(NamedTuple):

@@ -25,6 +25,7 @@
 | waiting:{subject}      | set     | its jobs that wait                    | whoever moves the job |
 | reserved:{job}         | string  | what it may cost, of whom, since when | whoever settles it    |
 | held                   | zset    | job not queued yet -> us until when   | submit, reaper        |
+| arrived:{model}        | string  | an interactive job has come lately    | TTL                   |
 | paused                 | set     | models whose backlog is not served    | `sluice resume`       |
 | ledger                 | stream  | changes not yet in SQL (ledger.py)    | maintenance           |
 | run                    | string  | run of Redis, us when it was seen     | nobody                |
@@ -79,6 +80,7 @@ OPEN_PREFIX = f"{PREFIX}open:"
 WAITING_PREFIX = f"{PREFIX}waiting:"
 RESERVED_PREFIX = f"{PREFIX}reserved:"
 HELD = f"{PREFIX}held"
+ARRIVED_PREFIX = f"{PREFIX}arrived:"
 TICKETS_PREFIX = f"{CELERY_PREFIX}gen."
 
 # The keys, or their beginnings, as constants of the scripts.
@@ -95,6 +97,7 @@ SCRIPT_NAMES = {
     "WAITING": WAITING_PREFIX,
     "RESERVED": RESERVED_PREFIX,
     "HELD": HELD,
+    "ARRIVED": ARRIVED_PREFIX,
     "SERVICE": SERVICE_PREFIX,
     "TOKENS": TOKENS_PREFIX,
     "DELAYED": DELAYED,

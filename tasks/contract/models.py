@@ -56,6 +56,12 @@ class Model(BaseModel):
         Timeouts(), description="in s: queue_s, first_token_s, between_tokens_s, total_s"
     )
     slots: int = Field(64, ge=1, description="sequences that one worker runs at once")
+    interactive_reserve: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        description="share of a worker's slots that batch jobs leave free, while chats come",
+    )
 
     @field_validator("env", mode="before")
     @classmethod

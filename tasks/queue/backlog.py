@@ -47,6 +47,8 @@ BYTES_PER_TOKEN = 4
 MOST_TOKENS = 100_000
 # A tenant's counter of its service, from its last job on.
 SERVED_S = 86_400
+# So long after an interactive job batch jobs leave slots free for the next one.
+RESERVE_S = 60
 # From a job's check to its queueing, while SQL commits it.
 RESERVATION_S = 60
 
@@ -72,6 +74,7 @@ def read_scripts(names: tuple[str, ...]) -> str:
         "BYTES_PER_TOKEN": BYTES_PER_TOKEN,
         "MOST_TOKENS": MOST_TOKENS,
         "SERVED_S": SERVED_S,
+        "RESERVE_S": RESERVE_S,
     }
     lines = [f"local {name} = {value!r}\n" for name, value in constants.items()]
     files = [(LUA / f"{name}.lua").read_text() for name in ("clock", *names)]
@@ -225,8 +228,12 @@ class Backlog:
             pipeline.hmget(keys.job(job_id), Snapshot.FIELDS)
         return [Snapshot.decode(*found) for found in zip(job_ids, pipeline.execute(), strict=True)]
 
-    def claim(self, model: str, worker: str, token: str = "", free_slots: int = 1) -> Claim | None:
+    def claim(
+        self, model: str, worker: str, token: str = "", free_slots: int = 1, reserve: int = 0
+    ) -> Claim | None:
         """Leases the first job of the model to the worker; None when none waits that fits.
+
+        Batch jobs leave `reserve` of the free slots to interactive ones, while such come.
 
         The same token again, for a claim whose reply was lost, returns the same job.
         """
@@ -235,11 +242,15 @@ class Backlog:
             keys=[keys.claim(token or uuid.uuid4().hex), keys.suspect(worker)],
             args=[
                 *(worker, lease_us, model, free_slots, make_ticket(model, new_id())),
-                " ".join(Lane),
+                *(" ".join(Lane), reserve),
                 *Claim.FIELDS,
             ],
         )
         return None if reply is None else Claim.decode(reply)
+
+    def waits(self, model: str, lane: Lane) -> bool:
+        """Whether a job of the lane may run and does not."""
+        return bool(self.redis.exists(keys.backlog(model, lane)))
 
     def clear(self, claim: Claim) -> None:
         """Notes that a suspect has produced what no attempt before it did."""

@@ -70,7 +70,7 @@ class Scripts:
         self._wake(model)
 
     def claim(self, names: Arguments, args: Arguments) -> Any:
-        worker, lease_us, model, free_slots, _, lanes = args[:6]
+        worker, lease_us, model, free_slots, _, lanes, _ = args[:7]
         token, suspect = names
         known = self.expected
         if again := known.holder_of(known.keys.get(token)):

@@ -3,7 +3,8 @@
 -- none fails because of another (clear.lua); a suspect has had its turn, so it goes before all others.
 -- KEYS: 1 claim of this token (string), 2 the worker's suspect (string)
 -- ARGV: 1 worker, 2 lease in us, 3 model, 4 the worker's free slots, 5 ticket, 6 lanes as
---       'interactive batch', 7... fields of the hash to return
+--       'interactive batch', 7 slots that batch jobs leave free for interactive ones that may come,
+--       8... fields of the hash to return
 -- Returns nil when nothing is to be done, else {id, attempt, queue_ms, fields...}.
 
 -- Each is put aside once; what is left waits for the next claim.
@@ -12,7 +13,7 @@ local at_us = now_us()
 local model = ARGV[3]
 
 local function reply(job)
-    local values = redis.call('HMGET', job.key, unpack(ARGV, 7))
+    local values = redis.call('HMGET', job.key, unpack(ARGV, 8))
     local queue_ms = math.floor((job.started_us - job.queued_us) / 1000)
     return {job.id, job.attempt, whole(queue_ms), unpack(values)}
 end
@@ -70,6 +71,12 @@ local function wake_next()
     end
 end
 
+-- The slots that jobs of a lane may take. While no interactive jobs come, nothing is left free for them.
+local function room(lane)
+    local is_batch = lane == model .. ':batch'
+    return ARGV[4] - (is_batch and redis.call('EXISTS', ARRIVED .. model) * ARGV[7] or 0)
+end
+
 -- A job that is not where it was found.
 local function drop(place, id, lane, tenant)
     redis.call('ZREM', place, id)
@@ -88,7 +95,7 @@ local function take(lane)
         elseif job.deadline_us and tonumber(job.deadline_us) <= at_us then
             -- Too late: aside, where the reaper ends it.
             move(job, 'queued', DELAYED, whole(at_us))
-        elseif tonumber(job.sequences or 1) > tonumber(ARGV[4]) then
+        elseif tonumber(job.sequences or 1) > room(lane) then
             return nil, true
         else
             claim(job, tenant == nil)

@@ -91,7 +91,7 @@ end
 -- dead letter, when it has failed too often. `cause` is one of contract/job.py's.
 local function requeue(job, at_us, cause, reason, delay_us)
     count('requeues', cause, job)
-    local is_failure = cause ~= 'handed_back'
+    local is_failure = cause ~= 'handed_back' and cause ~= 'preempted'
     if is_failure then
         job.failures = redis.call('HINCRBY', job.key, 'failures', 1)
         if job.failures >= tonumber(job.max_failures) then
