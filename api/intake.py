@@ -19,6 +19,7 @@ from gunicorn.http.errors import NoMoreData, ParseException
 from pydantic import TypeAdapter, ValidationError
 from werkzeug.datastructures import Headers
 
+from api import ceilings
 from api.principal import Principal
 from api.services import Services
 from tasks.contract.errors import BodyTimeoutError, BodyTooLargeError, InvalidRequestError
@@ -171,6 +172,7 @@ class Call:
         name = document.get("model")
         model = principal.resolve(services.catalog, name if isinstance(name, str) else None)
         _check_limits(document, model, services.settings.max_schema_bytes)
+        document = ceilings.bound(endpoint, document, len(body), principal, model)
         key = read_key(headers)
         timeout_s = _read_timeout(headers)
         job = Job(

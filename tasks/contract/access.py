@@ -63,6 +63,11 @@ class Limits(BaseModel):
     queued_jobs: Limit | None = None
     tokens_per_day: Limit | None = None
     tokens_per_month: Limit | None = None
+    # Of each request.
+    tokens_per_answer: Limit | None = None
+    sequences_per_request: Limit | None = None
+    logprobs_per_token: Limit | None = None
+    bytes_per_request: Limit | None = None
 
 
 class Left(NamedTuple):
