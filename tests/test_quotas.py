@@ -1,4 +1,4 @@
-"""Limits as clients see them: 429 with the time to wait, headers, and what a key may not ask for."""
+"""Limits as clients see them: 429 and how long to wait, headers, and what a key may not ask."""
 
 from collections.abc import Iterator
 from typing import Any
