@@ -15,7 +15,7 @@ from gevent.queue import Queue
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
-from api import allowance
+from api import told
 from db import jobs
 from db.models import JobRecord
 from tasks.contract.errors import DatabaseUnavailableError, IdempotencyError, KeyInUseError
@@ -77,7 +77,7 @@ class Acceptance:
     def _reserve(self, job: JobRecord, limits: Sequence[Limited]) -> str:
         """What may refuse the job comes before its commit: an accepted one is never forgotten."""
         try:
-            return self._queue.backlog.reserve(to_job(job), limits, allowance.note)
+            return self._queue.backlog.reserve(to_job(job), limits, told.note_left)
         except RedisError as away:
             if limits:  # nobody can tell whether they allow it
                 raise

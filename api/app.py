@@ -11,7 +11,7 @@ from flask import Response, request
 from flask.json.provider import JSONProvider
 from flask_openapi3 import Info, OpenAPI
 
-from api import access, allowance, errors, instruments, sites
+from api import access, errors, instruments, sites, told
 from api import openapi as document
 from api.encoders import websocket
 from api.routes import admin, health, jobs, metrics, usage
@@ -72,7 +72,7 @@ def create_app(bind: str) -> OpenAPI:
     websocket.register(app)
     access.check_table(app.url_map)
     app.after_request(_add_request_id)
-    app.after_request(allowance.add_headers)
+    app.after_request(told.add_headers)
     errors.register(app)
     # What is there now stays: a full collection over it would hold up every stream for 50 ms.
     gc.collect()

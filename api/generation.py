@@ -18,7 +18,7 @@ from gevent.socket import wait_read
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
-from api import allowance
+from api import told
 from api.answer import Answer
 from api.ends import is_kept
 from api.intake import Call
@@ -61,7 +61,7 @@ class Generation:
         with ExitStack() as undo:
             undo.callback(self._resources.close)
             limits = call.principal.limits
-            self.job_id = services.jobs.backlog.submit(job, limits, allowance.note)
+            self.job_id = services.jobs.backlog.submit(job, limits, told.note_left)
             self._is_own = self.job_id == job.id
             if not self._is_own:
                 stream = self._attach()

@@ -19,8 +19,9 @@ from gunicorn.http.errors import NoMoreData, ParseException
 from pydantic import TypeAdapter, ValidationError
 from werkzeug.datastructures import Headers
 
-from api import ceilings
+from api import ceilings, told
 from api.principal import Principal
+from api.routing import rename
 from api.services import Services
 from tasks.contract.errors import BodyTimeoutError, BodyTooLargeError, InvalidRequestError
 from tasks.contract.job import EnqueueOptions, Job, new_id
@@ -170,7 +171,12 @@ class Call:
             document = _expand_short_form(document)
         on_disconnect, document = _take_on_disconnect(document, headers)
         name = document.get("model")
-        model = principal.resolve(services.catalog, name if isinstance(name, str) else None)
+        name = name if isinstance(name, str) else None
+        choice = services.router.choose(name, principal, document.get("user"))
+        model = choice.model
+        if choice.reason:
+            told.note_fallback(choice.reason)
+        document = rename(document, model)
         _check_limits(document, model, services.settings.max_schema_bytes)
         document = ceilings.bound(endpoint, document, len(body), principal, model)
         key = read_key(headers)

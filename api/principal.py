@@ -58,9 +58,10 @@ class Principal:
             ModelNotFoundError: no model has that name.
             ModelNotAllowedError: it is for others.
         """
-        if name and name not in catalog.names:
-            raise ModelNotFoundError(name, self.names(catalog))
-        model = catalog.resolve(name)
+        try:
+            model = catalog.resolve(name)
+        except ModelNotFoundError:
+            raise ModelNotFoundError(name or "", self.names(catalog)) from None
         if not self.may_use(model):
             raise ModelNotAllowedError(model.name)
         return model

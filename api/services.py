@@ -11,6 +11,7 @@ from api.keyring import Keyring
 from api.lookups import Lookups
 from api.queue_positions import QueuePositions
 from api.relay import Relay
+from api.routing import Router
 from tasks.contract.connections import connect
 from tasks.contract.models import Catalog, get_catalog
 from tasks.contract.settings import Settings, get_settings
@@ -24,6 +25,7 @@ class Services:
     settings: Settings
     keyring: Keyring
     catalog: Catalog
+    router: Router
     redis: Redis
     jobs: Jobs
     relay: Relay
@@ -46,12 +48,15 @@ class Services:
         relay = Relay(settings.bus_url, jobs.log)
         queue_positions = QueuePositions(redis, jobs.backlog)
         acceptance = Acceptance(jobs, settings.database_url)
-        for part in (keyring, relay, queue_positions, acceptance):
+        catalog = get_catalog()
+        router = Router(jobs.backlog, catalog)
+        for part in (keyring, router, relay, queue_positions, acceptance):
             part.start()
         return cls(
             settings,
             keyring,
-            get_catalog(),
+            catalog,
+            router,
             redis,
             jobs,
             relay,

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic_core import ErrorDetails
 from tasks.contract.errors import ConfigurationError, ModelNotFoundError
 from tasks.contract.settings import get_settings
 
+WILDCARD = "*"
 BUILT_IN = Path(__file__).parent / "models.yaml"
 
 
@@ -46,7 +48,15 @@ class Model(BaseModel):
     )
     source: str = Field("", description="Hub id or path (vllm), base URL (remote); unused by sim")
     engine: Literal["vllm", "sim", "remote"] = "vllm"
-    aliases: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = Field(
+        (), description="other names; one may end with *, for whatever follows"
+    )
+    fallbacks: tuple[str, ...] = Field(
+        (), description="models that get its requests while it cannot serve them"
+    )
+    fallback_age_s: Limit = Field(
+        None, description="age of its oldest waiting job from which on it cannot"
+    )
     args: dict[str, Any] = Field({}, description="of the engine: anything `vllm serve` takes")
     env: dict[str, str] = Field({}, description="set for the engine unless already set")
     allow: tuple[str, ...] = Field(
@@ -71,11 +81,23 @@ class Model(BaseModel):
         return {name: str(value) for name, value in env.items()}
 
 
+class Route(BaseModel):
+    """A name whose requests are split between models, as for a canary."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f*]+$")
+    split: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(min_length=1)
+    """Names of models, and the weight of each."""
+
+
 class Catalog:
     """All models; the first one is the default."""
 
-    def __init__(self, models: list[Model]) -> None:
+    def __init__(self, models: list[Model], routes: Sequence[Route] = ()) -> None:
+        """Raises ConfigurationError: a name is there twice, or a model that is named is not."""
         self.models = models
+        self.routes = {route.name: route for route in routes}
         self._by_name: dict[str, Model] = {}
         for model in models:
             for name in (model.name, *model.aliases):
@@ -85,6 +107,23 @@ class Catalog:
                         "another in models.yaml; rename that one"
                     )
                 self._by_name[name] = model
+        patterns = [name for name in self._by_name if name.endswith(WILDCARD)]
+        # The longest that fits is the closest.
+        self._patterns = sorted(patterns, key=len, reverse=True)
+        for route in routes:
+            if route.name in self._by_name:
+                raise ConfigurationError(f"the route {route.name!r} has the name of a model")
+            self._by_name[route.name] = self._named(max(route.split, key=route.split.__getitem__))
+        for name in [name for route in routes for name in route.split]:
+            self._named(name)
+        for name in [name for model in models for name in model.fallbacks]:
+            self._named(name)
+
+    def _named(self, name: str) -> Model:
+        found = next((model for model in self.models if model.name == name), None)
+        if found is None:
+            raise ConfigurationError(f"a route or fallback names {name!r}, which is no model")
+        return found
 
     @property
     def default(self) -> Model:
@@ -92,27 +131,32 @@ class Catalog:
 
     @property
     def names(self) -> dict[str, Model]:
-        """Every name and alias that clients may use, in the order of models.yaml."""
-        return self._by_name
+        """Every name, alias and route that clients may use, in the order of models.yaml."""
+        names = self._by_name.items()
+        return {name: model for name, model in names if not name.endswith(WILDCARD)}
 
     def resolve(self, name: str | None) -> Model:
         """The model of that name or alias; None and '' ask for the default, as with vLLM.
+
+        Of a route, the one that gets the most.
 
         Raises:
             ModelNotFoundError: no model has that name.
         """
         if not name:
             return self.default
-        try:
-            return self._by_name[name]
-        except KeyError:
-            raise ModelNotFoundError(name, self._by_name) from None
+        fits = (p for p in self._patterns if name.startswith(p.removesuffix(WILDCARD)))
+        model = self._by_name.get(name) or self._by_name.get(next(fits, ""))
+        if model is None:
+            raise ModelNotFoundError(name, self.names)
+        return model
 
 
 class _Document(BaseModel):
     """What models.yaml holds; other keys are for YAML's own anchors."""
 
     models: list[Model] = Field(min_length=1)
+    routes: list[Route] = []
 
 
 def load_catalog(path: Path, default_source: str = "", default_args: str = "") -> Catalog:
@@ -122,26 +166,27 @@ def load_catalog(path: Path, default_source: str = "", default_args: str = "") -
         ConfigurationError: the file is missing, is no YAML, or an entry is wrong.
     """
     try:
-        models = _read(path)
+        document = _read(path)
     except OSError as missing:
         raise ConfigurationError(
             f"cannot read {path} ({missing.strerror}); set SLUICE_MODELS to the path of a "
             "models.yaml, or unset it: then the bundled demo is served"
         ) from None
+    models = document.models
     if default_source:
         models[0] = _replaced(models[0], default_source)
     if default_args and models:
         models[0] = _with_args(models[0], default_args)
-    return Catalog(models)
+    return Catalog(models, document.routes)
 
 
-def _read(path: Path) -> list[Model]:
+def _read(path: Path) -> _Document:
     root = None
     try:
         loader = yaml.SafeLoader(path.read_bytes())
         root = loader.get_single_node()
         document = loader.construct_document(root) if root else None
-        models = _Document.model_validate(document if isinstance(document, dict) else {}).models
+        found = _Document.model_validate(document if isinstance(document, dict) else {})
     except ValidationError as refused:
         wrong = [_Place(path, root, e["loc"]).error(_message(e)) for e in refused.errors()]
         raise ConfigurationError("; ".join(wrong)) from None
@@ -150,8 +195,8 @@ def _read(path: Path) -> list[Model]:
         where = f"{path}, line {mark.line + 1}" if mark else path
         why = getattr(broken, "problem", None) or getattr(broken, "reason", None) or broken
         raise ConfigurationError(f"{where}: not YAML ({why}); mend it") from None
-    _refuse_doubled(models, path, root)
-    return models
+    _refuse_doubled(found.models, path, root)
+    return found
 
 
 def _message(error: ErrorDetails) -> str:

@@ -1,0 +1,113 @@
+"""Which model serves: wildcards, names that are split between models, and fallbacks."""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from api.routing import Breaker, split
+from bench.stack import Stack, await_that, running
+from tasks.contract.errors import ConfigurationError, ModelNotFoundError
+from tasks.contract.models import Catalog, Model, Route, load_catalog
+from tests.conftest import SIM
+from tests.test_jobs import CHAT, ENDPOINT, call
+from tests.test_metrics import Metrics
+
+MODELS = [
+    Model(name="large", engine="sim", aliases=("gpt-*", "gpt-4o")),
+    Model(name="small", engine="sim", aliases=("gpt-4*",)),
+]
+CANARY = Route(name="chat", split={"large": 9, "small": 1})
+
+
+def test_a_wildcard_stands_for_names_that_are_not_there() -> None:
+    catalog = Catalog(MODELS, [CANARY])
+    names = {"gpt-3": "large", "gpt-4o": "large", "gpt-4o-mini": "small", "chat": "large"}
+    assert {name: catalog.resolve(name).name for name in names} == names
+    assert list(catalog.names) == ["large", "gpt-4o", "small", "chat"]
+    with pytest.raises(ModelNotFoundError):
+        catalog.resolve("llama")
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"routes": [{"name": "large", "split": {"small": 1}}]}, "has the name of a model"),
+        ({"routes": [{"name": "chat", "split": {"tiny": 1}}]}, "'tiny', which is no model"),
+        ({"routes": [{"name": "chat", "split": {"small": 0}}]}, "greater than 0"),
+        ({"routes": [{"name": "chat", "split": {}}]}, "at least 1"),
+        ({"models": [{"name": "a", "fallbacks": ["b"]}]}, "'b', which is no model"),
+    ],
+)
+def test_a_route_that_leads_nowhere_is_refused(
+    tmp_path: Path, more: dict[str, Any], why: str
+) -> None:
+    file = tmp_path / "models.yaml"
+    models = [{"name": "large", "engine": "sim"}, {"name": "small", "engine": "sim"}]
+    file.write_text(yaml.safe_dump({"models": models} | more))
+    with pytest.raises(ConfigurationError, match=why):
+        load_catalog(file)
+
+
+def test_a_name_is_split_by_weight_and_sticks_to_a_user() -> None:
+    users = [f"user {number}" for number in range(10_000)]
+    chosen = Counter(split(CANARY, user) for user in users)
+    assert 0.08 < chosen["small"] / len(users) < 0.12
+    assert all(split(CANARY, user) == split(CANARY, user) for user in users[:100])
+    assert {split(CANARY, None) for _ in range(1000)} == {"large", "small"}
+
+
+def test_a_breaker_opens_on_failures_and_closes_when_a_probe_succeeds() -> None:
+    breaker, seconds = Breaker(), itertools.count()
+    completed = failed = 0
+
+    def pass_second(more_completed: int, more_failed: int) -> bool:
+        nonlocal completed, failed
+        completed, failed = completed + more_completed, failed + more_failed
+        now_s = float(next(seconds))
+        breaker.note(completed, failed, now_s)
+        return breaker.is_open(now_s)
+
+    assert not any(pass_second(1, 1) for _ in range(40))
+    assert any(pass_second(0, 2) for _ in range(40))
+    # It lets one request a second pass when it has been open for a while; one that fails is enough.
+    states = [pass_second(0, 0) for _ in range(12)]
+    assert states[0]
+    assert not states[-1]
+    assert pass_second(0, 1)
+    assert [pass_second(0, 0) for _ in range(12)][0]
+    assert not pass_second(1, 0)
+    assert not pass_second(0, 1)
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    main = SIM | {"aliases": ["gpt-*"], "fallbacks": ["spare"]}
+    home = tmp_path_factory.mktemp("routing")
+    with running(Stack(home, [main, SIM | {"name": "spare", "aliases": []}], lease_s=3)) as stack:
+        yield stack
+
+
+def test_a_model_without_workers_is_stood_in_for(stack: Stack) -> None:
+    first = call(stack, "POST", ENDPOINT, json=CHAT | {"model": "gpt-5"})
+    assert first.headers["x-sluice-model"] == first.json()["model"] == "sim"
+    assert "x-sluice-fallback" not in first.headers
+    stack.workers[0].kill()
+
+    def served() -> str:
+        body = CHAT | {"model": "gpt-5", "max_tokens": 1}
+        answer = call(stack, "POST", "/v1/jobs", json={"endpoint": ENDPOINT, "body": body})
+        return str(answer.json()["model"])
+
+    await_that(lambda: served() == "spare", 30)
+    answer = call(stack, "POST", ENDPOINT, json=CHAT | {"model": "gpt-5"})
+    assert answer.headers["x-sluice-fallback"] == "no_worker"
+    assert answer.headers["x-sluice-model"] == answer.json()["model"] == "spare"
+    seen = Metrics(f"{stack.url}/metrics")
+    assert seen.total("sluice_fallbacks_total", fallback="spare", reason="no_worker") >= 1
+    stack.start_worker("sim")
+    await_that(lambda: served() == "sim", 30)
