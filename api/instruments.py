@@ -42,6 +42,9 @@ RESPONSE = Histogram(
     buckets=FIRST_OUTPUT_S,
 )
 ERRORS = Counter("sluice_errors", "Errors of Sluice's own.", ["status", "code"])
+FALLBACKS = Counter(
+    "sluice_fallbacks", "Requests that another model got.", ["model", "fallback", "reason"]
+)
 STREAMS = Gauge("sluice_streams_open", "Requests that wait for jobs now.", multiprocess_mode="sum")
 # What a process that was killed had open is no longer.
 STREAMS.set(0)

@@ -4,24 +4,19 @@ Whether a model can serve is read from the queue once a second, in the backgroun
 age of its oldest waiting job, and how many of its jobs the engine fails.
 """
 
-import hashlib
-import itertools
 import logging
-import random
 import time
-from bisect import bisect
-from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
 import gevent
-from prometheus_client import Counter
 from redis.exceptions import RedisError
 
-from api import instruments  # noqa: F401 (before the first counter)
+from api import instruments
+from api.breaker import Breaker
 from api.principal import Principal
 from tasks.contract.job import Cause, Lane, State
-from tasks.contract.models import Catalog, Model, Route
+from tasks.contract.models import Catalog, Model
 from tasks.queue.backlog import Backlog
 from tasks.queue.counts import Counted, Happening
 from tasks.queue.statistics import ModelStats, QueueStats, read_stats
@@ -32,55 +27,6 @@ INTERVAL_S = 1.0
 # What is older says nothing about now.
 FRESH_S = 5.0
 BROKEN = (Cause.ENGINE_ERROR, Cause.ENGINE_DIED, Cause.WORKER_FAILED, Cause.LEASE_EXPIRED)
-
-FALLBACKS = Counter(
-    "sluice_fallbacks", "Requests that another model got.", ["model", "fallback", "reason"]
-)
-
-
-class Breaker:
-    """Opens when most of a model's jobs fail in its engine; then lets one request a second try.
-
-    M. Nygard's circuit breaker ("Release It!"), fed with the counts of the whole deployment.
-    """
-
-    WINDOW_S = 30.0
-    LEAST_FAILURES = 5
-    OPEN_S = 10.0
-    PROBE_S = 1.0
-
-    def __init__(self) -> None:
-        self._seen: deque[tuple[float, int, int]] = deque()
-        self._open_since_s: float | None = None
-        self._probed_s = 0.0
-
-    def note(self, completed: int, failed: int, now_s: float) -> None:
-        """Takes the counts since Redis began."""
-        if self._seen and completed + failed < sum(self._seen[-1][1:]):
-            self._seen.clear()  # Redis has begun anew
-        last = self._seen[-1] if self._seen else (now_s, completed, failed)
-        self._seen.append((now_s, completed, failed))
-        while self._seen[0][0] < now_s - self.WINDOW_S:
-            self._seen.popleft()
-        if self._open_since_s is None:
-            _, completed_then, failed_then = self._seen[0]
-            bad = failed - failed_then
-            if bad >= self.LEAST_FAILURES and bad > completed - completed_then:
-                self._open_since_s = now_s
-        elif failed > last[2]:
-            self._open_since_s = now_s  # a probe has failed
-        elif completed > last[1]:
-            self._open_since_s = None
-            self._seen.clear()
-
-    def is_open(self, now_s: float) -> bool:
-        """Whether requests are to go elsewhere; now and then one is not, and tries."""
-        if self._open_since_s is None:
-            return False
-        if now_s < max(self._open_since_s + self.OPEN_S, self._probed_s + self.PROBE_S):
-            return True
-        self._probed_s = now_s
-        return False
 
 
 @dataclass(frozen=True)
@@ -115,12 +61,12 @@ class Router:
         """
         wanted = principal.resolve(self._catalog, name)
         if route := self._catalog.routes.get(name or ""):
-            wanted = self._catalog.resolve(split(route, user or principal.key_id))
+            wanted = self._catalog.resolve(route.choose(user or principal.key_id))
         reason = self._why_not(wanted)
         for fallback in wanted.fallbacks if reason else ():
             model = self._catalog.resolve(fallback)
             if principal.may_use(model) and not self._why_not(model):
-                FALLBACKS.labels(wanted.name, model.name, reason).inc()
+                instruments.FALLBACKS.labels(wanted.name, model.name, reason).inc()
                 log.warning("model %s: %s, %s serves", wanted.name, reason, model.name)
                 return Choice(model, reason)
         return Choice(wanted)
@@ -160,19 +106,6 @@ class Router:
                 for lane in Lane
             )
             breaker.note(stats.total_jobs(name, State.COMPLETED), failed, self._read_s)
-
-
-def split(route: Route, user: object) -> str:
-    """A model of the route, by weight; the same one for a user each time."""
-    share = random.random() if not user else _hash(f"{route.name}\0{user}")  # noqa: S311
-    names, bounds = list(route.split), list(itertools.accumulate(route.split.values()))
-    return names[min(bisect(bounds, share * bounds[-1]), len(names) - 1)]
-
-
-def _hash(text: str) -> float:
-    """Evenly from 0 to 1."""
-    digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
 
 
 def rename(document: dict[str, Any], model: Model) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from api.routing import Breaker, split
+from api.breaker import Breaker
 from bench.stack import Stack, await_that, running
 from tasks.contract.errors import ConfigurationError, ModelNotFoundError
 from tasks.contract.models import Catalog, Model, Route, load_catalog
@@ -55,10 +55,10 @@ def test_a_route_that_leads_nowhere_is_refused(
 
 def test_a_name_is_split_by_weight_and_sticks_to_a_user() -> None:
     users = [f"user {number}" for number in range(10_000)]
-    chosen = Counter(split(CANARY, user) for user in users)
+    chosen = Counter(CANARY.choose(user) for user in users)
     assert 0.08 < chosen["small"] / len(users) < 0.12
-    assert all(split(CANARY, user) == split(CANARY, user) for user in users[:100])
-    assert {split(CANARY, None) for _ in range(1000)} == {"large", "small"}
+    assert all(CANARY.choose(user) == CANARY.choose(user) for user in users[:100])
+    assert {CANARY.choose(None) for _ in range(1000)} == {"large", "small"}
 
 
 def test_a_breaker_opens_on_failures_and_closes_when_a_probe_succeeds() -> None:
@@ -79,7 +79,7 @@ def test_a_breaker_opens_on_failures_and_closes_when_a_probe_succeeds() -> None:
     assert states[0]
     assert not states[-1]
     assert pass_second(0, 1)
-    assert [pass_second(0, 0) for _ in range(12)][0]
+    assert pass_second(0, 0)
     assert not pass_second(1, 0)
     assert not pass_second(0, 1)
 

@@ -1,7 +1,11 @@
 """The models of this deployment: `models.yaml`, checked at start, and names resolved to models."""
 
+import hashlib
+import itertools
+import random
 import re
 import shlex
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -89,6 +93,18 @@ class Route(BaseModel):
     name: str = Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f*]+$")
     split: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(min_length=1)
     """Names of models, and the weight of each."""
+
+    def choose(self, user: object) -> str:
+        """A model, by weight; the same one for a user each time."""
+        share = _hash(f"{self.name}\0{user}") if user else random.random()  # noqa: S311
+        names, bounds = list(self.split), list(itertools.accumulate(self.split.values()))
+        return names[min(bisect(bounds, share * bounds[-1]), len(names) - 1)]
+
+
+def _hash(text: str) -> float:
+    """Evenly from 0 to 1."""
+    digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
 class Catalog:
