@@ -16,6 +16,7 @@ from api import openapi as document
 from api.encoders import websocket
 from api.routes import admin, health, jobs, metrics, usage
 from api.routes import keys as key_routes
+from api.routes import models as model_routes
 from api.routes import openai as routes
 from api.server import is_loopback
 from api.services import Services
@@ -62,6 +63,7 @@ def create_app(bind: str) -> OpenAPI:
     app.register_api(metrics.blueprint)
     app.register_api(admin.blueprint)
     app.register_api(key_routes.blueprint)
+    app.register_api(model_routes.blueprint)
     app.register_api(usage.blueprint)
     document.complete(app.api_doc)
     app.add_url_rule("/openapi.json", view_func=lambda: app.api_doc)

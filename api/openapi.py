@@ -45,6 +45,7 @@ from tasks.contract.errors import (
     OverloadedError,
     PermissionDeniedError,
     QueueUnavailableError,
+    RateLimitError,
     RecordsFullError,
     RequestTimeoutError,
     SluiceError,
@@ -146,7 +147,7 @@ JOB_ERRORS: tuple[Kind, ...] = (InvalidRequestError, JobNotFoundError, *STORE_ER
 ACCEPTANCE_ERRORS: tuple[Kind, ...] = (
     *(ModelNotAllowedError, EndpointNotAllowedError),
     *(ModelNotFoundError, KeyInUseError, IdempotencyError, *STORE_ERRORS),
-    *(OverloadedError, BacklogBytesError, RecordsFullError),
+    *(OverloadedError, BacklogBytesError, RecordsFullError, RateLimitError),
 )
 # How a job may end instead of with an answer, and its client's wait for it.
 GENERATION_ERRORS: tuple[Kind, ...] = (

@@ -296,6 +296,26 @@ class TenantList(BaseModel):
     data: list[Tenant]
 
 
+class ModelEntry(BaseModel):
+    """As in models.yaml; of `env` its names alone."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: str
+    object: Literal["model.entry"]
+    engine: str
+    source: str
+    aliases: list[str]
+    env: list[str]
+    slots: int
+    is_in_file: bool = Field(description="whether models.yaml has a model of that name")
+
+
+class ModelEntryList(BaseModel):
+    object: Literal["list"]
+    data: list[ModelEntry]
+
+
 class Live(BaseModel):
     status: Literal["ok"]
     streams: int
@@ -317,6 +337,7 @@ class Version(BaseModel):
 DOCUMENTED: tuple[type[BaseModel], ...] = (
     *(Error, ChatCompletion, Completion, Embeddings, Model, ModelList),
     *(Job, JobList, WebhookLog, DeadLetterList, DeadLetterWithReasons, NewJob, Deleted),
+    *(ModelEntry, ModelEntryList),
     *(ApiKey, NewApiKey, ApiKeyList, Tenant, TenantList, UsageDay, UsageList),
     *(WorkerList, Target, Drained, Paused, Live, Readiness, Load, Version),
 )

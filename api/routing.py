@@ -6,6 +6,7 @@ age of its oldest waiting job, and how many of its jobs the engine fails.
 
 import logging
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,10 @@ from redis.exceptions import RedisError
 
 from api import instruments
 from api.breaker import Breaker
+from api.model_book import ModelBook
 from api.principal import Principal
 from tasks.contract.job import Cause, Lane, State
-from tasks.contract.models import Catalog, Model
+from tasks.contract.models import Model
 from tasks.queue.backlog import Backlog
 from tasks.queue.counts import Counted, Happening
 from tasks.queue.statistics import ModelStats, QueueStats, read_stats
@@ -40,17 +42,16 @@ class Choice:
 class Router:
     """Chooses models; one per API process."""
 
-    def __init__(self, backlog: Backlog, catalog: Catalog) -> None:
+    def __init__(self, backlog: Backlog, models: ModelBook) -> None:
         self._backlog = backlog
-        self._catalog = catalog
+        self._models = models
         self._stats: dict[str, ModelStats] = {}
         self._read_s = 0.0
-        self._breakers = {model.name: Breaker() for model in catalog.models}
+        self._breakers: defaultdict[str, Breaker] = defaultdict(Breaker)
 
     def start(self) -> None:
-        """Starts looking at the queue, if there is a choice at all."""
-        if any(model.fallbacks for model in self._catalog.models):
-            gevent.spawn(self._read_for_ever)
+        """Starts looking at the queue, while there is a choice at all."""
+        gevent.spawn(self._read_for_ever)
 
     def choose(self, name: str | None, principal: Principal, user: object) -> Choice:
         """The model for a request.
@@ -59,12 +60,13 @@ class Router:
             ModelNotFoundError: no model has that name.
             ModelNotAllowedError: it is for others.
         """
-        wanted = principal.resolve(self._catalog, name)
-        if route := self._catalog.routes.get(name or ""):
-            wanted = self._catalog.resolve(route.choose(user or principal.key_id))
+        catalog = self._models.catalog
+        wanted = principal.resolve(catalog, name)
+        if route := catalog.routes.get(name or ""):
+            wanted = catalog.resolve(route.choose(user or principal.key_id))
         reason = self._why_not(wanted)
         for fallback in wanted.fallbacks if reason else ():
-            model = self._catalog.resolve(fallback)
+            model = catalog.resolve(fallback)
             if principal.may_use(model) and not self._why_not(model):
                 instruments.FALLBACKS.labels(wanted.name, model.name, reason).inc()
                 log.warning("model %s: %s, %s serves", wanted.name, reason, model.name)
@@ -88,8 +90,10 @@ class Router:
 
     def _read_for_ever(self) -> None:
         while True:
+            models = self._models.catalog.models
             try:
-                self._note(read_stats(self._backlog, [m.name for m in self._catalog.models]))
+                if any(model.fallbacks for model in models):
+                    self._note(read_stats(self._backlog, [model.name for model in models]))
             except RedisError as away:
                 log.warning("models are taken for able to serve, Redis is away: %s", away)
             except Exception:  # without this greenlet no fallback steps in
@@ -99,13 +103,13 @@ class Router:
     def _note(self, stats: QueueStats) -> None:
         self._read_s = time.monotonic()
         self._stats = {model.name: model for model in stats.models}
-        for name, breaker in self._breakers.items():
+        for name in self._stats:
             failed = sum(
                 stats.counts[Happening(Counted.REQUEUES, cause, name, lane)]
                 for cause in BROKEN
                 for lane in Lane
             )
-            breaker.note(stats.total_jobs(name, State.COMPLETED), failed, self._read_s)
+            self._breakers[name].note(stats.total_jobs(name, State.COMPLETED), failed, self._read_s)
 
 
 def rename(document: dict[str, Any], model: Model) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from redis import Redis
 from api.acceptance import Acceptance
 from api.keyring import Keyring
 from api.lookups import Lookups
+from api.model_book import ModelBook
 from api.queue_positions import QueuePositions
 from api.relay import Relay
 from api.routing import Router
@@ -24,7 +25,7 @@ class Services:
 
     settings: Settings
     keyring: Keyring
-    catalog: Catalog
+    models: ModelBook
     router: Router
     redis: Redis
     jobs: Jobs
@@ -48,14 +49,14 @@ class Services:
         relay = Relay(settings.bus_url, jobs.log)
         queue_positions = QueuePositions(redis, jobs.backlog)
         acceptance = Acceptance(jobs, settings.database_url)
-        catalog = get_catalog()
-        router = Router(jobs.backlog, catalog)
-        for part in (keyring, router, relay, queue_positions, acceptance):
+        models = ModelBook(url, redis, get_catalog())
+        router = Router(jobs.backlog, models)
+        for part in (keyring, models, router, relay, queue_positions, acceptance):
             part.start()
         return cls(
             settings,
             keyring,
-            catalog,
+            models,
             router,
             redis,
             jobs,
@@ -65,6 +66,11 @@ class Services:
             Lookups(),
             started_s=int(time.time()),
         )
+
+    @property
+    def catalog(self) -> Catalog:
+        """The models as they are now."""
+        return self.models.catalog
 
 
 def get_services() -> Services:

@@ -270,3 +270,14 @@ class UsageDay(Base):
     cached_tokens: Mapped[int] = mapped_column(BigInteger)
     """Of the prompts' tokens, those that were in the engine's prefix cache."""
     completion_tokens: Mapped[int] = mapped_column(BigInteger)
+
+
+class ModelEntry(Base):
+    """A model that was added or changed at run time."""
+
+    __tablename__ = "model_entries"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    entry: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """As in models.yaml, without its name; None: the model is removed."""
+    changed_at: Mapped[datetime]

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,7 +14,7 @@ import click
 from deploy import operate
 from tasks.contract.errors import SluiceError
 
-NEED_SQL = ("keys", "tenants")
+NEED_SQL = {"keys": "deploy.keys", "models": "deploy.models", "tenants": "deploy.keys"}
 
 
 class Program(click.Group):
@@ -26,9 +27,7 @@ class Program(click.Group):
         """The command; those that need SQL are not loaded for others."""
         if cmd_name not in NEED_SQL:
             return super().get_command(ctx, cmd_name)
-        from deploy import keys
-
-        command: click.Command = getattr(keys, cmd_name)
+        command: click.Command = getattr(import_module(NEED_SQL[cmd_name]), cmd_name)
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -92,9 +91,8 @@ def api(bind: str | None) -> None:
 def worker(model: str | None) -> None:
     """Run one GPU worker, which serves one model."""
     from gpu_worker.worker import run
-    from tasks.contract.models import get_catalog
 
-    sys.exit(run(get_catalog().resolve(model).name))
+    sys.exit(run(model))
 
 
 @main.command()

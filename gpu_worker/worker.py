@@ -45,6 +45,7 @@ from tasks.contract.models import Model, get_catalog
 from tasks.contract.response import assemble
 from tasks.contract.settings import get_settings
 from tasks.contract.trouble import refuse_unusable
+from tasks.queue import entries
 from tasks.queue.backlog import Backlog, Finished
 from tasks.queue.celery_worker import TicketConsumer
 from tasks.queue.control import WorkerState
@@ -61,7 +62,7 @@ SWITCH_INTERVAL_S = 0.0005
 Result = TypeVar("Result")
 
 
-def run(model_name: str) -> int:
+def run(model_name: str | None) -> int:
     """Serves the model until a signal or the engine's failure; returns the exit code.
 
     Raises:
@@ -71,7 +72,16 @@ def run(model_name: str) -> int:
     refuse_unusable(get_settings())
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     orphans.refuse_orphans()
-    return Worker(get_catalog().resolve(model_name)).run()
+    return Worker(_find(model_name)).run()
+
+
+def _find(model_name: str | None) -> Model:
+    try:
+        catalog = entries.apply(connect(get_settings().redis_url), get_catalog())
+    except RedisError as away:
+        log.warning("what was changed since models.yaml is not known, Redis is away: %s", away)
+        catalog = get_catalog()
+    return catalog.resolve(model_name)
 
 
 class TakeoverRefusedError(Exception):

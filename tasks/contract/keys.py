@@ -25,6 +25,7 @@
 | waiting:{subject}      | set     | its jobs that wait                    | whoever moves the job |
 | reserved:{job}         | string  | what it may cost, of whom, since when | whoever settles it    |
 | held                   | zset    | job not queued yet -> us until when   | submit, reaper        |
+| model_entries          | string  | models changed at run time, JSON      | nobody                |
 | arrived:{model}        | string  | an interactive job has come lately    | TTL                   |
 | paused                 | set     | models whose backlog is not served    | `sluice resume`       |
 | ledger                 | stream  | changes not yet in SQL (ledger.py)    | maintenance           |
@@ -80,6 +81,7 @@ OPEN_PREFIX = f"{PREFIX}open:"
 WAITING_PREFIX = f"{PREFIX}waiting:"
 RESERVED_PREFIX = f"{PREFIX}reserved:"
 HELD = f"{PREFIX}held"
+MODEL_ENTRIES = f"{PREFIX}model_entries"
 ARRIVED_PREFIX = f"{PREFIX}arrived:"
 TICKETS_PREFIX = f"{CELERY_PREFIX}gen."
 

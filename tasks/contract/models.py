@@ -6,7 +6,7 @@ import random
 import re
 import shlex
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -134,6 +134,23 @@ class Catalog:
             self._named(name)
         for name in [name for model in models for name in model.fallbacks]:
             self._named(name)
+
+    def changed(self, entries: Mapping[str, dict[str, Any] | None]) -> "Catalog":
+        """A catalog with these entries in place of those of their names; None takes one away.
+
+        Raises:
+            ConfigurationError: they do not go together.
+        """
+        models: dict[str, Any] = {model.name: model for model in self.models}
+        for name, entry in entries.items():
+            try:
+                models[name] = entry and Model.model_validate({**entry, "name": name})
+            except ValidationError as refused:
+                first = refused.errors()[0]["msg"]
+                raise ConfigurationError(f"the entry of {name!r} cannot be read: {first}") from None
+        if not (left := [model for model in models.values() if model]):
+            raise ConfigurationError("it is the only model")
+        return Catalog(left, list(self.routes.values()))
 
     def _named(self, name: str) -> Model:
         found = next((model for model in self.models if model.name == name), None)
