@@ -15,7 +15,7 @@ import redis
 import requests
 
 from bench.stack import Process, await_that, is_alive, slack
-from deploy.redis_server import free_port
+from deploy.redis_server import OUTGOING_PORTS, free_port
 from tasks.contract import running
 from tasks.contract.settings import Settings
 
@@ -116,3 +116,9 @@ def test_it_warns_about_who_may_reach_it(home: Path, env: dict[str, str]) -> Non
         assert "Sluice is ready" in log.read_text()
     finally:
         process.kill_all()
+
+
+def test_no_outgoing_connection_is_given_the_port_of_a_server_that_is_away() -> None:
+    """Its own clients were, and it could not come back."""
+    first, last = map(int, OUTGOING_PORTS.read_text().split())
+    assert not any(first <= free_port() <= last for _ in range(100))
