@@ -107,7 +107,6 @@ def test_a_second_one_in_the_same_home_is_refused(up: Process, env: dict[str, st
     assert up.popen.poll() is None
 
 
-<<<<<<< HEAD
 def test_it_serves_no_others_without_a_key(env: dict[str, str]) -> None:
     command = [*SLUICE, "up", "--host", "0.0.0.0"]
     refused = subprocess.run(
@@ -115,20 +114,9 @@ def test_it_serves_no_others_without_a_key(env: dict[str, str]) -> None:
     )
     assert refused.returncode == 1
     assert "make one with `sluice keys create NAME`" in refused.stderr
-=======
-def test_it_warns_about_who_may_reach_it(home: Path, env: dict[str, str]) -> None:
-    elsewhere = {"SLUICE_ALLOWED_HOSTS": "chat.example.com"}
-    log = home / "up.log"
-    process = Process([*SLUICE, "up", "--host", "0.0.0.0"], env | elsewhere, log)
-    try:
-        await_that(lambda: "no authentication yet" in log.read_text(), 60, log.read_text)
-        assert "Sluice is ready" in log.read_text()
-    finally:
-        process.kill_all()
 
 
 def test_no_outgoing_connection_is_given_the_port_of_a_server_that_is_away() -> None:
     """Its own clients were, and it could not come back."""
     first, last = map(int, OUTGOING_PORTS.read_text().split())
     assert not any(first <= free_port() <= last for _ in range(100))
->>>>>>> b53306d2e1cdc671ca3ac1b74c7ef74f4a8718c5

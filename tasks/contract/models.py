@@ -119,8 +119,8 @@ class Catalog:
             for name in (model.name, *model.aliases):
                 if name in self._by_name:
                     raise ConfigurationError(
-                        f"the name {name!r}, which SLUICE_MODEL gives the first model, is that of "
-                        "another in models.yaml; rename that one"
+                        f"two models have the name {name!r}, one perhaps by SLUICE_MODEL; "
+                        "rename the other"
                     )
                 self._by_name[name] = model
         patterns = [name for name in self._by_name if name.endswith(WILDCARD)]
