@@ -1,4 +1,4 @@
-"""When a model's engine fails so much that its requests are better served elsewhere."""
+"""How a model does lately, by counts that only grow: whether it fails, and how fast it is."""
 
 from collections import deque
 
@@ -46,3 +46,20 @@ class Breaker:
             return True
         self._probed_s = now_s
         return False
+
+
+class Rate:
+    """How many a second there were, the last ten seconds or so."""
+
+    SHARE = 0.1
+
+    def __init__(self) -> None:
+        self.per_s = 0.0
+        self._last: tuple[int, float] | None = None
+
+    def note(self, count: int, now_s: float) -> None:
+        """Takes the count since Redis began, about once a second."""
+        if self._last and count >= self._last[0] and now_s > self._last[1]:
+            latest = (count - self._last[0]) / (now_s - self._last[1])
+            self.per_s += self.SHARE * (latest - self.per_s)
+        self._last = (count, now_s)

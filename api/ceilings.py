@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from api import instruments, told
 from api.principal import Principal
 from tasks.contract.errors import InvalidRequestError
 from tasks.contract.models import Model
@@ -19,7 +20,13 @@ _LENGTH = {"/v1/chat/completions": "max_completion_tokens", "/v1/completions": "
 
 
 def bound(
-    endpoint: str, document: dict[str, Any], size_bytes: int, principal: Principal, model: Model
+    endpoint: str,
+    document: dict[str, Any],
+    size_bytes: int,
+    principal: Principal,
+    model: Model,
+    *,
+    is_busy: bool,
 ) -> dict[str, Any]:
     """The request as it goes to the engine: where the key limits answers, with that limit.
 
@@ -43,9 +50,21 @@ def bound(
     length = _LENGTH.get(endpoint)
     if length and "tokens_per_answer" in limits and _is_unbounded(document):
         added[length] = limits["tokens_per_answer"]
+    if length and is_busy and "tokens_when_busy" in limits:
+        added |= _cap(document | added, length, limits["tokens_when_busy"], model)
     if length and model.engine == "vllm":
         added["cache_salt"] = principal.tenant
     return document | added if added else document
+
+
+def _cap(document: Mapping[str, Any], field: str, most: int, model: Model) -> dict[str, Any]:
+    """Less than was asked for, as the model is busy."""
+    asked = [document.get(name) for name in _FIELDS["tokens_per_answer"]]
+    if any(isinstance(number, int) and number <= most for number in asked):
+        return {}
+    instruments.DEGRADED.labels(model.name, "capped").inc()
+    told.note_degradation(f"max_tokens={most}")
+    return dict.fromkeys(_FIELDS["tokens_per_answer"][1:], None) | {field: most}
 
 
 def _strictest(principal: Principal) -> dict[str, int]:

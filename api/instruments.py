@@ -45,6 +45,9 @@ ERRORS = Counter("sluice_errors", "Errors of Sluice's own.", ["status", "code"])
 FALLBACKS = Counter(
     "sluice_fallbacks", "Requests that another model got.", ["model", "fallback", "reason"]
 )
+DEGRADED = Counter(
+    "sluice_degraded", "Requests that got less, as their model was busy.", ["model", "how"]
+)
 STREAMS = Gauge("sluice_streams_open", "Requests that wait for jobs now.", multiprocess_mode="sum")
 # What a process that was killed had open is no longer.
 STREAMS.set(0)

@@ -178,7 +178,8 @@ class Call:
             told.note_fallback(choice.reason)
         document = rename(document, model)
         _check_limits(document, model, services.settings.max_schema_bytes)
-        document = ceilings.bound(endpoint, document, len(body), principal, model)
+        is_busy = services.router.is_capped(model, principal)
+        document = ceilings.bound(endpoint, document, len(body), principal, model, is_busy=is_busy)
         key = read_key(headers)
         timeout_s = _read_timeout(headers)
         job = Job(

@@ -48,6 +48,7 @@ from tasks.contract.errors import (
     RateLimitError,
     RecordsFullError,
     RequestTimeoutError,
+    ShedError,
     SluiceError,
     StreamBrokenError,
     TooManyConnectionsError,
@@ -147,7 +148,7 @@ JOB_ERRORS: tuple[Kind, ...] = (InvalidRequestError, JobNotFoundError, *STORE_ER
 ACCEPTANCE_ERRORS: tuple[Kind, ...] = (
     *(ModelNotAllowedError, EndpointNotAllowedError),
     *(ModelNotFoundError, KeyInUseError, IdempotencyError, *STORE_ERRORS),
-    *(OverloadedError, BacklogBytesError, RecordsFullError, RateLimitError),
+    *(OverloadedError, BacklogBytesError, RecordsFullError, RateLimitError, ShedError),
 )
 # How a job may end instead of with an answer, and its client's wait for it.
 GENERATION_ERRORS: tuple[Kind, ...] = (

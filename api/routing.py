@@ -14,11 +14,12 @@ import gevent
 from redis.exceptions import RedisError
 
 from api import instruments
-from api.breaker import Breaker
+from api.breaker import Breaker, Rate
 from api.model_book import ModelBook
 from api.principal import Principal
+from tasks.contract.errors import ShedError
 from tasks.contract.job import Cause, Lane, State
-from tasks.contract.models import Model
+from tasks.contract.models import Degradation, Model
 from tasks.queue.backlog import Backlog
 from tasks.queue.counts import Counted, Happening
 from tasks.queue.statistics import ModelStats, QueueStats, read_stats
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 INTERVAL_S = 1.0
 # What is older says nothing about now.
 FRESH_S = 5.0
+LONGEST_WAIT_S = 60.0
 BROKEN = (Cause.ENGINE_ERROR, Cause.ENGINE_DIED, Cause.WORKER_FAILED, Cause.LEASE_EXPIRED)
 
 
@@ -42,12 +44,15 @@ class Choice:
 class Router:
     """Chooses models; one per API process."""
 
-    def __init__(self, backlog: Backlog, models: ModelBook) -> None:
+    def __init__(self, backlog: Backlog, models: ModelBook, most_jobs: int) -> None:
+        """`most_jobs`: that may wait in a lane."""
+        self._most_jobs = most_jobs
         self._backlog = backlog
         self._models = models
         self._stats: dict[str, ModelStats] = {}
         self._read_s = 0.0
         self._breakers: defaultdict[str, Breaker] = defaultdict(Breaker)
+        self._rates: defaultdict[str, Rate] = defaultdict(Rate)
 
     def start(self) -> None:
         """Starts looking at the queue, while there is a choice at all."""
@@ -69,9 +74,34 @@ class Router:
             model = catalog.resolve(fallback)
             if principal.may_use(model) and not self._why_not(model):
                 instruments.FALLBACKS.labels(wanted.name, model.name, reason).inc()
-                log.warning("model %s: %s, %s serves", wanted.name, reason, model.name)
+                log.info("model %s: %s, %s serves", wanted.name, reason, model.name)
                 return Choice(model, reason)
         return Choice(wanted)
+
+    def is_capped(self, model: Model, principal: Principal) -> bool:
+        """Whether answers are to be shorter, as the model is busy.
+
+        Raises:
+            ShedError: it is so busy that the key has to wait.
+        """
+        stats = self._stats.get(model.name)
+        if stats is None or time.monotonic() - self._read_s > FRESH_S:
+            return False
+        cap_at, shed_at = model.degradation.cap_at, model.degradation.shed_at
+        jobs = stats.depth[Lane.INTERACTIVE].jobs
+        full = jobs / self._most_jobs
+        if shed_at is not None:
+            from_there = shed_at if principal.weight < 1 else (1 + shed_at) / 2
+            if principal.weight <= 1 and full >= from_there:
+                instruments.DEGRADED.labels(model.name, "shed").inc()
+                too_many = jobs - from_there * self._most_jobs
+                raise ShedError(model.name, self._wait_s(model, too_many))
+        return cap_at is not None and full >= cap_at
+
+    def _wait_s(self, model: Model, jobs: float) -> float:
+        """How long the model takes for so many jobs, as fast as it has been lately."""
+        rate = self._rates[model.name].per_s
+        return min(max((jobs + 1) / rate, 1), LONGEST_WAIT_S) if rate > 0 else LONGEST_WAIT_S
 
     def _why_not(self, model: Model) -> str:
         """Why the model cannot serve now; '': it can, or nobody knows better."""
@@ -92,7 +122,7 @@ class Router:
         while True:
             models = self._models.catalog.models
             try:
-                if any(model.fallbacks for model in models):
+                if any(model.fallbacks or model.degradation != Degradation() for model in models):
                     self._note(read_stats(self._backlog, [model.name for model in models]))
             except RedisError as away:
                 log.warning("models are taken for able to serve, Redis is away: %s", away)
@@ -109,7 +139,9 @@ class Router:
                 for cause in BROKEN
                 for lane in Lane
             )
-            self._breakers[name].note(stats.total_jobs(name, State.COMPLETED), failed, self._read_s)
+            completed = stats.total_jobs(name, State.COMPLETED)
+            self._breakers[name].note(completed, failed, self._read_s)
+            self._rates[name].note(completed, self._read_s)
 
 
 def rename(document: dict[str, Any], model: Model) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class Services:
         queue_positions = QueuePositions(redis, jobs.backlog)
         acceptance = Acceptance(jobs, settings.database_url)
         models = ModelBook(url, redis, get_catalog())
-        router = Router(jobs.backlog, models)
+        router = Router(jobs.backlog, models, settings.max_backlog)
         for part in (keyring, models, router, relay, queue_positions, acceptance):
             part.start()
         return cls(

@@ -19,6 +19,11 @@ def note_fallback(reason: str) -> None:
     _note("x-sluice-fallback", reason)
 
 
+def note_degradation(what: str) -> None:
+    """Has it tell what is less than was asked for, as the model is busy."""
+    _note("x-sluice-degraded", what)
+
+
 def _note(name: str, value: str) -> None:
     if has_request_context():
         g.setdefault("told", {})[name] = value

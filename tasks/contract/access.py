@@ -65,6 +65,7 @@ class Limits(BaseModel):
     tokens_per_month: Limit | None = None
     # Of each request.
     tokens_per_answer: Limit | None = None
+    tokens_when_busy: Limit | None = None
     sequences_per_request: Limit | None = None
     logprobs_per_token: Limit | None = None
     bytes_per_request: Limit | None = None

@@ -251,6 +251,19 @@ class RateLimitError(SluiceError):
             self.should_retry = False
 
 
+class ShedError(OverloadedError):
+    """The model has more work than it can do, and keys of greater weight go first; try later."""
+
+    code = "shed"
+
+    def __init__(self, model: str, wait_s: float) -> None:
+        self.retry_after_s = wait_s
+        super().__init__(
+            f"The model {model} has more work than it can do, and keys of greater weight go first; "
+            f"try again in {wait_s:,.0f} s."
+        )
+
+
 class RecordsFullError(OverloadedError):
     """Too many ended jobs wait to be recorded: maintenance or the database is away; try later."""
 

@@ -23,6 +23,7 @@ WILDCARD = "*"
 BUILT_IN = Path(__file__).parent / "models.yaml"
 
 
+Share = Annotated[float | None, Field(gt=0, lt=1)]
 Limit = Annotated[float | None, Field(gt=0, le=2_592_000, allow_inf_nan=False)]
 
 
@@ -38,6 +39,17 @@ class Timeouts(BaseModel):
     between_tokens_s: Limit = None
     total_s: Limit = None
     """From its acceptance to its end, all attempts together."""
+
+
+class Degradation(BaseModel):
+    """What is done before a model's backlog is full, as a share of SLUICE_MAX_BACKLOG."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cap_at: Share = None
+    """From there on answers are no longer than a key's limit `tokens_when_busy`, if it has one."""
+    shed_at: Share = None
+    """From there on keys with a weight below 1 get 503; halfway to the bound, those with 1."""
 
 
 class Model(BaseModel):
@@ -68,6 +80,9 @@ class Model(BaseModel):
     )
     timeouts: Timeouts = Field(
         Timeouts(), description="in s: queue_s, first_token_s, between_tokens_s, total_s"
+    )
+    degradation: Degradation = Field(
+        Degradation(), description="cap_at, shed_at: shares of the most jobs that may wait"
     )
     slots: int = Field(64, ge=1, description="sequences that one worker runs at once")
     interactive_reserve: float = Field(
