@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import click
 from rich.console import Console
 
-from bench import cost, jobs, memory, report
+from bench import cost, jobs, memory, overload, report
 from bench.processes import largest_rss_mb, niceness
 from bench.rounds import Round, compare
 from bench.stacks import Stack, StackError, sluice, vllm_server
@@ -97,6 +97,13 @@ def run_jobs(scale: float, json_path: Path | None) -> None:
     document = {"machine": _machine()}
     errors = jobs.run(console, scale, document)
     _end(console, json_path, document, errors)
+
+
+@main.command("overload")
+@click.option("--duration-s", default=60.0, show_default=True, help="Of each of the two loads.")
+def run_overload(duration_s: float) -> None:
+    """Ten tenants that ask for five times what a simulated engine can do: who gets how much."""
+    overload.run(_console(), duration_s)
 
 
 def _console() -> Console:
