@@ -17,7 +17,7 @@ from tasks.contract import keys
 from tasks.contract.job import new_id
 from tasks.maintenance.alerts import Alert
 from tests.conftest import SIM
-from tests.test_jobs import CHAT, ENDPOINT, call, get, submit
+from tests.test_jobs import CHAT, ENDPOINT, call
 
 # In no case that a program would change, and in no word that it writes by itself.
 MARK = "qz7f3a"
@@ -26,9 +26,8 @@ SIGNING = base64.b64encode(f"{MARK}-signs".encode()).decode()
 QUERY = f"?{MARK}-query={MARK}-value"
 PROMPT: dict[str, Any] = CHAT | {"messages": [{"role": "user", "content": f"{MARK}-prompt"}]}
 HEADERS = {
-    name: f"{MARK}-{name}"
-    for name in ("Authorization", "X-Request-Id", "X-Own", "Cookie", "User-Agent", "Referer")
-}
+    name: f"{MARK}-{name}" for name in ("X-Request-Id", "X-Own", "Cookie", "User-Agent", "Referer")
+} | {"Authorization": f"Bearer {ADMIN_KEY}"}
 MOST_BYTES = 50_000
 
 
@@ -60,6 +59,15 @@ def ask(stack: Stack, method: str, path: str, **options: Any) -> int:
     """The status of an answer to a request that has secrets wherever they fit."""
     headers = HEADERS | {"Idempotency-Key": f"{MARK}-{new_id()}"} | options.pop("headers", {})
     return call(stack, method, path + QUERY, headers=headers, **options).status_code
+
+
+def get(stack: Stack, job_id: str) -> Any:
+    return call(stack, "GET", f"/v1/jobs/{job_id}", headers=HEADERS).json()
+
+
+def submit(stack: Stack, body: dict[str, Any], **wishes: Any) -> Any:
+    job = {"endpoint": ENDPOINT, "body": body} | wishes
+    return call(stack, "POST", "/v1/jobs", json=job, headers=HEADERS).json()
 
 
 def chat(stack: Stack, **more: Any) -> int:
@@ -122,10 +130,11 @@ def ask_for_what_is_refused(stack: Stack) -> None:
     assert ask(stack, "GET", f"/v1/jobs/{MARK}-job") == 404
     assert ask(stack, "GET", f"/v1/jobs/{MARK}-job/events") == 404
     assert ask(stack, "DELETE", ENDPOINT) == 405
-    assert ask(stack, "GET", "/v1/admin/dead") == 401
-    assert ask(stack, "POST", f"/v1/admin/models/{MARK}-model/pause") == 401
-    key = {"Authorization": f"Bearer {ADMIN_KEY}"}
-    assert ask(stack, "GET", f"/v1/admin/dead/{MARK}-job", headers=key) == 404
+    for wrong in (f"{MARK}-key", f"Bearer {MARK}-key", f"Bearer sk-{MARK}"):
+        shown = {"Authorization": wrong}
+        assert ask(stack, "GET", "/v1/admin/dead", headers=shown) == 401
+        assert ask(stack, "POST", f"/v1/admin/models/{MARK}-model/pause", headers=shown) == 401
+    assert ask(stack, "GET", f"/v1/admin/dead/{MARK}-job") == 404
     assert ask(stack, "GET", "/v1/models", headers={"X-Request-Id": f"{MARK}-id\x01"}) == 400
 
 

@@ -17,10 +17,10 @@ from db import reading
 from db.models import JobRecord, LedgerEntry
 from tasks.contract import keys
 from tasks.queue.celery_app import make_ticket
-from tests.faults.clients import Client, ask, await_tokens, chat, compare
+from tests.faults.clients import ENDPOINT, Client, ask, await_tokens, chat, compare
 from tests.faults.conftest import LEASE_S, REAP_S, SLOW_SIM, Fault
 from tests.test_client import sluice
-from tests.test_jobs import get, submit, wait
+from tests.test_jobs import call, get, submit, wait
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -200,12 +200,15 @@ def test_9_poison_is_given_up_and_others_are_unharmed(stack: Stack, fault: Fault
 
 def test_9b_the_operator_looks_after_dead_letters_over_http(home: Any, fault: Fault) -> None:
     settings = {"lease_s": LEASE_S, "max_attempts": 1, "admin_key": "secret"}
+    key = {"Authorization": "Bearer secret"}
     with running(Stack(home, [SLOW_SIM], **settings)) as stack:
         with _supervised(stack):
             fault.inflict("poisoned request")
-            job = submit(stack, chat(stream=True, sim={"failure": "crash"}))
-            assert wait(stack, job["id"], 30).json()["status"] == "failed"
-        url, key = f"{stack.url}/v1/admin/dead", {"Authorization": "Bearer secret"}
+            wanted = {"endpoint": ENDPOINT, "body": chat(stream=True, sim={"failure": "crash"})}
+            job = call(stack, "POST", "/v1/jobs", json=wanted, headers=key).json()
+            path = f"/v1/jobs/{job['id']}"
+            await_that(lambda: call(stack, "GET", path, headers=key).json()["status"] == "failed")
+        url = f"{stack.url}/v1/admin/dead"
         assert requests.get(url, timeout=9).status_code == 401
         wrong = requests.get(url, headers={"Authorization": "Bearer no"}, timeout=9)
         assert wrong.status_code == 401
@@ -222,7 +225,7 @@ def test_9b_the_operator_looks_after_dead_letters_over_http(home: Any, fault: Fa
         assert deleted.json() == {"id": job["id"], "deleted": True}
         assert requests.get(f"{url}/{job['id']}", headers=key, timeout=9).status_code == 404
         with _supervised(stack):
-            failed = Client(stack, chat(sim={"failure": "crash"}))
+            failed = Client(stack, chat(sim={"failure": "crash"}), **key)
             failed.join(60)
         # OpenAI's SDK would have it end workers again.
         assert failed.document["error"]["code"] == "job_failed"
