@@ -20,7 +20,7 @@ from tasks.queue.celery_app import make_ticket
 from tests.faults.clients import ENDPOINT, Client, ask, await_tokens, chat, compare
 from tests.faults.conftest import LEASE_S, REAP_S, SLOW_SIM, Fault
 from tests.test_client import sluice
-from tests.test_jobs import call, get, submit, wait
+from tests.test_jobs import call, get, submit
 
 pytestmark = pytest.mark.timeout(180)
 
