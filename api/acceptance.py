@@ -100,11 +100,13 @@ class Acceptance:
             self._queue.backlog.release(to_job(job))
 
     def _is_accepted(self, job_id: str) -> bool:
+        # Before SQL: what is accepted is there before it is queued.
+        is_queued = self._queue.backlog.snapshots([job_id]) != [None]
         job = jobs.load(self._url, job_id)
         # Of a chat that runs SQL knows that it has begun, but not what it asks for.
         if job and (job.request is not None or State(job.status).is_final):
             return True
-        if self._queue.backlog.snapshots([job_id]) != [None]:
+        if is_queued:
             raise KeyInUseError
         return False
 

@@ -12,6 +12,7 @@ import pytest
 import requests
 from sqlalchemy import delete, select, update
 
+from api.acceptance import Acceptance
 from bench.stack import Stack
 from db import jobs as records
 from db import migrate, reading, writing
@@ -21,9 +22,9 @@ from db.webhooks import attempts_of
 from tasks.contract import keys
 from tasks.contract.connections import connect
 from tasks.contract.events import End, Entry, Kind, Position, Start
-from tasks.contract.job import State, new_id
+from tasks.contract.job import EnqueueOptions, Job, State, new_id
 from tasks.contract.settings import Settings
-from tasks.maintenance.accepted import enqueue
+from tasks.maintenance.accepted import enqueue, to_record
 from tasks.maintenance.ledger import LONGEST_END_S, Recorder
 from tasks.maintenance.reconciler import Reconciler
 from tasks.queue import counts
@@ -342,3 +343,25 @@ def test_a_job_that_is_cancelled_while_it_is_queued_again_does_not_run(
     (found,) = queue.backlog.snapshots([record.id])
     assert found
     assert found.state is State.CANCELLED
+
+
+def test_a_key_whose_job_is_being_accepted_is_that_jobs(
+    queue: Jobs, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first request was still under way, and the second one was told that it is a chat's."""
+    options = EnqueueOptions(idempotency_key="k", fingerprint="f")
+    jobs = [Job(new_id(), "sim", ENDPOINT, b"{}", options=options) for _ in range(2)]
+    first, second = map(to_record, jobs)
+    queue.backlog.reserve(jobs[0])
+    load = records.load
+
+    def load_just_before(url: str, job_id: str) -> JobRecord | None:
+        found = load(url, job_id)
+        if records.accept(url, [first]):
+            enqueue(queue.backlog, first)
+        return found
+
+    monkeypatch.setattr(records, "load", load_just_before)
+    acceptance = Acceptance(queue, url)
+    acceptance.start()
+    assert acceptance.accept(second) == first.id
