@@ -11,7 +11,7 @@ import pytest
 import requests
 from sqlalchemy import select
 
-from bench.stack import Stack, await_that, running, send, slack
+from bench.stack import Stack, await_that, running, send
 from db import writing
 from db.jobs import accept, load
 from db.models import JobEvent, JobRecord
@@ -332,7 +332,7 @@ def test_a_client_that_leaves_ends_a_job_that_nobody_else_waits_for(
     job_id = first.headers["x-sluice-job"]
     if not are_two:
         first.close()
-        await_that(lambda: get(sim_stack, job_id)["status"] == "cancelled", slack(2))
+        await_that(lambda: get(sim_stack, job_id)["status"] == "cancelled", 2)
         return
     with call(sim_stack, "POST", ENDPOINT, json=body, headers=header, stream=True) as second:
         assert second.headers["x-sluice-job"] == job_id

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench.stack import Process, Stack, await_that, running, serving, slack
+from bench.stack import Process, Stack, await_that, running, serving
 from tasks.contract import keys
 from tests.faults.clients import Client, ask, await_tokens, chat, compare
 from tests.faults.conftest import LEASE_S, SLOW_SIM, Fault
@@ -168,4 +168,4 @@ def test_a_control_message_that_nobody_understands_is_passed_over(
     (process,) = stack.workers
     call(stack, "POST", f"/v1/jobs/{job_id}/cancel")
     # Long before the next renewal of its lease would detect it.
-    await_that(lambda: ": stopped" in process.log.read_text(), timeout_s=slack(0.5))
+    await_that(lambda: ": stopped" in process.log.read_text(), timeout_s=0.5)
