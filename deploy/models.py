@@ -1,5 +1,6 @@
 """The commands `sluice models`. They need SQL only; the API sees a change within seconds."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def list_models(as_json: bool) -> None:
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 def set_model(name: str, file: str) -> None:
     """Add NAME, or change it: FILE has its entry, as YAML or JSON; - reads it from here."""
-    text = click.get_text_stream("stdin").read() if file == "-" else Path(file).read_text()
+    text = sys.stdin.read() if file == "-" else Path(file).read_text()
     made = model_entries.put(_url(), get_catalog(), name, _read(text))
     click.echo(orjson.dumps(made, option=orjson.OPT_INDENT_2))
 
