@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 
 from tasks.contract.events import Attempt
-from tasks.contract.job import Claim, Lane
+from tasks.contract.job import Claim
 
 # What an idle worker offers: a job that wants more slots than any worker has would otherwise stand
 # before all others for ever, as when an operator has taken slots away.
@@ -19,7 +19,6 @@ class Claims:
         """What is claimed from now on is to be handed back by its claimer."""
         self._slots = slots
         self._held: dict[Attempt, Claim] = {}
-        self._leaving: set[Attempt] = set()
         self._is_open = True
         self._is_claiming = False
         self._changed = threading.Condition()
@@ -48,21 +47,11 @@ class Claims:
         """The job's slots are free again."""
         with self._changed:
             del self._held[Attempt.of(claim)]
-            self._leaving.discard(Attempt.of(claim))
             self._changed.notify_all()
 
     def held(self) -> list[Claim]:
         with self._changed:
             return list(self._held.values())
-
-    def pick(self, lane: Lane) -> Claim | None:
-        """The latest of the lane, which is to make way; each is picked once."""
-        with self._changed:
-            for attempt, claim in reversed(self._held.items()):
-                if claim.job.lane is lane and attempt not in self._leaving:
-                    self._leaving.add(attempt)
-                    return claim
-            return None
 
     def has_room(self) -> bool:
         """Whether a job may be claimed."""

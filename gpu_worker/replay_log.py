@@ -4,9 +4,12 @@ An engine that can be continued notes what it is about to send; the note goes in
 beside the next event, in one write with it. After a failover the engine gets all notes of the
 events that are in the log: it makes the same events of them once more, which are dropped, and goes
 on by itself. Without notes an answer that has begun cannot be continued.
+
+An answer that is not streamed has no events: its notes go into the log when its worker stops it to
+make room for others.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any
 
@@ -21,6 +24,10 @@ class ReplayLog:
         """Notes of earlier attempts, to begin with."""
         self.streams = 0
         """How many streams of tokens the engine makes for the job; only one can be continued."""
+        self.can_continue = True
+        """Whether another attempt can go on from the notes."""
+        self.catch_up: Callable[[], bool] = lambda: True
+        """Notes what the engine has made, where it does not with each token; False: it is all."""
         self.input_tokens = self.output_tokens = 0
         """Of the whole answer, what earlier attempts made of it included."""
         self.usage: dict[str, Any] | None = None

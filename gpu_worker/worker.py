@@ -28,13 +28,13 @@ from gpu_worker import heartbeat, metrics, orphans, shutdown
 from gpu_worker.claims import Claims
 from gpu_worker.engines.engine import Engine, open_engine
 from gpu_worker.publisher import Publisher
-from gpu_worker.runner import (
+from gpu_worker.runner import Runner
+from gpu_worker.running import (
     AnswerRefusedError,
     EngineDiedError,
     EngineFailedError,
     History,
     LogLostError,
-    Runner,
 )
 from tasks.contract import logs
 from tasks.contract.connections import connect, connect_async
@@ -163,11 +163,15 @@ class Worker:
         if self.model.engine == "remote":
             return False  # its streams cannot be continued
         waits = lambda: self.backlog.waits(self.model.name, Lane.INTERACTIVE)
-        if not self.persist(waits) or not (claim := self.claims.pick(Lane.BATCH)):
+        if not self.persist(waits):
             return False
-        self.hand_back(claim, Cause.PREEMPTED, "an interactive job waits for its slot")
-        self.stop_job(Attempt.of(claim))
-        return True
+        latest_first = reversed(self.claims.held())
+        for claim in (claim for claim in latest_first if claim.job.lane is Lane.BATCH):
+            pausing = self.runner.pause(Attempt.of(claim))
+            if asyncio.run_coroutine_threadsafe(pausing, self.loop).result():
+                self.hand_back(claim, Cause.PREEMPTED, "an interactive job waits for its slot")
+                return True
+        return False
 
     def _claim(self, free_slots: int) -> Claim | None:
         """The next job. A claim whose reply is lost took effect: its token finds the same job."""

@@ -20,7 +20,8 @@ from gpu_worker.engines.engine import (
     read_body,
 )
 from gpu_worker.publisher import Publisher
-from gpu_worker.runner import History, Runner
+from gpu_worker.runner import Runner
+from gpu_worker.running import History
 from tasks.contract import keys
 from tasks.contract.connections import connect_async
 from tasks.contract.events import End

@@ -6,12 +6,16 @@ that the handler rebuilds its state (chat parsing, tools, reasoning, usage) and 
 then it asks the engine for the rest, with the prompt and all known tokens as the prompt.
 Detokenizer and log probabilities are brought to where they stood, half characters and text that may
 become a stop string included. A greedy answer comes out as if undisturbed, token for token.
+
+An answer that is yielded as a whole, at its end, costs no note of each token: what there is of it
+is noted when the job is paused, from the state that vLLM keeps of it.
 """
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from copy import copy
+from functools import partial
 from typing import Any, NamedTuple
 
 from vllm.logprobs import Logprob
@@ -32,7 +36,8 @@ _WITHOUT = (
     "trace_decode_token_ids",
 )
 
-_restore: ContextVar[Callable[[Any, Any], None] | None] = ContextVar("_restore", default=None)
+_on_added: ContextVar[Callable[[Any, Any], None] | None] = ContextVar("_on_added", default=None)
+"""Is called when the engine has the request of the current task."""
 
 
 class Note(NamedTuple):
@@ -50,16 +55,24 @@ class Note(NamedTuple):
     def of(cls, output: Any) -> "Note":
         """What has to be kept of an output of a single stream of tokens."""
         (completion,) = output.outputs
-        logprobs = completion.logprobs and [
-            [(token, p.logprob, p.rank, p.decoded_token) for token, p in position.items()]
-            for position in completion.logprobs
-        ]
         return cls(
             list(completion.token_ids),
             completion.text,
-            logprobs,
+            _plain(completion.logprobs),
             *(completion.finish_reason, completion.stop_reason),
             *(output.num_cached_tokens, output.num_cache_creation_tokens),
+        )
+
+    @classmethod
+    def since(cls, state: Any, known: int) -> "Note":
+        """What the engine has made of an answer that it yields as a whole, but so many tokens."""
+        logprobs = state.logprobs_processor.logprobs
+        return cls(
+            list(state.detokenizer.output_token_ids[known:]),
+            "",
+            _plain(logprobs and logprobs[known:]),
+            *(None, None),
+            *(state.num_cached_tokens, state.num_cache_creation_tokens),
         )
 
     def sample_logprobs(self) -> list[dict[int, Any]] | None:
@@ -90,6 +103,14 @@ class Note(NamedTuple):
         )
 
 
+def _plain(logprobs: Any) -> Any:
+    """As values that a note can hold."""
+    return logprobs and [
+        [(token, p.logprob, p.rank, p.decoded_token) for token, p in position.items()]
+        for position in logprobs
+    ]
+
+
 def make_continuable(client: Any) -> None:
     """Has the client's `generate` note what it yields, and begin with what was noted before.
 
@@ -104,9 +125,9 @@ def make_continuable(client: Any) -> None:
 
     def add_and_restore(request: Any, *others: Any, **options: Any) -> None:
         add_request(request, *others, **options)
-        if restore := _restore.get():
-            _restore.set(None)
-            restore(client.output_processor, request)
+        if on_added := _on_added.get():
+            _on_added.set(None)
+            on_added(client.output_processor, request)
 
     client.generate = generate_with_replay
     client.output_processor.add_request = add_and_restore
@@ -119,22 +140,52 @@ async def _generate(
     options: Any,
 ) -> Outputs:
     prompt, params, request_id = call
-    is_continuable = replay_log.streams == 1 and _is_continuable(prompt, params)
-    known = [Note(*note) for note in replay_log.earlier] if is_continuable else []  # type: ignore[misc]
-    for note in known:
-        replay_log.count(len(prompt["prompt_token_ids"]), len(note.token_ids))
-        yield note.output(prompt, request_id)
-        if note.finish_reason is not None:
+    replay_log.can_continue = replay_log.streams == 1 and _is_continuable(prompt, params)
+    known = [Note(*note) for note in replay_log.earlier] if replay_log.can_continue else []  # type: ignore[misc]
+    is_whole = _is_whole(params)
+    if known and not is_whole:
+        for note in known:
+            replay_log.count(len(prompt["prompt_token_ids"]), len(note.token_ids))
+            yield note.output(prompt, request_id)
+        if known[-1].finish_reason is not None:
             return
-    if known:
-        call = *_rest_of(prompt, params, known), request_id
-    async with aclosing(generate(*call, **options)) as outputs:
+    async with aclosing(_ask(generate, replay_log, call, known, options)) as outputs:
         async for output in outputs:
-            if is_continuable:
+            if is_whole and known:
+                output.num_cached_tokens = known[0].cached_tokens
+            elif replay_log.can_continue and not is_whole:
                 replay_log.note(tuple(Note.of(output)))
             new_tokens = sum(len(choice.token_ids) for choice in output.outputs)
             replay_log.count(len(output.prompt_token_ids or ()), new_tokens)
             yield output
+
+
+def _ask(
+    generate: Callable[..., Outputs],
+    replay_log: ReplayLog,
+    call: tuple[Any, Any, str],
+    known: Sequence[Note],
+    options: Any,
+) -> Outputs:
+    """Asks the engine for what comes after the known outputs."""
+    prompt, params, request_id = call
+
+    def on_added(processor: Any, request: Any) -> None:
+        state = processor.request_states[request.request_id]
+        if known:
+            _restore(processor, request, prompt, params, known)
+        if _is_whole(params):
+            replay_log.catch_up = partial(_catch_up, replay_log, processor, state, known)
+
+    if replay_log.can_continue:
+        _on_added.set(on_added)
+    rest = _rest_of(prompt, params, known) if known else (prompt, params)
+    return generate(*rest, request_id, **options)
+
+
+def _is_whole(params: Any) -> bool:
+    """Whether the answer is yielded once, when it is complete."""
+    return getattr(params, "output_kind", None) is RequestOutputKind.FINAL_ONLY
 
 
 def _is_continuable(prompt: Any, params: Any) -> bool:
@@ -145,41 +196,54 @@ def _is_continuable(prompt: Any, params: Any) -> bool:
         and prompt.keys() <= _PLAIN_PROMPT
         and isinstance(params, SamplingParams)
         and params.n == 1
-        and params.output_kind is RequestOutputKind.DELTA
+        and params.output_kind in (RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY)
         and all(getattr(params, name) in (None, False, 0, []) for name in _WITHOUT)
         and params.prompt_logprobs is None
         and params.prompt_logprob_token_ids is None
     )
 
 
+def _tokens_of(known: Sequence[Note]) -> list[int]:
+    return [token for note in known for token in note.token_ids]
+
+
 def _rest_of(prompt: Any, params: Any, known: Sequence[Note]) -> tuple[Any, Any]:
     """Prompt and parameters that ask for what comes after the known outputs."""
-    tokens = [token for note in known for token in note.token_ids]
+    tokens = _tokens_of(known)
     rest = params.clone()
     rest.max_tokens = params.max_tokens and params.max_tokens - len(tokens)
     rest.min_tokens = max(0, params.min_tokens - len(tokens))
     if params.seed is not None:
         # The generator's state is lost; the seed itself would draw the first numbers again.
         rest.seed = params.seed + len(tokens)
-
-    def restore(processor: Any, request: Any) -> None:
-        """Brings what makes text of tokens to where the earlier attempt had it."""
-        state = processor.request_states[request.request_id]
-        state.prompt_token_ids = prompt["prompt_token_ids"]
-        state.prompt_len = len(state.prompt_token_ids)
-        state.sent_tokens_offset = len(tokens)
-        first = copy(request)
-        first.prompt_token_ids = state.prompt_token_ids
-        first.sampling_params = params
-        tokenizer = processor.tokenizer if params.detokenize else None
-        state.detokenizer = IncrementalDetokenizer.from_new_request(tokenizer, first)
-        state.detokenizer.update(tokens, False)
-        state.detokenizer.get_next_output_text(False, True)
-        if state.logprobs_processor.logprobs is not None:
-            for note in known:
-                state.logprobs_processor.logprobs.extend(note.sample_logprobs() or [])
-
-    _restore.set(restore)
     longer = prompt | {"prompt_token_ids": [*prompt["prompt_token_ids"], *tokens]}
     longer.pop("prompt_token_offsets", None)
     return longer, rest
+
+
+def _restore(processor: Any, request: Any, prompt: Any, params: Any, known: Sequence[Note]) -> None:
+    """Brings what makes text of tokens to where the earlier attempt had it."""
+    tokens, state = _tokens_of(known), processor.request_states[request.request_id]
+    state.prompt_token_ids = prompt["prompt_token_ids"]
+    state.prompt_len = len(state.prompt_token_ids)
+    state.sent_tokens_offset = len(tokens)
+    first = copy(request)
+    first.prompt_token_ids = state.prompt_token_ids
+    first.sampling_params = params
+    tokenizer = processor.tokenizer if params.detokenize else None
+    state.detokenizer = IncrementalDetokenizer.from_new_request(tokenizer, first)
+    state.detokenizer.update(tokens, False)
+    state.detokenizer.get_next_output_text(False, True)
+    if state.logprobs_processor.logprobs is not None:
+        for note in known:
+            state.logprobs_processor.logprobs.extend(note.sample_logprobs() or [])
+
+
+def _catch_up(replay_log: ReplayLog, processor: Any, state: Any, known: Sequence[Note]) -> bool:
+    """Notes what there is of an answer that is yielded as a whole; False: it is complete."""
+    if state.request_id not in processor.request_states:
+        return False
+    note = Note.since(state, len(_tokens_of(known)))
+    if note.token_ids:
+        replay_log.note(tuple(note))
+    return True

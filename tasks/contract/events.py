@@ -56,6 +56,8 @@ class Kind(IntEnum):
     BODY = 1
     END = 2
     TAKEOVER = 3
+    NOTE = 4
+    """Has a record alone, for the next attempt of an answer that is not streamed."""
 
 
 class Position(NamedTuple):

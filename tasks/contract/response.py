@@ -50,7 +50,7 @@ Part = Head | Chunk | Finish
 
 
 def read(entries: Iterable[Entry]) -> Iterator[Part]:
-    """The parts of an answer, from the entries of its log in order; takeovers are none of them.
+    """The parts of an answer, from the entries of its log in order; others are none of them.
 
     Raises:
         DecodeError: one of them cannot be read.
