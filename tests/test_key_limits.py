@@ -14,7 +14,8 @@ from tasks.contract.settings import Settings
 from tasks.queue import backlog as module
 from tasks.queue.backlog import RESERVATION_S, Backlog
 
-BODY = b"x" * 400
+# As many tokens as bytes: the most that there can be.
+BODY = b"x" * 100
 PROMPT_TOKENS = 100
 NOW = "test:now_us"
 TIME = "local time = redis.call('TIME')\n    return time[1] * 1000000 + time[2]"
@@ -41,7 +42,7 @@ def pass_time(backlog: Backlog, seconds: float) -> None:
     backlog.redis.incrby(NOW, int(seconds * 1e6))
 
 
-def job(max_tokens: int = 100, key_id: str = "k", **fields: Any) -> Job:
+def job(max_tokens: int | None = 100, key_id: str = "k", **fields: Any) -> Job:
     return Job(
         *(new_id(), "m", "/v1/completions", BODY),
         max_tokens=max_tokens,
@@ -96,12 +97,12 @@ def test_requests_per_minute_slide(backlog: Backlog) -> None:
 
 
 def test_tokens_per_minute_count_what_was_used(backlog: Backlog) -> None:
-    limits = of(tokens_per_minute=500)
+    limits = of(tokens_per_minute=350)
     backlog.submit(job(), limits)
     backlog.submit(job(), limits)
     assert refusal(backlog, job(), limits).type == "tokens"
     run(backlog, tokens=0)
-    # The first one had reserved 200, and used 100.
+    # The first one had reserved 125, its prompt by a quarter of its bytes, and used 100.
     backlog.submit(job(), limits)
     refusal(backlog, job(), limits)
 
@@ -277,4 +278,26 @@ def test_what_is_left_is_told(backlog: Backlog) -> None:
     assert second.requests
     assert second.requests.left == 3
     assert second.tokens
-    assert (second.tokens.most, second.tokens.left) == (1000, 600)
+    assert (second.tokens.most, second.tokens.left) == (1000, 750)
+
+
+def test_an_answer_without_a_limit_takes_the_rest_of_the_budget(backlog: Backlog) -> None:
+    limits = of(tokens_per_day=50_000) + of("tenant:t", tokens_per_month=2_000)
+    backlog.redis.hset(keys.tokens("m"), "context", "1000")
+    backlog.submit(job(max_tokens=None), limits)
+    assert used(backlog) == len(BODY) + 1000
+    backlog.submit(job(max_tokens=None), limits)
+    assert used(backlog, "tenant:t", "month") == 2_000
+    assert refusal(backlog, job(max_tokens=None), limits).code == "insufficient_quota"
+    run(backlog, 150)
+    # What it had not used is there again.
+    backlog.submit(job(max_tokens=None), limits)
+    assert used(backlog, "tenant:t", "month") == 2_000
+
+
+def test_a_place_whose_job_holds_none_is_found_when_it_is_needed(backlog: Backlog) -> None:
+    limits = of(queued_jobs=2)
+    backlog.redis.sadd(keys.WAITING_PREFIX + "key:k", "lost", "lost too")
+    backlog.submit(job(), limits)
+    backlog.submit(job(), limits)
+    refusal(backlog, job(), limits)

@@ -3,6 +3,7 @@
 -- day and month, and settled when it has ended: the reservation is deleted with that, so it happens once,
 -- whoever does it.
 local MINUTE_US, DAY_US = 60e6, 86400e6
+local MOST_LOOKED_AT = 10
 local KEPT_S = {requests = 120, tokens = 120, day = 2 * 86400, month = 32 * 86400}
 
 local function subjects_of(tenant, key_id)
@@ -54,9 +55,19 @@ local function wait_for_window(most, cost, used, before, at_us)
     return (1 - passed + math.max(1 - (most - cost) / used, 0)) * MINUTE_US
 end
 
+-- Frees places whose jobs hold none any more, of some that are looked at; returns how many.
+local function drop_stale(places)
+    local dropped = 0
+    for _, id in ipairs(redis.call('SRANDMEMBER', places, MOST_LOOKED_AT)) do
+        if redis.call('EXISTS', RESERVED .. id) == 0 then dropped = dropped + redis.call('SREM', places, id) end
+    end
+    return dropped
+end
+
 -- What each limit of a subject says to a job: most, what is left, what the job takes of it, and for how
--- many us it refuses the job (nil: for ever). Those per minute also: of what kind, and when it is full again.
-local function check(limits, subject, cost, at_us)
+-- many us it refuses the job (nil: for ever). Those per minute also: of what kind, and when it is full
+-- again. `cost`: what it is expected to use; `budget`: the most that it may, or the least if that is open.
+local function check(limits, subject, cost, budget, at_us)
     local now, before = counters(subject, at_us), counters(subject, at_us - MINUTE_US)
     local passed = at_us % MINUTE_US / MINUTE_US
     local found = {}
@@ -79,15 +90,16 @@ local function check(limits, subject, cost, at_us)
         if most then
             local left = most - get_number(now[period])
             local wait_us = 0
-            if cost > left then wait_us = period == 'day' and DAY_US - at_us % DAY_US or us_to_next_month(at_us) end
-            if cost > most then wait_us = nil end
-            add(name, left, cost, wait_us)
+            if budget > left then wait_us = period == 'day' and DAY_US - at_us % DAY_US or us_to_next_month(at_us) end
+            if budget > most then wait_us = nil end
+            add(name, left, budget, wait_us).is_budget = true
         end
     end
     for name, place in pairs({parallel_requests = OPEN, queued_jobs = WAITING}) do
         local most = limits[name]
         if most then
             local left = most - redis.call('SCARD', place .. subject)
+            if left <= 0 then left = left + drop_stale(place .. subject) end
             -- Nobody knows when one ends.
             add(name, left, 1, left > 0 and 0 or 1e6)
         end
@@ -102,8 +114,8 @@ local function note_waiting(job, waits)
     end
 end
 
--- Counts a job that may cost so many tokens, and holds its places.
-local function reserve(id, job, cost, at_us)
+-- Counts a job, and holds its places.
+local function reserve(id, job, cost, budget, at_us)
     local subjects = subjects_of(job.tenant, job.key_id)
     for _, subject in ipairs(subjects) do
         if job.lane == 'interactive' then redis.call('SADD', OPEN .. subject, id) end
@@ -112,11 +124,12 @@ local function reserve(id, job, cost, at_us)
     if #subjects == 0 or redis.call('EXISTS', RESERVED .. id) == 1 then return end
     for _, subject in ipairs(subjects) do
         for what, key in pairs(counters(subject, at_us)) do
-            redis.call('INCRBY', key, what == 'requests' and 1 or whole(cost))
+            local takes = what == 'requests' and 1 or what == 'tokens' and cost or budget
+            redis.call('INCRBY', key, whole(takes))
             redis.call('EXPIRE', key, KEPT_S[what])
         end
     end
-    local reserved = table.concat({job.tenant, job.key_id, whole(cost), whole(at_us)}, ' ')
+    local reserved = table.concat({job.tenant, job.key_id, whole(cost), whole(budget), whole(at_us)}, ' ')
     redis.call('SET', RESERVED .. id, reserved, 'EX', KEPT_S.month)
 end
 
@@ -132,13 +145,13 @@ end
 local function settle_cost(id, cost)
     local reserved = redis.call('GETDEL', RESERVED .. id)
     if not reserved then return end
-    local tenant, key_id, tokens, at_us = string.match(reserved, '^(%S+) (%S+) (%d+) (%d+)$')
+    local tenant, key_id, tokens, budget, at_us = string.match(reserved, '^(%S+) (%S+) (%d+) (%d+) (%d+)$')
     free_places(id, tenant, key_id)
     if not cost then return end
     for _, subject in ipairs(subjects_of(tenant, key_id)) do
         for what, key in pairs(counters(subject, tonumber(at_us))) do
             if what ~= 'requests' and redis.call('EXISTS', key) == 1 then
-                redis.call('INCRBY', key, whole(cost - tokens))
+                redis.call('INCRBY', key, whole(cost - (what == 'tokens' and tokens or budget)))
             end
         end
     end
