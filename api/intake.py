@@ -27,6 +27,7 @@ from tasks.contract.errors import BodyTimeoutError, BodyTooLargeError, InvalidRe
 from tasks.contract.job import EnqueueOptions, Job, new_id
 from tasks.contract.models import Model
 from tasks.contract.settings import get_settings
+from tasks.queue.backlog import BYTES_PER_TOKEN
 
 PIECE_BYTES = 1 << 20
 # Of a chunked body, whose chunks may have a byte each: between two of these others have their turn.
@@ -172,7 +173,8 @@ class Call:
         on_disconnect, document = _take_on_disconnect(document, headers)
         name = document.get("model")
         name = name if isinstance(name, str) else None
-        choice = services.router.choose(name, principal, document.get("user"))
+        tokens = _estimate_tokens(endpoint, document, len(body))
+        choice = services.router.choose(name, principal, document.get("user"), tokens)
         model = choice.model
         if choice.reason:
             told.note_fallback(choice.reason)
@@ -237,6 +239,12 @@ def read_max_tokens(endpoint: str, document: dict[str, Any]) -> int | None:
     given = (document.get(name) for name in _MAX_TOKENS)
     found = next((_read_number(one) for one in given if one is not None), None)
     return None if found is None else min(max(0, found), MOST_MAX_TOKENS)
+
+
+def _estimate_tokens(endpoint: str, document: dict[str, Any], size_bytes: int) -> int:
+    """What a request may need of a model's context; the bytes of pictures say nothing of that."""
+    prompt = 0 if any(_media(document)) else size_bytes // BYTES_PER_TOKEN
+    return prompt + (read_max_tokens(endpoint, document) or 0)
 
 
 def _read_number(given: Any) -> int:

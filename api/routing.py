@@ -1,7 +1,7 @@
 """Which model serves a request: routes split their names between models, fallbacks step in.
 
-Whether a model can serve is read from the queue once a second, in the background: its workers, the
-age of its oldest waiting job, and how many of its jobs the engine fails.
+Whether a model can serve is read from the queue once a second, in the background: its workers and
+their context, the age of its oldest waiting job, and how many of its jobs the engine fails.
 """
 
 import logging
@@ -58,8 +58,8 @@ class Router:
         """Starts looking at the queue, while there is a choice at all."""
         gevent.spawn(self._read_for_ever)
 
-    def choose(self, name: str | None, principal: Principal, user: object) -> Choice:
-        """The model for a request.
+    def choose(self, name: str | None, principal: Principal, user: object, tokens: int) -> Choice:
+        """The model for a request of so many tokens, its answer included, as far as can be told.
 
         Raises:
             ModelNotFoundError: no model has that name.
@@ -69,10 +69,10 @@ class Router:
         wanted = principal.resolve(catalog, name)
         if route := catalog.routes.get(name or ""):
             wanted = catalog.resolve(route.choose(user or principal.key_id))
-        reason = self._why_not(wanted)
+        reason = self._why_not(wanted, tokens)
         for fallback in wanted.fallbacks if reason else ():
             model = catalog.resolve(fallback)
-            if principal.may_use(model) and not self._why_not(model):
+            if principal.may_use(model) and not self._why_not(model, tokens):
                 instruments.FALLBACKS.labels(wanted.name, model.name, reason).inc()
                 log.info("model %s: %s, %s serves", wanted.name, reason, model.name)
                 return Choice(model, reason)
@@ -103,8 +103,8 @@ class Router:
         rate = self._rates[model.name].per_s
         return min(max((jobs + 1) / rate, 1), LONGEST_WAIT_S) if rate > 0 else LONGEST_WAIT_S
 
-    def _why_not(self, model: Model) -> str:
-        """Why the model cannot serve now; '': it can, or nobody knows better."""
+    def _why_not(self, model: Model, tokens: int) -> str:
+        """Why the model cannot serve that now; '': it can, or nobody knows better."""
         now_s = time.monotonic()
         stats = self._stats.get(model.name)
         if stats is None or now_s - self._read_s > FRESH_S:
@@ -114,9 +114,9 @@ class Router:
             return "no_worker"
         if model.fallback_age_s is not None and age_s > model.fallback_age_s:
             return "queue_age"
-        if self._breakers[model.name].is_open(now_s):
-            return "breaker_open"
-        return ""
+        if stats.max_model_len and tokens > stats.max_model_len:
+            return "context"
+        return "breaker_open" if self._breakers[model.name].is_open(now_s) else ""
 
     def _read_for_ever(self) -> None:
         while True:

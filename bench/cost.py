@@ -42,9 +42,9 @@ COPIES = {
             "local function count(what, value, job)",
             "local function count(what, value, job) if true then return end",
         ),
-        ("gpu_worker/runner.py", "self.meter.output(self.replay_log.output_tokens)", "pass"),
+        ("gpu_worker/running.py", "self.meter.output(self.replay_log.output_tokens)", "pass"),
         (
-            "gpu_worker/runner.py",
+            "gpu_worker/running.py",
             "self.meter.end(*self.replay_log.total())",
             "pass",
         ),

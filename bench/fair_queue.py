@@ -95,7 +95,8 @@ def _measure_round(redis: Redis, backlog: Backlog, names: dict[str, str]) -> dic
 
 
 def _sha(redis: Redis, step: str) -> str:
-    return str(redis.register_script(read_scripts((*STATE, step))).sha)
+    files = (*STATE, step) if step == "finish" else (*STATE, "arrivals", step)
+    return str(redis.register_script(read_scripts(files)).sha)
 
 
 def _submit(backlog: Backlog, number: int) -> Job:

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
-from gpu_worker.engines.engine import Engine, Message
+from gpu_worker.engines.engine import Engine, Message, current_lane
 from gpu_worker.publisher import Publisher, Refusal
 from gpu_worker.replay_log import current_replay_log
 from gpu_worker.running import (
@@ -98,6 +98,7 @@ class Runner:
 
     async def _answer(self, running: Running) -> State | None:
         current_replay_log.set(running.replay_log)
+        current_lane.set(running.claim.job.lane)
         running.task = asyncio.ensure_future(
             self._engine.app(_scope(running.claim), running.receive, running.send)
         )

@@ -11,6 +11,7 @@ import yaml
 
 from api.breaker import Breaker
 from bench.stack import Stack, await_that, running
+from tasks.contract import keys
 from tasks.contract.errors import ConfigurationError, ModelNotFoundError
 from tasks.contract.models import Catalog, Model, Route, load_catalog
 from tests.conftest import SIM
@@ -111,3 +112,20 @@ def test_a_model_without_workers_is_stood_in_for(stack: Stack) -> None:
     assert seen.total("sluice_fallbacks_total", fallback="spare", reason="no_worker") >= 1
     stack.start_worker("sim")
     await_that(lambda: served() == "sim", 30)
+
+
+def test_a_request_that_is_too_long_for_the_model_goes_to_one_with_more_context(
+    stack: Stack,
+) -> None:
+    worker = {"model": "sim", "slots": 1, "state": "serving", "running": 0, "waiting": 0}
+    stack.redis.hset(keys.worker("narrow"), mapping=worker | {"max_model_len": 50})
+    stack.redis.sadd(keys.WORKERS, "narrow")
+    long = CHAT | {"model": "gpt-5", "max_tokens": 60}
+    try:
+        told = lambda: call(stack, "POST", ENDPOINT, json=long).headers.get("x-sluice-fallback")
+        await_that(lambda: told() == "context", 10)
+        short = call(stack, "POST", ENDPOINT, json=long | {"max_tokens": 2})
+        assert short.headers["x-sluice-model"] == "sim"
+    finally:
+        stack.redis.srem(keys.WORKERS, "narrow")
+        stack.redis.delete(keys.worker("narrow"))

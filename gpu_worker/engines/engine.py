@@ -6,12 +6,14 @@ Another kind of engine is a module with an `open_engine`, named in ENGINES.
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from contextlib import AbstractAsyncContextManager
+from contextvars import ContextVar
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from tasks.contract.errors import ConfigurationError
+from tasks.contract.job import Lane
 from tasks.contract.models import Model
 
 Message = MutableMapping[str, Any]
@@ -24,6 +26,10 @@ ENGINES = {
     "sim": "gpu_worker.engines.sim",
     "remote": "gpu_worker.engines.remote",
 }
+
+
+current_lane: ContextVar[Lane] = ContextVar("current_lane", default=Lane.INTERACTIVE)
+"""That of the job which the current task answers."""
 
 
 class Load(NamedTuple):

@@ -15,6 +15,8 @@ log = logging.getLogger(__name__)
 # On a CPU vLLM takes 92 % of all memory for itself, which hardly any machine has left.
 KV_CACHE_SHARE = 1 / 4
 MOST_KV_CACHE_BYTES = 32 * 2**30
+ALWAYS: dict[str, Any] = {"scheduling-policy": "priority"}
+"""Without it vLLM could not tell chats from batch jobs."""
 MEMORY_ARGS = {"gpu-memory-utilization", "kv-cache-memory-bytes"}
 MEMORY_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 
@@ -41,7 +43,7 @@ def command_line(model: Model) -> list[str]:
     line = ["--model", resolve_source(model.source)]
     line += ["--served-model-name", model.name, *model.aliases]
     args = {name.replace("_", "-"): value for name, value in model.args.items()}
-    for name, value in (_machine_args(args) | args).items():
+    for name, value in (ALWAYS | _machine_args(args) | args).items():
         flag = f"--{name}"
         if value is True:
             line.append(flag)

@@ -23,7 +23,9 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
+from gpu_worker.engines.engine import current_lane
 from gpu_worker.replay_log import ReplayLog, get_replay_log
+from tasks.contract.job import Lane
 
 Outputs = AsyncGenerator[RequestOutput, None]
 
@@ -117,9 +119,12 @@ def make_continuable(client: Any) -> None:
     Set on the instances: vLLM's app uses much of their classes, and all of that stays.
     """
     generate, add_request = client.generate, client.output_processor.add_request
+    has_priorities = client.vllm_config.scheduler_config.policy == "priority"
 
     def generate_with_replay(prompt: Any, params: Any, request_id: str, **options: Any) -> Outputs:
         replay_log = get_replay_log()
+        if has_priorities:
+            options["priority"] = list(Lane).index(current_lane.get())
         replay_log.streams += 1
         return _generate(generate, replay_log, (prompt, params, request_id), options)
 

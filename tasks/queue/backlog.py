@@ -47,8 +47,9 @@ BYTES_PER_TOKEN = 4
 MOST_TOKENS = 100_000
 # A tenant's counter of its service, from its last job on.
 SERVED_S = 86_400
-# So long after an interactive job batch jobs leave slots free for the next one.
-RESERVE_S = 60
+# So long after an interactive job batch jobs leave slots free for those that are to be expected
+# within the shorter time.
+RESERVE_S, SOON_S = 60, 10
 # From a job's check to its queueing, while SQL commits it.
 RESERVATION_S = 60
 
@@ -75,6 +76,7 @@ def read_scripts(names: tuple[str, ...]) -> str:
         "MOST_TOKENS": MOST_TOKENS,
         "SERVED_S": SERVED_S,
         "RESERVE_S": RESERVE_S,
+        "SOON_S": SOON_S,
     }
     lines = [f"local {name} = {value!r}\n" for name, value in constants.items()]
     files = [(LUA / f"{name}.lua").read_text() for name in ("clock", *names)]
@@ -119,9 +121,9 @@ class Backlog:
     def __init__(self, redis: Redis, settings: Settings | None = None) -> None:
         self.redis = redis
         self._settings = settings or get_settings()
-        self._submit = load_script(redis, *STATE, "submit")
+        self._submit = load_script(redis, *STATE, "arrivals", "submit")
         self._release = load_script(redis, *STATE, "release")
-        self._claim = load_script(redis, *STATE, "claim")
+        self._claim = load_script(redis, *STATE, "arrivals", "claim")
         self._clear = load_script(redis, *STATE, "clear")
         self._renew = load_script(redis, "renew")
         self._requeue = load_script(redis, *STATE, "requeue")
@@ -233,7 +235,7 @@ class Backlog:
     ) -> Claim | None:
         """Leases the first job of the model to the worker; None when none waits that fits.
 
-        Batch jobs leave `reserve` of the free slots to interactive ones, while such come.
+        Batch jobs leave free slots to interactive ones that are to be expected, up to `reserve`.
 
         The same token again, for a claim whose reply was lost, returns the same job.
         """
@@ -250,7 +252,11 @@ class Backlog:
 
     def waits(self, model: str, lane: Lane) -> bool:
         """Whether a job of the lane may run and does not."""
-        return bool(self.redis.exists(keys.backlog(model, lane)))
+        pipeline = self.redis.pipeline(transaction=False)
+        pipeline.exists(keys.backlog(model, lane))
+        pipeline.sismember(keys.PAUSED, model)
+        waits, is_paused = pipeline.execute()
+        return bool(waits) and not is_paused
 
     def clear(self, claim: Claim) -> None:
         """Notes that a suspect has produced what no attempt before it did."""

@@ -50,6 +50,8 @@ class ModelStats:
     """0 to 1, of the fullest worker; the next ones of the slowest."""
     ttft_p50_ms: float | None
     ttft_p95_ms: float | None
+    max_model_len: int | None
+    """Tokens of a request and its answer that each worker takes; None: that is not known."""
 
     @classmethod
     def of(cls, name: str, depth: Depths, alive: list[WorkerView], paused: set[str]) -> Self:
@@ -68,6 +70,7 @@ class ModelStats:
             kv_cache_usage=max((worker.kv_cache_usage for worker in own), default=0.0),
             ttft_p50_ms=_slowest(worker.ttft_p50_ms for worker in own),
             ttft_p95_ms=_slowest(worker.ttft_p95_ms for worker in own),
+            max_model_len=min((w.max_model_len for w in own if w.max_model_len), default=None),
         )
 
     @property

@@ -65,8 +65,13 @@ def test_while_chats_come_batch_jobs_leave_slots_free(home: Any, fault: Fault) -
         assert call(stack, "POST", ENDPOINT, json=chat(max_tokens=1)).ok
         body = chat(stream=True, max_tokens=1000)
         jobs = [submit(stack, body, priority="batch")["id"] for _ in range(SLOTS)]
+        await_that(lambda: _running(stack, jobs) == SLOTS - 1)
+        ask(stack, [chat(n, max_tokens=1) for n in range(20)])
+        for job_id in jobs:
+            call(stack, "POST", f"/v1/jobs/{job_id}/cancel")
+        jobs = [submit(stack, body, priority="batch")["id"] for _ in range(SLOTS)]
         await_that(lambda: _running(stack, jobs) == SLOTS // 2)
-        assert call(stack, "POST", ENDPOINT, json=chat(max_tokens=20)).ok
+        ask(stack, [chat(max_tokens=20)])
         assert _running(stack, jobs) == SLOTS // 2
 
 

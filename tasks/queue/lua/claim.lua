@@ -71,10 +71,10 @@ local function wake_next()
     end
 end
 
--- The slots that jobs of a lane may take. While no interactive jobs come, nothing is left free for them.
+-- The slots that jobs of a lane may take.
 local function room(lane)
     local is_batch = lane == model .. ':batch'
-    return ARGV[4] - (is_batch and redis.call('EXISTS', ARRIVED .. model) * ARGV[7] or 0)
+    return ARGV[4] - (is_batch and math.min(ARGV[7], arrivals_soon(model, at_us)) or 0)
 end
 
 -- A job that is not where it was found.

@@ -77,7 +77,7 @@ local function queue()
     end
     redis.call('HINCRBY', BODY_BYTES, model, body_bytes)
     redis.call('SADD', MODELS, model)
-    if lane == 'interactive' then redis.call('SET', ARRIVED .. model, '1', 'EX', RESERVE_S) end
+    if lane == 'interactive' then note_arrival(model, at_us) end
     if redis.call('EXISTS', RUN) == 0 then started_us(at_us) end
     count('jobs', 'queued', job)
     wake(model, ARGV[15])
