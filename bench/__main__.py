@@ -12,9 +12,10 @@ from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 import click
+import httpx
 from rich.console import Console
 
-from bench import cost, jobs, memory, overload, report
+from bench import beside_batch, cost, front_door, jobs, memory, overload, report
 from bench.processes import largest_rss_mb, niceness
 from bench.rounds import Round, compare
 from bench.stacks import Stack, StackError, sluice, vllm_server
@@ -104,6 +105,34 @@ def run_jobs(scale: float, json_path: Path | None) -> None:
 def run_overload(duration_s: float) -> None:
     """Ten tenants that ask for five times what a simulated engine can do: who gets how much."""
     overload.run(_console(), duration_s)
+
+
+@main.command("door")
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1))
+@click.option("--requests", default=300, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--beside",
+    type=click.Path(path_type=Path, exists=True, file_okay=False, resolve_path=True),
+    help="Another checkout to compare with, such as one before there were keys.",
+)
+def run_door(rounds: int, requests: int, beside: Path | None) -> None:
+    """What a key, limits and the fair queue add to the time to the first token."""
+    console = _console()
+    _end(console, None, {}, front_door.run(console, rounds, requests, beside))
+
+
+@main.command("batch")
+@click.option("--jobs", "job_count", default=200, show_default=True, type=click.IntRange(1))
+@click.option("--chats", default=60, show_default=True, type=click.IntRange(1))
+@click.option("--chats-per-s", default=1.0, show_default=True, help="They come at random.")
+def run_batch(job_count: int, chats: int, chats_per_s: float) -> None:
+    """Chats beside long batch jobs on vLLM: the wait for a first token, and the batch's answers."""
+    console, model = _console(), get_catalog().default
+    try:
+        errors = beside_batch.run(console, model, job_count, chats, chats_per_s)
+    except (AssertionError, StackError, httpx.HTTPError) as wrong:
+        raise click.ClickException(str(wrong)) from None
+    _end(console, None, {}, errors)
 
 
 def _console() -> Console:
