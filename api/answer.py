@@ -12,8 +12,9 @@ from api.ends import end_without_log
 from api.errors import respond_again
 from api.relay import CUT_OFF, ClientDisconnectedError, JobStream
 from api.services import Services
-from tasks.contract.errors import RequestTimeoutError, StreamBrokenError
+from tasks.contract.errors import RequestTimeoutError
 from tasks.contract.events import End, Entry, Start
+from tasks.contract.job_errors import StreamBrokenError
 from tasks.contract.response import Chunk, Finish, read, split_events
 
 # Of a name, what a header holds as it is.

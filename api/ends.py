@@ -4,8 +4,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from api.services import Services
 from db import jobs
-from tasks.contract.errors import JobLostError
 from tasks.contract.events import End
+from tasks.contract.job_errors import JobLostError
 
 
 def is_kept(services: Services, job_id: str) -> bool:

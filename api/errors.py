@@ -14,13 +14,13 @@ from werkzeug.exceptions import HTTPException
 
 from api.instruments import ERRORS
 from api.schemas import refusal
+from tasks.contract.error_kinds import kind_of
 from tasks.contract.errors import (
     DatabaseUnavailableError,
     HttpError,
     QueueUnavailableError,
     SluiceError,
     headers_of,
-    kind_of,
 )
 
 log = logging.getLogger(__name__)

@@ -25,8 +25,9 @@ from api.intake import Call
 from api.relay import ClientDisconnectedError, JobStream
 from api.services import Services
 from db import jobs as records
-from tasks.contract.errors import JobCancelledError, KeyRevokedError
+from tasks.contract.errors import KeyRevokedError
 from tasks.contract.job import State
+from tasks.contract.job_errors import JobCancelledError
 
 log = logging.getLogger(__name__)
 

@@ -22,15 +22,10 @@ from api.principal import Principal
 from api.relay import ClientDisconnectedError, JobStream, ServerStoppingError
 from api.schemas import EVENT_ID
 from api.services import Services
-from tasks.contract.errors import (
-    InvalidRequestError,
-    JobLostError,
-    JobNotFoundError,
-    KeyRevokedError,
-    StreamBrokenError,
-)
+from tasks.contract.errors import InvalidRequestError, JobNotFoundError, KeyRevokedError
 from tasks.contract.events import End, Kind, Position, Start
 from tasks.contract.job import State
+from tasks.contract.job_errors import JobLostError, StreamBrokenError
 from tasks.contract.response import DONE, Finish, Head, Part, read
 from tasks.queue.depth import QueuePosition
 

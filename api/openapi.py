@@ -18,8 +18,8 @@ from api.relay import ServerStoppingError
 from api.replies import DOCUMENTED, Error, Job
 from api.schemas import EVENT_ID, JobRequest, Rotation, engine_schemas
 from tasks.contract.access import KeySpec, TenantSpec
+from tasks.contract.error_kinds import all_kinds
 from tasks.contract.errors import (
-    AnswerTooLargeError,
     AuthenticationError,
     BacklogBytesError,
     BodyTimeoutError,
@@ -27,20 +27,13 @@ from tasks.contract.errors import (
     DatabaseUnavailableError,
     EndpointNotAllowedError,
     EndpointNotSupportedError,
-    FirstTokenTimeoutError,
     HostNotAllowedError,
     IdempotencyError,
     InvalidRequestError,
-    JobCancelledError,
-    JobExpiredError,
-    JobFailedError,
-    JobLostError,
     JobNotFoundError,
-    JobTimeoutError,
     KeyInUseError,
     ModelNotAllowedError,
     ModelNotFoundError,
-    NextTokenTimeoutError,
     OriginNotAllowedError,
     OverloadedError,
     PermissionDeniedError,
@@ -50,10 +43,19 @@ from tasks.contract.errors import (
     RequestTimeoutError,
     ShedError,
     SluiceError,
-    StreamBrokenError,
     TooManyConnectionsError,
-    all_kinds,
     headers_of,
+)
+from tasks.contract.job_errors import (
+    AnswerTooLargeError,
+    FirstTokenTimeoutError,
+    JobCancelledError,
+    JobExpiredError,
+    JobFailedError,
+    JobLostError,
+    JobTimeoutError,
+    NextTokenTimeoutError,
+    StreamBrokenError,
 )
 
 JSON, EVENTS = "application/json", "text/event-stream"

@@ -21,13 +21,9 @@ from redis.exceptions import RedisError
 from api.instruments import STREAMS
 from tasks.contract import keys
 from tasks.contract.connections import connect_listener
-from tasks.contract.errors import (
-    DecodeError,
-    KeyRevokedError,
-    OverloadedError,
-    StreamBrokenError,
-)
+from tasks.contract.errors import DecodeError, KeyRevokedError, OverloadedError
 from tasks.contract.events import Entry, Kind, Position, decode_frame
+from tasks.contract.job_errors import StreamBrokenError
 from tasks.queue.token_log import TokenLog
 
 log = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ from gpu_worker.running import (
     Running,
 )
 from gpu_worker.timeouts import wait_until_late
-from tasks.contract.errors import JobFailedError, StreamBrokenError
 from tasks.contract.events import Attempt, End
 from tasks.contract.job import Claim, State, Usage
+from tasks.contract.job_errors import JobFailedError, StreamBrokenError
 from tasks.contract.models import Timeouts
 
 log = logging.getLogger(__name__)

@@ -12,9 +12,10 @@ from gpu_worker.metrics import Meter
 from gpu_worker.publisher import Feed, Publisher
 from gpu_worker.refusal import in_our_shape
 from gpu_worker.replay_log import ReplayLog
-from tasks.contract.errors import AnswerTooLargeError, SluiceError
+from tasks.contract.errors import SluiceError
 from tasks.contract.events import End, Entry, Kind, Start
 from tasks.contract.job import Cause, Claim, State, Usage
+from tasks.contract.job_errors import AnswerTooLargeError
 from tasks.contract.response import Chunk, Finish, Head, read
 from tasks.contract.settings import get_settings
 

@@ -3,13 +3,9 @@
 import asyncio
 from collections.abc import Callable
 
-from tasks.contract.errors import (
-    FirstTokenTimeoutError,
-    JobTimeoutError,
-    NextTokenTimeoutError,
-    SluiceError,
-)
+from tasks.contract.errors import SluiceError
 from tasks.contract.job import Claim
+from tasks.contract.job_errors import FirstTokenTimeoutError, JobTimeoutError, NextTokenTimeoutError
 from tasks.contract.models import Timeouts
 
 # Looks in the shortest time there is; what is late is noticed by a twentieth of it later.

@@ -16,12 +16,7 @@ from kombu.message import Message
 
 from bench.stack import Stack, await_that
 from tasks.contract import keys
-from tasks.contract.errors import (
-    BacklogBytesError,
-    DecodeError,
-    IdempotencyError,
-    OverloadedError,
-)
+from tasks.contract.errors import BacklogBytesError, DecodeError, IdempotencyError, OverloadedError
 from tasks.contract.job import Cause, Claim, EnqueueOptions, Job, Lane, State, new_id
 from tasks.contract.settings import Settings
 from tasks.queue.backlog import MOST_TICKETS, Backlog, Finished

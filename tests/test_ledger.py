@@ -17,9 +17,9 @@ from db.jobs import Change
 from db.models import JobResult
 from tasks.contract import keys
 from tasks.contract.connections import connect
-from tasks.contract.errors import JobCancelledError
 from tasks.contract.events import End, Entry, Kind, Position, Start
 from tasks.contract.job import Claim, Job, State
+from tasks.contract.job_errors import JobCancelledError
 from tasks.contract.settings import Settings
 from tasks.maintenance import dead_letters as dead
 from tasks.maintenance.ledger import RECORDS_AT_ONCE, Recorder

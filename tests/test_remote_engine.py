@@ -14,7 +14,7 @@ from bench.stack import slack
 from gpu_worker.engines.engine import Load, Message
 from gpu_worker.engines.remote import RemoteEngine, open_engine
 from gpu_worker.replay_log import ReplayLog, current_replay_log
-from tasks.contract.errors import StreamBrokenError
+from tasks.contract.job_errors import StreamBrokenError
 from tasks.contract.models import Model
 
 pytestmark = pytest.mark.anyio

@@ -41,15 +41,10 @@ from api.services import Services, get_services
 from db import jobs as records
 from db.models import JobRecord
 from db.webhooks import attempts_of
-from tasks.contract.errors import (
-    ConflictError,
-    JobCancelledError,
-    JobNotFoundError,
-    KeyRevokedError,
-    StreamBrokenError,
-)
+from tasks.contract.errors import ConflictError, JobNotFoundError, KeyRevokedError
 from tasks.contract.events import Kind
 from tasks.contract.job import EnqueueOptions, State
+from tasks.contract.job_errors import JobCancelledError, StreamBrokenError
 from tasks.maintenance.accepted import renew, to_record
 from tasks.maintenance.webhooks import check_webhook
 

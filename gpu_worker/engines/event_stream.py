@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Iterator
 
-from tasks.contract.errors import StreamBrokenError
+from tasks.contract.job_errors import StreamBrokenError
 
 DONE = b"[DONE]"
 # Of one event that has not ended. The longest that make sense hold an image.

@@ -24,7 +24,8 @@ from gpu_worker.engines.engine import (
 )
 from gpu_worker.engines.remote_names import Names, choose, listed_in
 from gpu_worker.engines.remote_usage import read_object, usage_option, watched
-from tasks.contract.errors import ConfigurationError, OverloadedError, StreamBrokenError, headers_of
+from tasks.contract.errors import ConfigurationError, OverloadedError, headers_of
+from tasks.contract.job_errors import StreamBrokenError
 from tasks.contract.models import Model
 from tasks.contract.settings import without_password
 

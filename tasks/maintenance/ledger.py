@@ -16,8 +16,9 @@ from db import jobs, migrate
 from db.jobs import Change
 from db.models import JobEvent, JobRecord, JobResult
 from tasks.contract import keys
-from tasks.contract.errors import DecodeError, JobLostError
+from tasks.contract.errors import DecodeError
 from tasks.contract.job import State
+from tasks.contract.job_errors import JobLostError
 from tasks.contract.response import Outcome, assemble
 from tasks.queue.jobs import REASONS, Jobs
 

@@ -5,8 +5,9 @@ import time
 from collections.abc import Sequence
 
 from db import jobs
-from tasks.contract.errors import JobLostError, SluiceError
+from tasks.contract.errors import SluiceError
 from tasks.contract.job import State
+from tasks.contract.job_errors import JobLostError
 from tasks.maintenance import accepted
 from tasks.queue import counts
 from tasks.queue.counts import Counted

@@ -7,15 +7,15 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from tasks.contract import keys
-from tasks.contract.errors import (
+from tasks.contract.errors import SluiceError
+from tasks.contract.events import End, Kind
+from tasks.contract.job import State
+from tasks.contract.job_errors import (
     JobCancelledError,
     JobExpiredError,
     JobFailedError,
     JobLostError,
-    SluiceError,
 )
-from tasks.contract.events import End, Kind
-from tasks.contract.job import State
 from tasks.contract.settings import Settings
 from tasks.queue import counts
 from tasks.queue.backlog import MOST_TICKETS, Backlog, Reaped

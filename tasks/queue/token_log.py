@@ -12,9 +12,9 @@ from redis import Redis
 from redis.client import Pipeline
 
 from tasks.contract import keys
-from tasks.contract.errors import JobFailedError
 from tasks.contract.events import End, Entry, Kind, Position
 from tasks.contract.job import Claim
+from tasks.contract.job_errors import JobFailedError
 from tasks.contract.settings import Settings, get_settings
 from tasks.queue.backlog import load_script
 

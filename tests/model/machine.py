@@ -22,9 +22,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from db import jobs as records
 from db.models import JobRecord
 from tasks.contract import keys
-from tasks.contract.errors import JobCancelledError, SluiceError
+from tasks.contract.errors import SluiceError
 from tasks.contract.events import End
 from tasks.contract.job import Cause, EnqueueOptions, Job, Lane, State
+from tasks.contract.job_errors import JobCancelledError
 from tasks.maintenance import dead_letters as dead
 from tasks.maintenance.accepted import dispatch, to_job
 from tests.model.drain import drain
