@@ -7,7 +7,7 @@ from urllib.parse import quote
 import orjson
 from flask import Response
 
-from api.encoders.sse import KEEP_ALIVE, error_event, event_stream
+from api.encoders.sse import DONE, KEEP_ALIVE, error_event, event_stream
 from api.ends import end_without_log
 from api.errors import respond_again
 from api.relay import CUT_OFF, ClientDisconnectedError, JobStream
@@ -32,6 +32,8 @@ class Answer:
     def __init__(self, services: Services, stream: JobStream, model: str, is_own: bool) -> None:
         self.head: Start | None = None
         self.end: End | None = None
+        self.is_whole = False
+        """Whether nothing more comes for the client: of a stream that is so before the job ends."""
         self._services = services
         self._settings = services.settings
         self._stream = stream
@@ -187,6 +189,7 @@ class Answer:
                 # Redis has lost what this client has.
                 self.end = End.failed(StreamBrokenError())
                 break
+        self.is_whole |= bool(pieces) and pieces[-1].endswith(DONE)
         return b"".join(pieces)
 
 

@@ -93,7 +93,8 @@ class Generation:
     def close(self) -> None:
         """Lets go of the job, and cancels it unless somebody else may want it."""
         self._resources.close()
-        if self.answer.end is None and self._is_own and not self._continues:
+        is_over = self.answer.is_whole or self.answer.end is not None
+        if self._is_own and not (is_over or self._continues):
             self.cancel(unless_attached=True)
 
     def cancel(self, *, unless_attached: bool = False) -> None:

@@ -20,6 +20,7 @@ from tasks.contract.settings import Settings
 from tasks.queue.token_log import Addressed, TokenLog, append_arguments
 from tests.conftest import SIM
 from tests.test_jobs import STREAM, call, submit
+from tests.test_metrics import open_streams
 
 HEAD = Start(200, [("content-type", "text/event-stream; charset=utf-8")], 0, 1).encode()
 END = End(State.COMPLETED).encode()
@@ -37,12 +38,12 @@ class Worker:
     def __init__(self, stack: Stack, job_id: str) -> None:
         self._redis = stack.redis
         self._log = TokenLog(stack.redis, Settings())
-        self._job_id = job_id
+        self.job_id = job_id
         listener: Any = stack.redis.hget(keys.job(job_id), "listener")
         self._listener = listener.decode()
 
     def write(self, position: str, kind: Kind, data: bytes, is_published: bool = True) -> None:
-        entry = Entry(self._job_id, Position.parse(position.encode()), kind, data)
+        entry = Entry(self.job_id, Position.parse(position.encode()), kind, data)
         addressed = Addressed(entry, self._listener if is_published else "")
         assert not self._log._append(**append_arguments([addressed], Settings()))
 
@@ -59,7 +60,7 @@ class Worker:
         self.write("2-3", Kind.END, END)
 
     def lose(self, *positions: str) -> None:
-        self._redis.xdel(keys.log(self._job_id), *positions)
+        self._redis.xdel(keys.log(self.job_id), *positions)
 
 
 class Client:
@@ -100,20 +101,30 @@ def follow(stack: Stack, job_id: str, after: str = "") -> Iterator[Client]:
         yield client
 
 
+@contextmanager
+def asking(stack: Stack) -> Iterator[tuple[Client, Worker]]:
+    """A client that asks for a stream, and the worker that has its job."""
+    before = set(stack.redis.keys(keys.job("*")))
+    connection = send(stack, STREAM)
+    await_that(lambda: set(stack.redis.keys(keys.job("*"))) - before)
+    (key,) = set(stack.redis.keys(keys.job("*"))) - before
+    with listening(connection) as client:
+        yield client, Worker(stack, key.decode().removeprefix(keys.JOB_PREFIX))
+
+
+@contextmanager
+def following(stack: Stack) -> Iterator[tuple[Client, Worker]]:
+    """A client of a job's events, and the worker that has the job."""
+    job_id = submit(stack, STREAM)["id"]
+    with follow(stack, job_id) as client:
+        yield client, Worker(stack, job_id)
+
+
 @pytest.fixture(params=["its own stream", "the job's events"])
 def begun(request: pytest.FixtureRequest, stack: Stack) -> Iterator[tuple[Client, Worker]]:
     """A client that has got `1` and `2`, and the worker that has sent them."""
-    before = set(stack.redis.keys(keys.job("*")))
-    if request.param == "its own stream":
-        stream = listening(send(stack, STREAM))
-        await_that(lambda: set(stack.redis.keys(keys.job("*"))) - before)
-        (key,) = set(stack.redis.keys(keys.job("*"))) - before
-        job_id = key.decode().removeprefix(keys.JOB_PREFIX)
-    else:
-        job_id = submit(stack, STREAM)["id"]
-        stream = follow(stack, job_id)
-    worker = Worker(stack, job_id)
-    with stream as client:
+    with asking(stack) if request.param == "its own stream" else following(stack) as both:
+        client, worker = both
         worker.begin()
         assert [client.next(), client.next()] == ["1", "2"]
         yield client, worker
@@ -121,6 +132,21 @@ def begun(request: pytest.FixtureRequest, stack: Stack) -> Iterator[tuple[Client
 
 def is_broken(event: str) -> bool:
     return bool(orjson.loads(event)["error"]["code"] == "stream_broken")
+
+
+def test_a_client_that_leaves_with_the_whole_answer_cancels_nothing(stack: Stack) -> None:
+    """OpenAI's SDK closes the connection when it has read `[DONE]`, which may be before the end."""
+    with asking(stack) as (client, worker):
+        worker.begin()
+        worker.write("1-3", Kind.BODY, b"data: [DONE]\n\n")
+        assert [client.next() for _ in range(3)] == ["1", "2", "[DONE]"]
+    await_that(lambda: open_streams(stack) == 0)
+    assert stack.redis.hget(keys.job(worker.job_id), "state") == b"queued"
+    # One that has not got all of it wants no more.
+    with asking(stack) as (client, worker):
+        worker.begin()
+        assert [client.next() for _ in range(2)] == ["1", "2"]
+    await_that(lambda: stack.redis.hget(keys.job(worker.job_id), "state") == b"cancelled")
 
 
 def test_an_attempt_that_goes_on_from_what_the_client_has_is_not_noticed(
