@@ -68,7 +68,8 @@ class Router:
         catalog = self._models.catalog
         wanted = principal.resolve(catalog, name)
         if route := catalog.routes.get(name or ""):
-            wanted = catalog.resolve(route.choose(user or principal.key_id))
+            chosen = catalog.resolve(route.choose(user or principal.key_id))
+            wanted = chosen if principal.may_use(chosen) else wanted
         reason = self._why_not(wanted, tokens)
         for fallback in wanted.fallbacks if reason else ():
             model = catalog.resolve(fallback)
