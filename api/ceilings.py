@@ -4,67 +4,107 @@ from collections.abc import Mapping
 from typing import Any
 
 from api import instruments, told
+from api.engine_request import (
+    LENGTH_FIELDS,
+    count_sequences,
+    read_max_tokens,
+    read_number,
+    sequences_param,
+)
 from api.principal import Principal
 from tasks.contract.errors import InvalidRequestError
 from tasks.contract.models import Model
 
-# By the limit (contract/access.py): fields that ask for so many.
-_FIELDS = {
-    "tokens_per_answer": ("max_completion_tokens", "max_tokens"),
-    "sequences_per_request": ("n", "best_of"),
-    "logprobs_per_token": ("top_logprobs", "logprobs", "prompt_logprobs"),
-}
+_LOGPROBS = ("top_logprobs", "logprobs", "prompt_logprobs")
 # They are the server's to set where users have keys.
-_OURS = ("cache_salt", "priority")
-_LENGTH = {"/v1/chat/completions": "max_completion_tokens", "/v1/completions": "max_tokens"}
+OURS = ("cache_salt", "priority")
+BUDGETS = ("tokens_per_day", "tokens_per_month")
+# Of an answer that counts against a budget, if its request sets no limit.
+BUDGETED_TOKENS = 4096
 
 
-def bound(
-    endpoint: str,
-    document: dict[str, Any],
-    size_bytes: int,
-    principal: Principal,
-    model: Model,
-    *,
-    is_busy: bool,
-) -> dict[str, Any]:
-    """The request as it goes to the engine: where the key limits answers, with that limit.
-
-    vLLM reuses what it has computed of equal prompts, faster than others: of its own tenant's only,
-    by the salt, so that nobody finds out by the time what others ask.
+def check(endpoint: str, document: dict[str, Any], size_bytes: int, principal: Principal) -> None:
+    """Refuses what a key may not ask for.
 
     Raises:
-        InvalidRequestError: it asks for more than the key may.
+        InvalidRequestError: it is too much, no number where one is bounded, or the server's to set.
+    """
+    if not principal.key_id:
+        return
+    limits = _strictest(principal)
+    most_bytes = limits.get("bytes_per_request", size_bytes)
+    if size_bytes > most_bytes:
+        raise InvalidRequestError(
+            f"The request has {size_bytes:,} bytes; your key may send {most_bytes:,}."
+        )
+    for field in LENGTH_FIELDS[endpoint]:
+        _check_number(document, field, limits.get("tokens_per_answer"))
+    for field in _LOGPROBS:
+        _check_number(document, field, limits.get("logprobs_per_token"))
+    if document.get("use_beam_search") and _tokens_by_default(limits):
+        _check_named(endpoint, document)
+    sequences = count_sequences(endpoint, document)
+    _check_most(sequences_param(endpoint, document), sequences, limits.get("sequences_per_request"))
+    for field in OURS:
+        if document.get(field) is not None:
+            raise InvalidRequestError(f"{field} is set by the server; leave it out.", param=field)
+
+
+def bound_tokens(
+    endpoint: str, document: dict[str, Any], principal: Principal, model: Model, *, is_busy: bool
+) -> int | None:
+    """Most tokens of each sequence, which the worker sees to; None: it ends by itself."""
+    asked = read_max_tokens(endpoint, document)
+    if not principal.key_id or not LENGTH_FIELDS[endpoint]:
+        return asked
+    limits = _strictest(principal)
+    most = asked
+    if asked is None:
+        most = _tokens_by_default(limits)
+    cap = limits.get("tokens_when_busy") if is_busy else None
+    if cap is not None and (most is None or most > cap):
+        instruments.DEGRADED.labels(model.name, "capped").inc()
+        told.note_degradation(f"max_tokens={cap}")
+        most = cap
+    return most
+
+
+def _tokens_by_default(limits: Mapping[str, int]) -> int | None:
+    """Most tokens of an answer whose request sets no limit."""
+    has_budget = any(name in limits for name in BUDGETS)
+    return limits.get("tokens_per_answer", BUDGETED_TOKENS if has_budget else None)
+
+
+def _check_named(endpoint: str, document: dict[str, Any]) -> None:
+    """The worker cannot see to the length of beams, which the engine makes of many answers."""
+    if read_max_tokens(endpoint, document) is None:
+        raise InvalidRequestError(
+            "use_beam_search needs max_tokens, as your key limits tokens.", param="max_tokens"
+        )
+
+
+def complete(
+    endpoint: str,
+    document: dict[str, Any],
+    principal: Principal,
+    model: Model,
+    max_tokens: int | None,
+) -> dict[str, Any]:
+    """The request as it goes to the engine.
+
+    vLLM reuses what it has computed of equal prompts, faster than others: of its own tenant's only,
+    by the salt, so that nobody finds out by the time what others ask. A remote server has to be
+    told of the bound, as no worker looks at its tokens.
     """
     if not principal.key_id:
         return document
-    limits = _strictest(principal)
-    _check_size(size_bytes, limits)
-    for name, fields in _FIELDS.items():
-        for field in fields:
-            _check(document, field, limits.get(name))
-    for field in _OURS:
-        if document.get(field) is not None:
-            raise InvalidRequestError(f"{field} is set by the server; leave it out.", param=field)
     added: dict[str, Any] = {}
-    length = _LENGTH.get(endpoint)
-    if length and "tokens_per_answer" in limits and _is_unbounded(document):
-        added[length] = limits["tokens_per_answer"]
-    if length and is_busy and "tokens_when_busy" in limits:
-        added |= _cap(document | added, length, limits["tokens_when_busy"], model)
-    if length and model.engine == "vllm":
+    if model.engine == "vllm":
         added["cache_salt"] = principal.tenant
+    elif model.engine == "remote" and max_tokens != read_max_tokens(endpoint, document):
+        first, *others = LENGTH_FIELDS[endpoint]
+        added = dict.fromkeys(others) | {first: max_tokens}
     return document | added if added else document
-
-
-def _cap(document: Mapping[str, Any], field: str, most: int, model: Model) -> dict[str, Any]:
-    """Less than was asked for, as the model is busy."""
-    asked = [document.get(name) for name in _FIELDS["tokens_per_answer"]]
-    if any(isinstance(number, int) and number <= most for number in asked):
-        return {}
-    instruments.DEGRADED.labels(model.name, "capped").inc()
-    told.note_degradation(f"max_tokens={most}")
-    return dict.fromkeys(_FIELDS["tokens_per_answer"][1:], None) | {field: most}
 
 
 def _strictest(principal: Principal) -> dict[str, int]:
@@ -77,24 +117,18 @@ def _strictest(principal: Principal) -> dict[str, int]:
     return found
 
 
-def _check_size(size_bytes: int, limits: Mapping[str, int]) -> None:
-    most_bytes = limits.get("bytes_per_request", size_bytes)
-    if size_bytes > most_bytes:
-        raise InvalidRequestError(
-            f"The request has {size_bytes:,} bytes; your key may send {most_bytes:,}."
-        )
-
-
-def _check(document: Mapping[str, Any], field: str, most: int | None) -> None:
-    asked = document.get(field)
-    # true: logprobs of a chat. What is no number the engine refuses.
-    if most is None or isinstance(asked, bool) or not isinstance(asked, int | float):
+def _check_number(document: Mapping[str, Any], field: str, most: int | None) -> None:
+    given = document.get(field)
+    if most is None or given is None:
         return
-    if not 0 <= asked <= most:
+    asked = read_number(given)
+    if asked is None:
+        raise InvalidRequestError(f"{field} is no whole number.", param=field)
+    _check_most(field, asked, most)
+
+
+def _check_most(field: str, asked: int, most: int | None) -> None:
+    if most is not None and not 0 <= asked <= most:
         raise InvalidRequestError(
-            f"{field} is {asked:,}; your key may ask for up to {most:,}.", param=field
+            f"{field} asks for {asked:,}; your key may ask for up to {most:,}.", param=field
         )
-
-
-def _is_unbounded(document: Mapping[str, Any]) -> bool:
-    return all(document.get(field) is None for field in _FIELDS["tokens_per_answer"])

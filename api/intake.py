@@ -11,15 +11,16 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import gevent
 import orjson
 from flask import request
 from gunicorn.http.errors import NoMoreData, ParseException
-from pydantic import TypeAdapter, ValidationError
 from werkzeug.datastructures import Headers
 
 from api import ceilings, told
+from api.engine_request import admit_sequences, read_max_tokens
 from api.principal import Principal
 from api.routing import rename
 from api.services import Services
@@ -37,16 +38,6 @@ MOST_LEVELS = 100
 
 LONGEST_WAIT_S = 60
 LONGEST_KEY = 255
-# Field of the inputs, and those that say how many sequences each of them gets.
-_SEQUENCES = {
-    "/v1/chat/completions": ("", ("n",)),
-    "/v1/completions": ("prompt", ("n", "best_of")),
-    "/v1/embeddings": ("input", ()),
-}
-_MAX_TOKENS = ("max_completion_tokens", "max_tokens")
-# As many as SQL's integers hold; no model has so much context.
-MOST_MAX_TOKENS = 2**31 - 1
-_NUMBER = TypeAdapter(int)
 _SECONDS = re.compile("[0-9]{1,9}")
 _DECIMAL = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 TIMEOUT = "x-sluice-timeout"
@@ -181,7 +172,9 @@ class Call:
         document = rename(document, model)
         _check_limits(document, model, services.settings.max_schema_bytes)
         is_busy = services.router.is_capped(model, principal)
-        document = ceilings.bound(endpoint, document, len(body), principal, model, is_busy=is_busy)
+        ceilings.check(endpoint, document, len(body), principal)
+        max_tokens = ceilings.bound_tokens(endpoint, document, principal, model, is_busy=is_busy)
+        document = ceilings.complete(endpoint, document, principal, model, max_tokens)
         key = read_key(headers)
         timeout_s = _read_timeout(headers)
         job = Job(
@@ -192,8 +185,8 @@ class Call:
             tenant=principal.tenant,
             key_id=principal.key_id,
             weight=principal.weight,
-            sequences=_admit_sequences(endpoint, document, model),
-            max_tokens=read_max_tokens(endpoint, document),
+            sequences=admit_sequences(endpoint, document, model),
+            max_tokens=max_tokens,
             timeout_s=timeout_s,
             options=EnqueueOptions(
                 deadline_s=shortest(timeout_s, model.timeouts.queue_s, model.timeouts.total_s),
@@ -222,58 +215,10 @@ def _read_timeout(headers: Headers) -> float | None:
     return float(given)
 
 
-def count_sequences(endpoint: str, document: dict[str, Any]) -> int:
-    """How many sequences the engine is to generate, or embed, for a request.
-
-    What is malformed counts as one: the engine refuses it.
-    """
-    inputs, numbers = _SEQUENCES[endpoint]
-    each = max([1, *(_read_number(document.get(name)) for name in numbers)])
-    return each * _count_inputs(document.get(inputs))
-
-
-def read_max_tokens(endpoint: str, document: dict[str, Any]) -> int | None:
-    """Most tokens that the engine generates of each sequence; None: the request does not say."""
-    if endpoint == "/v1/embeddings":
-        return 0
-    given = (document.get(name) for name in _MAX_TOKENS)
-    found = next((_read_number(one) for one in given if one is not None), None)
-    return None if found is None else min(max(0, found), MOST_MAX_TOKENS)
-
-
 def _estimate_tokens(endpoint: str, document: dict[str, Any], size_bytes: int) -> int:
     """What a request may need of a model's context; the bytes of pictures say nothing of that."""
     prompt = 0 if any(_media(document)) else size_bytes // BYTES_PER_TOKEN
     return prompt + (read_max_tokens(endpoint, document) or 0)
-
-
-def _read_number(given: Any) -> int:
-    """As engines read it, which take "64" and 64.0 for 64."""
-    try:
-        return _NUMBER.validate_python(given)
-    except ValidationError:
-        return 1
-
-
-def _count_inputs(given: Any) -> int:
-    """Several are a list of texts, or of lists of tokens; a list of tokens is one."""
-    is_list = isinstance(given, list) and given and isinstance(given[0], (str, list))
-    return len(given) if is_list else 1
-
-
-def _admit_sequences(endpoint: str, document: dict[str, Any], model: Model) -> int:
-    sequences = count_sequences(endpoint, document)
-    inputs, numbers = _SEQUENCES[endpoint]
-    if not numbers:
-        # Inputs to embed are done in a moment each: many take all slots, and wait in the engine.
-        return min(sequences, model.slots)
-    if sequences > model.slots:
-        raise InvalidRequestError(
-            f"The request asks for {sequences:,} sequences at once, and {model.name} takes up to "
-            f"{model.slots:,}; send it as several requests.",
-            param=inputs if _count_inputs(document.get(inputs)) > 1 else "n",
-        )
-    return sequences
 
 
 def fingerprint(endpoint: str, body: bytes) -> str:
@@ -366,11 +311,30 @@ def _check_limits(document: dict[str, Any], model: Model, most_form_bytes: int) 
             raise InvalidRequestError(
                 f"`{name}` holds more than {MOST_TOKEN_IDS:,} token ids.", param=name
             )
-    if not model.args.get(MEDIA_ARG) and any(map(_is_elsewhere, _media(document))):
-        raise InvalidRequestError(
-            f"{model.name} fetches no media; send them in the request, as `data:` URLs.",
-            param="messages",
-        )
+    _check_media(document, model)
+
+
+def _check_media(document: dict[str, Any], model: Model) -> None:
+    """Refuses media from elsewhere but from the model's domains.
+
+    The engine looks at them too, but has those that it was started with.
+    """
+    allowed = model.args.get(MEDIA_ARG) or []
+    allowed = allowed if isinstance(allowed, list) else [allowed]
+    for url in filter(_is_elsewhere, _media(document)):
+        if _host(url) not in allowed:
+            raise InvalidRequestError(
+                f"{model.name} fetches no media from there; send them in the request, as `data:` "
+                "URLs.",
+                param="messages",
+            )
+
+
+def _host(url: str) -> str | None:
+    try:
+        return urlsplit(url.strip()).hostname
+    except ValueError:
+        return None
 
 
 def _token_ids(given: Any) -> int:

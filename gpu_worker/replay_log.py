@@ -11,9 +11,12 @@ make room for others.
 
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeGuard
 
 import orjson
+
+# Of one answer; no context is so long.
+MOST_TOKENS = 2**31
 
 
 class ReplayLog:
@@ -26,34 +29,38 @@ class ReplayLog:
         """How many streams of tokens the engine makes for the job; only one can be continued."""
         self.can_continue = True
         """Whether another attempt can go on from the notes."""
+        self.unnoted: Callable[[], int] = lambda: 0
+        """What the engine has made without a note of each token."""
         self.catch_up: Callable[[], bool] = lambda: True
-        """Notes what the engine has made, where it does not with each token; False: it is all."""
+        """Notes that; False: the answer is complete."""
         self.input_tokens = self.output_tokens = 0
         """Of the whole answer, what earlier attempts made of it included."""
         self.usage: dict[str, Any] | None = None
         """The whole answer's, as the engine reports it on request."""
         self._new: list[object] = []
+        self._noted = 0
 
     def count(self, input_tokens: int, new_tokens: int) -> None:
         """Counts the prompt's tokens, and the tokens that the next events are made of."""
         self.input_tokens = input_tokens
         self.output_tokens += new_tokens
 
-    def progress(self) -> object:
-        """Changes with each token that the engine makes, also of an answer that is not streamed."""
-        return self.output_tokens, len(self._new)
+    def made(self) -> int:
+        """Grows with what the engine makes in this attempt, also of an answer not streamed."""
+        return self._noted + self.unnoted()
 
     def total(self) -> tuple[int, int]:
         """All tokens of prompt and answer: as the engine reports them, or as counted."""
         usage = self.usage or {}
         totals = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        counted = self.input_tokens, self.output_tokens
-        read, made = (t if isinstance(t, int) else c for t, c in zip(totals, counted, strict=True))
+        counted = self.input_tokens, self.output_tokens + self.unnoted()
+        read, made = (t if _is_count(t) else c for t, c in zip(totals, counted, strict=True))
         return read, made
 
     def note(self, note: object) -> None:
         """Notes what the next events are made of."""
         self._new.append(note)
+        self._noted += 1
 
     def take(self) -> bytes:
         """The notes since the last call, as they go into the log; b"" for none."""
@@ -61,6 +68,11 @@ class ReplayLog:
             return b""
         record, self._new = orjson.dumps(self._new), []
         return record
+
+
+def _is_count(tokens: object) -> TypeGuard[int]:
+    """What a server reports may be anything."""
+    return isinstance(tokens, int) and 0 <= tokens <= MOST_TOKENS
 
 
 current_replay_log: ContextVar[ReplayLog | None] = ContextVar("current_replay_log", default=None)

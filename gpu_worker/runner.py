@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
-from gpu_worker.engines.engine import Engine, Message, current_lane
+from gpu_worker.engines.engine import Engine, Message, current_job
 from gpu_worker.publisher import Publisher, Refusal
 from gpu_worker.replay_log import current_replay_log
 from gpu_worker.running import (
@@ -15,11 +15,12 @@ from gpu_worker.running import (
     EngineFailedError,
     History,
     LogLostError,
+    PausedError,
     Running,
 )
 from gpu_worker.timeouts import wait_until_late
 from tasks.contract.events import Attempt, End
-from tasks.contract.job import Claim, State, Usage
+from tasks.contract.job import Claim, Lane, State, Usage
 from tasks.contract.job_errors import JobFailedError, StreamBrokenError
 from tasks.contract.models import Timeouts
 
@@ -29,7 +30,8 @@ log = logging.getLogger(__name__)
 class Ended(NamedTuple):
     """How the engine has ended a job."""
 
-    state: State
+    state: State | None
+    """None: it was stopped, and is no longer this worker's."""
     usage: Usage | None
     """None: it does not tell."""
 
@@ -51,14 +53,11 @@ class Runner:
         self._on_cleared = on_cleared
         self._running: dict[Attempt, Running] = {}
 
-    async def run(self, claim: Claim, history: History) -> Ended | None:
-        """Runs the job to its end, from where earlier attempts ended.
-
-        Returns:
-            Its end; None when it was stopped and is no longer this worker's. Either way
-            the engine is done with it.
+    async def run(self, claim: Claim, history: History) -> Ended:
+        """Runs the job to its end, from where earlier attempts ended; then the engine is done.
 
         Raises:
+            PausedError: it is to go on later, and its log has what that takes.
             EngineDiedError: the engine died; its error message was not sent.
             EngineFailedError: the job is to be tried again.
             LogLostError: its log has a gap that only a next attempt can fill.
@@ -70,13 +69,14 @@ class Runner:
             state = await self._run(running)
         finally:
             del self._running[Attempt.of(claim)]
+        if running.is_paused and await running.feed.written():
+            raise PausedError
         if running.feed.refusal is Refusal.GAP:
             raise LogLostError(Refusal.GAP.value)
         if running.feed.refusal is Refusal.UNWRITABLE:
             raise AnswerRefusedError(Refusal.UNWRITABLE.value)
-        if state is None or running.is_stopped or running.feed.refusal:
-            return None
-        return Ended(state, running.usage)
+        is_over = running.is_stopped or running.feed.refusal is not None
+        return Ended(None if is_over else state, running.usage)
 
     async def _run(self, running: Running) -> State | None:
         if running.history.end:
@@ -98,7 +98,7 @@ class Runner:
 
     async def _answer(self, running: Running) -> State | None:
         current_replay_log.set(running.replay_log)
-        current_lane.set(running.claim.job.lane)
+        current_job.set(running.claim.job)
         running.task = asyncio.ensure_future(
             self._engine.app(_scope(running.claim), running.receive, running.send)
         )
@@ -139,10 +139,18 @@ class Runner:
             log.info("job %s: stopped", attempt)
             running.stop()
 
-    async def pause(self, attempt: Attempt) -> bool:
-        """Stops a job so that its next attempt goes on from where it is; False: it runs on."""
-        running = self._running.get(attempt)
-        return running is not None and await running.pause()
+    async def pause(self, lane: Lane, count: int) -> None:
+        """Stops so many jobs of the lane, or those that can go on later if they are fewer.
+
+        Those that have come furthest here: each attempt is to bring its job on.
+        """
+        jobs = (job for job in self._running.values() if job.claim.job.lane is lane)
+        able = sorted(
+            (job for job in jobs if job.can_pause), key=lambda job: -job.replay_log.made()
+        )
+        for running in able[:count]:
+            log.info("job %s: paused", running.claim.job.id)
+            running.pause()
 
     def stop_all(self) -> None:
         """Stops whatever runs."""

@@ -47,6 +47,17 @@ class AnswerRefusedError(Exception):
 class LogLostError(Exception):
     """The log has lost entries that only another attempt can restore."""
 
+    cause = Cause.HANDED_BACK
+
+
+class PausedError(Exception):
+    """The job is to go on later, or elsewhere."""
+
+    cause = Cause.PREEMPTED
+
+    def __init__(self) -> None:
+        super().__init__("interactive jobs wait for its slots")
+
 
 class DivergedError(Exception):
     """The engine did not repeat what clients have already received."""
@@ -95,6 +106,7 @@ class Running:
     task: "asyncio.Task[None] | None" = None
     head: Start | None = None
     is_stopped: bool = False
+    is_paused: bool = False
     early_end: SluiceError | None = None
     """Why the app is stopped, which is how the job ends."""
     body_given: bool = False
@@ -141,18 +153,21 @@ class Running:
         self.is_stopped = True
         self._leave()
 
-    async def pause(self) -> bool:
-        """Stops the job with all that the next attempt needs to go on in its log.
+    @property
+    def can_pause(self) -> bool:
+        """Whether it has come further here, and another attempt can go on from where it is."""
+        is_answering = self.task is not None and not self.task.done()
+        is_answering &= not self._has_left.is_set()
+        return is_answering and self.replay_log.can_continue and self.replay_log.made() > 0
 
-        False: it cannot go on from where it is, has ended, or is not this worker's any more.
-        """
-        notes = self.replay_log
-        if self._has_left.is_set() or not notes.can_continue or not notes.catch_up():
-            return False
-        if record := notes.take():
+    def pause(self) -> None:
+        """Stops the job, with all that its next attempt needs to go on in its log."""
+        if not self.replay_log.catch_up():
+            return  # all of it is made
+        if record := self.replay_log.take():
             self.feed.put((Kind.NOTE, b"", record))
+        self.is_paused = True
         self.stop()
-        return await self.feed.written()
 
     def end_early(self, reason: SluiceError) -> None:
         """Stops the app, and has the job end with that error."""
@@ -165,7 +180,7 @@ class Running:
 
     def progress(self) -> object:
         """Changes with whatever the engine makes of the answer."""
-        return self._sent_bytes, self.replay_log.progress()
+        return self._sent_bytes, self.replay_log.made()
 
     def _leave(self) -> None:
         """Notifies the app of its client's disconnect; what it still sends is dropped.

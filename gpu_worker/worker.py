@@ -24,23 +24,24 @@ from uuid import uuid4
 import uvloop
 from redis.exceptions import RedisError
 
-from gpu_worker import heartbeat, metrics, orphans, shutdown
+from gpu_worker import heartbeat, metrics, orphans, preemption, shutdown
 from gpu_worker.claims import Claims
 from gpu_worker.engines.engine import Engine, open_engine
 from gpu_worker.publisher import Publisher
-from gpu_worker.runner import Runner
+from gpu_worker.runner import Ended, Runner
 from gpu_worker.running import (
     AnswerRefusedError,
     EngineDiedError,
     EngineFailedError,
     History,
     LogLostError,
+    PausedError,
 )
 from tasks.contract import logs
 from tasks.contract.connections import connect, connect_async
 from tasks.contract.errors import ConfigurationError, SluiceError
 from tasks.contract.events import Attempt
-from tasks.contract.job import Cause, Claim, Lane, State
+from tasks.contract.job import Cause, Claim, State
 from tasks.contract.models import Model, get_catalog
 from tasks.contract.response import assemble
 from tasks.contract.settings import get_settings
@@ -142,9 +143,8 @@ class Worker:
         A ticket only wakes an idle thread.
         """
         if not self.claims.has_room():
-            if not self._make_room():
-                # Leaves the ticket to others; this thread takes no other one until there is room.
-                self.persist(lambda: self.backlog.send_tickets(self.model.name))
+            # Leaves the ticket to others; this thread takes no other one until there is room.
+            self.persist(lambda: self.backlog.send_tickets(self.model.name))
             self.claims.await_room()
         may_wait = True
         while may_wait and (claim := self.claims.take(self._claim)):
@@ -158,21 +158,6 @@ class Worker:
             finally:
                 self.claims.release(claim)
 
-    def _make_room(self) -> bool:
-        """Hands back a batch job, to be continued later, if an interactive one waits."""
-        if self.model.engine == "remote":
-            return False  # its streams cannot be continued
-        waits = lambda: self.backlog.waits(self.model.name, Lane.INTERACTIVE)
-        if not self.persist(waits):
-            return False
-        latest_first = reversed(self.claims.held())
-        for claim in (claim for claim in latest_first if claim.job.lane is Lane.BATCH):
-            pausing = self.runner.pause(Attempt.of(claim))
-            if asyncio.run_coroutine_threadsafe(pausing, self.loop).result():
-                self.hand_back(claim, Cause.PREEMPTED, "an interactive job waits for its slot")
-                return True
-        return False
-
     def _claim(self, free_slots: int) -> Claim | None:
         """The next job. A claim whose reply is lost took effect: its token finds the same job."""
         token, model = uuid4().hex, self.model
@@ -185,10 +170,10 @@ class Worker:
         begun_s = time.monotonic()
         try:
             history = self._take_over(claim) if claim.attempt > 1 else History()
-            ended = None
-            if history is not None:
-                running = self.runner.run(claim, history)
-                ended = asyncio.run_coroutine_threadsafe(running, self.loop).result()
+            if history is None:
+                return True
+            running = self.runner.run(claim, history)
+            ended = asyncio.run_coroutine_threadsafe(running, self.loop).result()
         except EngineDiedError:
             self.state = WorkerState.DRAINING
             self.claims.close()
@@ -199,20 +184,26 @@ class Worker:
                 claim, Cause.WORKER_FAILED, "its log has later entries than this attempt"
             )
             return True
-        except LogLostError as lost:
-            self.hand_back(claim, Cause.HANDED_BACK, str(lost))
+        except (LogLostError, PausedError) as early:
+            self.hand_back(claim, early.cause, str(early))
             return True
         except (EngineFailedError, AnswerRefusedError) as failed:
             pause_s = FAILED_RETRY_S * 2**claim.failures * random.uniform(1, 1.5)  # noqa: S311
             self.hand_back(claim, failed.cause, str(failed), pause_s)
             return True
-        if ended is None:
+        return self._finish(claim, ended, time.monotonic() - begun_s)
+
+    def _finish(self, claim: Claim, ended: Ended, ran_s: float) -> bool:
+        """Notes the job's end; returns whether another one may wait without a ticket."""
+        state, usage = ended
+        if state is None:
+            if usage:
+                self.persist(lambda: self.backlog.report(claim.job.id, usage))
             return True
-        is_dead = ended.state is State.FAILED and claim.failures > 0 and claim.is_last
+        is_dead = state is State.FAILED and claim.failures > 0 and claim.is_last
         reason = "the engine failed on its last attempt too" if is_dead else ""
-        finish = lambda: self.backlog.finish(claim, ended.state, reason, ended.usage)
-        finished = self.persist(finish)
-        self._log_end(claim, ended.state, time.monotonic() - begun_s)
+        finished = self.persist(lambda: self.backlog.finish(claim, state, reason, usage))
+        self._log_end(claim, state, ran_s)
         return finished is not Finished.NONE_WAITS
 
     def _log_end(self, claim: Claim, state: State, ran_s: float) -> None:
@@ -326,6 +317,7 @@ class Worker:
         listen = lambda: heartbeat.listen_for_commands(self.id, self.stop_job, self.drain)
         self._start_part("the listener", listen)
         self._start_part("the watch of the engine", lambda: shutdown.watch_engine(self, engine))
+        self._start_part("preemption", lambda: preemption.run(self, engine))
 
     def _start_part(self, name: str, run: Callable[[], None]) -> None:
         """Runs in a thread what the worker cannot do without: if it fails, the worker ends."""

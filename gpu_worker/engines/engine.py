@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from tasks.contract.errors import ConfigurationError
-from tasks.contract.job import Lane
+from tasks.contract.job import Job
 from tasks.contract.models import Model
 
 Message = MutableMapping[str, Any]
@@ -28,8 +28,8 @@ ENGINES = {
 }
 
 
-current_lane: ContextVar[Lane] = ContextVar("current_lane", default=Lane.INTERACTIVE)
-"""That of the job which the current task answers."""
+current_job: ContextVar[Job | None] = ContextVar("current_job", default=None)
+"""The one that the current task answers."""
 
 
 class Load(NamedTuple):

@@ -21,6 +21,7 @@ from gpu_worker.engines.engine import (
     Receive,
     Send,
     answer_unless_left,
+    current_job,
     read_args,
     read_body,
 )
@@ -168,7 +169,7 @@ class SimEngine:
         return self._args.failure if share < self._args.failure_rate else "none"
 
     def _compose(self, request: AnyRequest, request_id: str) -> Answer:
-        prompts, n, limit = request.prompts(), request.n or 1, request.limit()
+        prompts, n, limit = request.prompts(), request.n or 1, _limit(request)
         most = CONTEXT_TOKENS // (len(prompts) * n)
         if not most:
             wrong = f"n: all prompts together have {CONTEXT_TOKENS:,} choices at most."
@@ -187,6 +188,13 @@ class SimEngine:
             finish_reason="length" if limit else "stop",
             created=int(time.time()),
         )
+
+
+def _limit(request: AnyRequest) -> int | None:
+    """Most tokens of each choice: as asked for, and as its key may have."""
+    job = current_job.get()
+    bounds = [request.limit(), job.max_tokens if job else None]
+    return min((bound for bound in bounds if bound is not None), default=None)
 
 
 @asynccontextmanager

@@ -23,7 +23,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
-from gpu_worker.engines.engine import current_lane
+from gpu_worker.engines.engine import current_job
 from gpu_worker.replay_log import ReplayLog, get_replay_log
 from tasks.contract.job import Lane
 
@@ -37,6 +37,9 @@ _WITHOUT = (
     *("thinking_token_budget", "repetition_detection", "flat_logprobs"),
     "trace_decode_token_ids",
 )
+
+# JSON has no infinity; vLLM answers this instead.
+LEAST = -9999.0
 
 _on_added: ContextVar[Callable[[Any, Any], None] | None] = ContextVar("_on_added", default=None)
 """Is called when the engine has the request of the current task."""
@@ -108,7 +111,7 @@ class Note(NamedTuple):
 def _plain(logprobs: Any) -> Any:
     """As values that a note can hold."""
     return logprobs and [
-        [(token, p.logprob, p.rank, p.decoded_token) for token, p in position.items()]
+        [(token, max(p.logprob, LEAST), p.rank, p.decoded_token) for token, p in position.items()]
         for position in logprobs
     ]
 
@@ -123,15 +126,16 @@ def make_continuable(client: Any) -> None:
 
     def generate_with_replay(prompt: Any, params: Any, request_id: str, **options: Any) -> Outputs:
         replay_log = get_replay_log()
-        if has_priorities:
-            options["priority"] = list(Lane).index(current_lane.get())
+        if job := current_job.get():
+            params = _bound(params, job.max_tokens)
+            if has_priorities:
+                options["priority"] = list(Lane).index(job.lane)
         replay_log.streams += 1
         return _generate(generate, replay_log, (prompt, params, request_id), options)
 
     def add_and_restore(request: Any, *others: Any, **options: Any) -> None:
         add_request(request, *others, **options)
         if on_added := _on_added.get():
-            _on_added.set(None)
             on_added(client.output_processor, request)
 
     client.generate = generate_with_replay
@@ -148,19 +152,20 @@ async def _generate(
     replay_log.can_continue = replay_log.streams == 1 and _is_continuable(prompt, params)
     known = [Note(*note) for note in replay_log.earlier] if replay_log.can_continue else []  # type: ignore[misc]
     is_whole = _is_whole(params)
-    if known and not is_whole:
-        for note in known:
-            replay_log.count(len(prompt["prompt_token_ids"]), len(note.token_ids))
+    for note in known:
+        replay_log.count(len(prompt["prompt_token_ids"]), len(note.token_ids))
+        if not is_whole:
             yield note.output(prompt, request_id)
-        if known[-1].finish_reason is not None:
-            return
+    if known and known[-1].finish_reason is not None:
+        return
     async with aclosing(_ask(generate, replay_log, call, known, options)) as outputs:
         async for output in outputs:
-            if is_whole and known:
-                output.num_cached_tokens = known[0].cached_tokens
-            elif replay_log.can_continue and not is_whole:
-                replay_log.note(tuple(Note.of(output)))
             new_tokens = sum(len(choice.token_ids) for choice in output.outputs)
+            if is_whole:
+                new_tokens -= len(_tokens_of(known))
+                _note_whole(replay_log, output, known)
+            elif replay_log.can_continue:
+                replay_log.note(tuple(Note.of(output)))
             replay_log.count(len(output.prompt_token_ids or ()), new_tokens)
             yield output
 
@@ -175,22 +180,46 @@ def _ask(
     """Asks the engine for what comes after the known outputs."""
     prompt, params, request_id = call
 
+    states: list[Any] = []
+
     def on_added(processor: Any, request: Any) -> None:
-        state = processor.request_states[request.request_id]
+        states.append(processor.request_states[request.request_id])
         if known:
             _restore(processor, request, prompt, params, known)
         if _is_whole(params):
-            replay_log.catch_up = partial(_catch_up, replay_log, processor, state, known)
+            replay_log.count(len(states[0].prompt_token_ids or ()), 0)
+            replay_log.unnoted = lambda: sum(map(_made, states)) - len(_tokens_of(known))
+            replay_log.catch_up = partial(_catch_up, replay_log, processor, states[0], known)
 
-    if replay_log.can_continue:
-        _on_added.set(on_added)
+    _on_added.set(on_added)
     rest = _rest_of(prompt, params, known) if known else (prompt, params)
     return generate(*rest, request_id, **options)
+
+
+def _made(state: Any) -> int:
+    """Tokens of an answer so far."""
+    return int(state.detokenizer.num_output_tokens()) if state.detokenizer else 0
+
+
+def _note_whole(replay_log: ReplayLog, output: Any, known: Sequence[Note]) -> None:
+    """An answer is complete that is yielded once: nothing of it is missing in the log any more."""
+    replay_log.unnoted = lambda: 0
+    if known:
+        output.num_cached_tokens = known[0].cached_tokens
 
 
 def _is_whole(params: Any) -> bool:
     """Whether the answer is yielded once, when it is complete."""
     return getattr(params, "output_kind", None) is RequestOutputKind.FINAL_ONLY
+
+
+def _bound(params: Any, most: int | None) -> Any:
+    """With no more tokens than the job may have, which limits of its key may have lowered."""
+    if most is None or not isinstance(params, SamplingParams) or (params.max_tokens or 0) <= most:
+        return params
+    bounded = params.clone()
+    bounded.max_tokens, bounded.min_tokens = most, min(params.min_tokens, most)
+    return bounded
 
 
 def _is_continuable(prompt: Any, params: Any) -> bool:

@@ -131,6 +131,7 @@ class Backlog:
         self._cancel = load_script(redis, *STATE, "cancel")
         self._reap = load_script(redis, *STATE, "reap")
         self._settle = load_script(redis, *STATE, "settle")
+        self._report = load_script(redis, *STATE, "report")
         self._forget = load_script(redis, *STATE, "forget")
         self._sweep = load_script(redis, *STATE, "sweep")
         self._wake = load_script(redis, *STATE, "wake")
@@ -250,13 +251,14 @@ class Backlog:
         )
         return None if reply is None else Claim.decode(reply)
 
-    def waits(self, model: str, lane: Lane) -> bool:
-        """Whether a job of the lane may run and does not."""
+    def waiting(self, model: str, lane: Lane) -> int:
+        """How many jobs of the lane may run and do not."""
         pipeline = self.redis.pipeline(transaction=False)
-        pipeline.exists(keys.backlog(model, lane))
         pipeline.sismember(keys.PAUSED, model)
-        waits, is_paused = pipeline.execute()
-        return bool(waits) and not is_paused
+        pipeline.zcard(keys.backlog(model, lane))
+        pipeline.zcard(keys.suspects(model, lane))
+        is_paused, *waiting = pipeline.execute()
+        return 0 if is_paused else sum(waiting)
 
     def clear(self, claim: Claim) -> None:
         """Notes that a suspect has produced what no attempt before it did."""
@@ -331,9 +333,17 @@ class Backlog:
         """
         if not tokens:
             return []
-        pairs = [value for job_id, used in tokens.items() for value in (job_id, used or "")]
+        pairs = [
+            value
+            for job_id, used in tokens.items()
+            for value in (job_id, "" if used is None else used)
+        ]
         settled = self._settle(args=[self._settings.log_retention_s, *pairs])
         return [job_id for job_id, has_ended in zip(tokens, settled, strict=True) if has_ended]
+
+    def report(self, job_id: str, usage: Usage) -> None:
+        """Notes what a job has used that was stopped by others; its limits are charged that."""
+        self._report(args=[job_id, sum(usage)])
 
     def forget(self, job_id: str, attempt: int) -> None:
         """Forgets an accepted job that ended without an answer: the reconciler queues it again."""

@@ -50,10 +50,7 @@ class _SlotPool(TaskPool):  # type: ignore[misc]
 
 
 class TicketConsumer:
-    """Takes a model's tickets, each in a thread of its own: one more at once than there are slots.
-
-    The one more finds no room, and makes some where a batch job has what an interactive one needs.
-    """
+    """Takes a model's tickets, each in a thread of its own, as many at once as there are slots."""
 
     def __init__(self, model: str, slots: int, serve_ticket: Callable[[str], None]) -> None:
         """`serve_ticket` is the Celery task: it is called with the model's name."""
@@ -63,7 +60,7 @@ class TicketConsumer:
         # Makes this app the current one of Celery's task threads; they find no tasks without it.
         setup_worker_optimizations(celery)
         self._controller: Any = WorkController(
-            app=celery, queues=[self._queue], pool_cls=_SlotPool, concurrency=slots + 1, **ALONE
+            app=celery, queues=[self._queue], pool_cls=_SlotPool, concurrency=slots, **ALONE
         )
 
     def run(self) -> None:

@@ -4,7 +4,11 @@
 -- whoever does it.
 local MINUTE_US, DAY_US = 60e6, 86400e6
 local MOST_LOOKED_AT = 10
-local KEPT_S = {requests = 120, tokens = 120, day = 2 * 86400, month = 32 * 86400}
+local KEPT_S = {requests = 120, tokens = 120, day = 2 * 86400, month = 32 * 86400, held = 32 * 86400}
+local SOON_US = 1e6
+-- So long after its end what a job has used may still become known, as from the worker that was told to
+-- stop it.
+local LATE_S = 600
 
 local function subjects_of(tenant, key_id)
     if not key_id or key_id == '' then return {} end
@@ -40,6 +44,7 @@ local function counters(subject, at_us)
         tokens = key .. ':tokens:' .. whole(minute),
         day = key .. ':day:' .. whole(day),
         month = key .. ':month:' .. whole(month_of(day)),
+        held = key .. ':held',
     }
 end
 
@@ -66,8 +71,9 @@ end
 
 -- What each limit of a subject says to a job: most, what is left, what the job takes of it, and for how
 -- many us it refuses the job (nil: for ever). Those per minute also: of what kind, and when it is full
--- again. `cost`: what it is expected to use; `budget`: the most that it may, or the least if that is open.
-local function check(limits, subject, cost, budget, at_us)
+-- again. `asked`: the job's lane; cost, what it is expected to use; budget, the most that it may; is_open:
+-- that is a guess, by which no job is refused for ever.
+local function check(limits, subject, asked, at_us)
     local now, before = counters(subject, at_us), counters(subject, at_us - MINUTE_US)
     local passed = at_us % MINUTE_US / MINUTE_US
     local found = {}
@@ -79,7 +85,8 @@ local function check(limits, subject, cost, budget, at_us)
         local most = limits[name]
         if most then
             local used, earlier = get_number(now[kind]), get_number(before[kind])
-            local takes = kind == 'requests' and 1 or cost
+            local takes = kind == 'requests' and 1 or asked.cost
+            if asked.is_open then takes = math.min(takes, most) end
             local wait_us = wait_for_window(most, takes, used, earlier, at_us)
             local limit = add(name, most - used - earlier * (1 - passed), takes, wait_us)
             limit.kind, limit.resets_us = kind, (2 - passed) * MINUTE_US
@@ -89,19 +96,23 @@ local function check(limits, subject, cost, budget, at_us)
         local most = limits[name]
         if most then
             local left = most - get_number(now[period])
+            local takes = asked.is_open and math.min(asked.budget, most) or asked.budget
             local wait_us = 0
-            if budget > left then wait_us = period == 'day' and DAY_US - at_us % DAY_US or us_to_next_month(at_us) end
-            if budget > most then wait_us = nil end
-            add(name, left, budget, wait_us).is_budget = true
+            if takes > left then wait_us = period == 'day' and DAY_US - at_us % DAY_US or us_to_next_month(at_us) end
+            -- What is only reserved may be there again in a moment.
+            if takes > left and takes <= left + get_number(now.held) then wait_us = SOON_US end
+            if takes > most then wait_us = nil end
+            add(name, left, takes, wait_us)
         end
     end
     for name, place in pairs({parallel_requests = OPEN, queued_jobs = WAITING}) do
         local most = limits[name]
-        if most then
+        -- Batch jobs are not bounded in how many run.
+        if most and (place == WAITING or asked.lane == 'interactive') then
             local left = most - redis.call('SCARD', place .. subject)
             if left <= 0 then left = left + drop_stale(place .. subject) end
             -- Nobody knows when one ends.
-            add(name, left, 1, left > 0 and 0 or 1e6)
+            add(name, left, 1, left > 0 and 0 or SOON_US)
         end
     end
     return found
@@ -141,18 +152,26 @@ local function free_places(id, tenant, key_id)
     end
 end
 
--- Has the counters tell what the job has cost instead of what was reserved for it; nil: that stays.
-local function settle_cost(id, cost)
+-- Has the counters tell what the job has cost instead of what was reserved for it. nil: that is not known,
+-- or not yet, and what was reserved stays.
+local function settle_cost(id, cost, at_us)
     local reserved = redis.call('GETDEL', RESERVED .. id)
     if not reserved then return end
-    local tenant, key_id, tokens, budget, at_us = string.match(reserved, '^(%S+) (%S+) (%d+) (%d+) (%d+)$')
+    local tenant, key_id, tokens, budget, admitted_us, is_held =
+        string.match(reserved, '^(%S+) (%S+) (%d+) (%d+) (%d+)(.*)$')
     free_places(id, tenant, key_id)
-    if not cost then return end
     for _, subject in ipairs(subjects_of(tenant, key_id)) do
-        for what, key in pairs(counters(subject, tonumber(at_us))) do
-            if what ~= 'requests' and redis.call('EXISTS', key) == 1 then
-                redis.call('INCRBY', key, whole(cost - (what == 'tokens' and tokens or budget)))
+        local then_keys, now_keys = counters(subject, tonumber(admitted_us)), counters(subject, at_us)
+        if is_held == '' then redis.call('DECRBY', now_keys.held, budget) end
+        for what, over in pairs(cost and {tokens = cost - tokens, day = cost - budget, month = cost - budget} or {}) do
+            -- What it used beyond the estimate, it used by now.
+            local key = over > 0 and what == 'tokens' and now_keys.tokens or then_keys[what]
+            if key == now_keys.tokens or redis.call('EXISTS', key) == 1 then
+                redis.call('INCRBY', key, whole(over))
+                redis.call('EXPIRE', key, KEPT_S[what], 'NX')
             end
         end
     end
+    if cost then return end
+    redis.call('SET', RESERVED .. id, is_held == '' and reserved .. ' late' or reserved, 'EX', LATE_S)
 end

@@ -30,7 +30,7 @@ end)
 -- A reservation that was not used. That of a job that was queued meanwhile stays.
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', HELD, '-inf', whole(at_us), 'LIMIT', 0, ARGV[1])) do
     redis.call('ZREM', HELD, id)
-    if redis.call('EXISTS', JOB .. id) == 0 then settle_cost(id, 0) end
+    if redis.call('EXISTS', JOB .. id) == 0 then settle_cost(id, 0, at_us) end
 end
 each_due(DELAYED, function(job)
     if job.place ~= DELAYED then return false end

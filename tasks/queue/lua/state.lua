@@ -71,7 +71,7 @@ local function end_job(job, state, at_us, reason, is_dead, tokens)
     correct(job, tokens, at_us)
     free_places(job.id, job.tenant, job.key_id)
     -- What it has used of the engine without an end, its log knows: settle.lua.
-    if tokens or not job.started_us then settle_cost(job.id, tokens or 0) end
+    if tokens or not job.started_us then settle_cost(job.id, tokens or 0, at_us) end
     drop_deadline(job)
     move(job, state)
     redis.call('HSET', job.key, 'ended_us', whole(at_us))

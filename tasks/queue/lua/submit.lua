@@ -30,22 +30,22 @@ local function what_is_full()
 end
 
 local at_us = now_us()
+local is_open_ended = tonumber(fields.max_tokens) == nil
 local answer = tonumber(fields.max_tokens) or mean_answer(model)
 local cost = cost_of(fields, answer)
 -- Of budgets it takes the most that it may use: no token has less than a byte.
 local budget = body_bytes + answer * (fields.sequences or 1)
 
 -- Whether a limit refuses the job: that which does for the longest time. Else what it leaves of the
--- strictest limit on requests, and on tokens; and how much there is of the smallest budget.
+-- strictest limit on requests, and on tokens.
 local function check_limits()
-    local refusal, left, budgeted = nil, {}, 0
+    local refusal, left = nil, {}
     for _, limits in ipairs(cjson.decode(ARGV[16])) do
-        for _, found in ipairs(check(limits, limits.subject, cost, budget, at_us)) do
+        for _, found in ipairs(check(limits, limits.subject, {lane = lane, cost = cost, budget = budget, is_open = is_open_ended}, at_us)) do
             local wait_us = found.wait_us or math.huge
             if wait_us > (refusal and refusal.wait_us or 0) then
                 refusal = {subject = limits.subject, name = found.name, most = found.most, wait_us = wait_us}
             end
-            if found.is_budget then budgeted = math.min(found.left, budgeted > 0 and budgeted or found.left) end
             local rest = found.left - found.takes
             if found.kind and (not left[found.kind] or rest < left[found.kind][2]) then
                 left[found.kind] = {found.most, rest, found.resets_us}
@@ -53,14 +53,7 @@ local function check_limits()
         end
     end
     if refusal and refusal.wait_us == math.huge then refusal.wait_us = -1 end
-    return refusal, left, budgeted
-end
-
--- An answer of no limit takes what there is of the budgets, up to the model's context.
-local function take_the_rest(budgeted)
-    local context = tonumber(redis.call('HGET', TOKENS .. model, 'context'))
-    if tonumber(fields.max_tokens) or not context then return end
-    budget = math.max(budget, math.min(budgeted, body_bytes + context * (fields.sequences or 1)))
+    return refusal, left
 end
 
 local function queue()
@@ -100,10 +93,9 @@ end
 local left
 -- Sent again after a lost reply, it has its reservation.
 if step ~= 'queue' and redis.call('EXISTS', RESERVED .. id) == 0 then
-    local refusal, budgeted
-    refusal, left, budgeted = check_limits()
+    local refusal
+    refusal, left = check_limits()
     if refusal then return {'', 'limit', cjson.encode(refusal)} end
-    take_the_rest(budgeted)
 end
 reserve(id, fields, cost, budget, at_us)
 if step ~= 'reserve' then
