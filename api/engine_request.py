@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from tasks.contract.errors import InvalidRequestError
+from tasks.contract.job import Job, Lane
 from tasks.contract.models import Model
 
 # Field of the inputs, and those that say how many sequences each of them gets.
@@ -75,6 +76,20 @@ def admit_sequences(endpoint: str, document: dict[str, Any], model: Model) -> in
             param=sequences_param(endpoint, document),
         )
     return sequences
+
+
+def check_batch(job: Job, model: Model) -> None:
+    """Refuses a batch job for which a worker would never have room while chats come.
+
+    Raises:
+        InvalidRequestError: it needs slots that are the chats'.
+    """
+    most = model.slots - model.reserved_slots
+    if job.lane is Lane.BATCH and job.sequences > max(most, 1):
+        raise InvalidRequestError(
+            f"The request asks for {job.sequences:,} sequences at once, and {model.name} takes up "
+            f"to {most:,} of a batch job; send it as several."
+        )
 
 
 def sequences_param(endpoint: str, document: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -197,6 +197,33 @@ class Call:
         # A key says that the client will come back for the answer.
         continues = (on_disconnect or ("continue" if key else "abort")) == "continue"
         return cls(job, principal, document.get("stream") is True, continues)
+
+
+def readmit(services: Services, principal: Principal, job: Job) -> Job:
+    """A job that is to run again, as if the key had asked for it now.
+
+    Raises:
+        InvalidRequestError: it asks for what no user may, or the key may not by now.
+        ModelNotFoundError: the model does not exist any more.
+        PermissionDeniedError: the key is not for the model or the endpoint.
+    """
+    principal.check_endpoint(job.endpoint)
+    model = principal.resolve(services.catalog, job.model)
+    whole = read_object(job.body)
+    # What an earlier request was given by the server.
+    document = {name: value for name, value in whole.items() if name not in ceilings.OURS}
+    _check_limits(document, model, services.settings.max_schema_bytes)
+    ceilings.check(job.endpoint, document, len(job.body), principal)
+    max_tokens = ceilings.bound_tokens(job.endpoint, document, principal, model, is_busy=False)
+    document = ceilings.complete(job.endpoint, document, principal, model, max_tokens)
+    return replace(
+        job,
+        body=job.body if document == whole else orjson.dumps(document),
+        key_id=principal.key_id,
+        weight=principal.weight,
+        sequences=admit_sequences(job.endpoint, document, model),
+        max_tokens=max_tokens,
+    )
 
 
 def shortest(*limits_s: float | None) -> float | None:

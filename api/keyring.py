@@ -75,7 +75,6 @@ class Keyring:
         self._unknown: dict[str, _Known] = {}
         self._used_s: dict[str, float] = {}
         self._to_note: set[str] = set()
-        self._noted_s = 0.0
         self._watching: dict[str, list[Callable[[], object]]] = {}
         self._next = _Round()
         self._wake = Event()
@@ -84,8 +83,9 @@ class Keyring:
         self._reading_since_s: float | None = None
 
     def start(self) -> None:
-        """Starts the greenlet that reads."""
+        """Starts the greenlets that read, and note the use of keys."""
         gevent.spawn(self._read_for_ever)
+        gevent.spawn(self._note_for_ever)
 
     def find(self, secret: str | None) -> Principal:
         """Whose the secret is; None: none was shown.
@@ -100,7 +100,20 @@ class Keyring:
             return ANYBODY
         if secret is None:
             raise AuthenticationError
-        digest = keys.digest_of(secret)
+        return self._find(keys.digest_of(secret))
+
+    def find_again(self, principal: Principal) -> Principal:
+        """Whose the key is by now, for those who showed it some time ago.
+
+        Raises:
+            AuthenticationError: it may not be used any more.
+            DatabaseUnavailableError: nobody can tell at the moment.
+        """
+        if principal.digest != ANYBODY.digest:
+            return self._find(principal.digest)
+        return self.find(None)
+
+    def _find(self, digest: str) -> Principal:
         if self._admin and hmac.compare_digest(digest, self._admin.digest):
             return self._admin
         now_s = time.monotonic()
@@ -178,7 +191,6 @@ class Keyring:
             try:
                 self._read(now)
                 self._end_refused()
-                self._note_used()
             except Exception:  # without this greenlet nobody would get in any more
                 log.exception("keys: a round failed, and the next one comes")
                 now.has_failed = True
@@ -232,16 +244,20 @@ class Keyring:
         known = self._get(digest)
         return known is not None and not known.is_valid(time.monotonic())
 
-    def _note_used(self) -> None:
-        """Once a minute, in the background: it may wait for others that write."""
-        if not self._to_note or time.monotonic() - self._noted_s < keys.USE_NOTED_S:
-            return
-        self._noted_s = time.monotonic()
-        used, self._to_note = self._to_note, set()
-        try:
-            keys.note_used(self._url, used)
-        except SQLAlchemyError as failure:
-            log.warning("the use of keys is not noted: %s", failure)
+    def _note_for_ever(self) -> None:
+        """At most once a minute, apart from who reads: it may wait for others that write."""
+        while True:
+            gevent.sleep(REFRESH_S)
+            used, self._to_note = self._to_note, set()
+            if not used:
+                continue
+            try:
+                keys.note_used(self._url, used)
+            except SQLAlchemyError as failure:
+                log.warning("the use of keys is not noted: %s", failure)
+            except Exception:  # a failed round is not to be the last
+                log.exception("keys: their use is not noted")
+            gevent.sleep(keys.USE_NOTED_S)
 
 
 def _admin(key: str) -> Principal:

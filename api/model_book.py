@@ -8,7 +8,6 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
 from db import model_entries
-from tasks.contract.errors import ConfigurationError
 from tasks.contract.models import Catalog
 from tasks.queue import entries
 
@@ -27,7 +26,6 @@ class ModelBook:
         self._url = url
         self._redis = redis
         self._known: entries.Entries = {}
-        self._is_published = False
         self._is_away = False
 
     def start(self) -> None:
@@ -43,18 +41,17 @@ class ModelBook:
         """
         found = model_entries.read(self._url)
         if found != self._known:
-            self.catalog = self.seed.changed(found)
-            self._known, self._is_published = found, False
-        if not self._is_published:
-            entries.publish(self._redis, found)
-            self._is_published = True
+            self.catalog = self.seed.changed(entries.fitting(self.seed, found))
+            self._known = found
+        # Each time: Redis may have lost them.
+        entries.publish(self._redis, found)
 
     def _read_for_ever(self) -> None:
         while True:
             try:
                 self.refresh()
                 self._is_away = False
-            except (SQLAlchemyError, RedisError, ConfigurationError) as failure:
+            except (SQLAlchemyError, RedisError) as failure:
                 if not self._is_away:
                     log.warning("models: changes are not known, the last ones count: %s", failure)
                 self._is_away = True

@@ -63,7 +63,7 @@ class Principal:
         except ModelNotFoundError:
             raise ModelNotFoundError(name or "", self.names(catalog)) from None
         if not self.may_use(model):
-            raise ModelNotAllowedError(model.name)
+            raise ModelNotAllowedError(name or model.name)
         return model
 
     def check_endpoint(self, endpoint: str) -> None:

@@ -93,9 +93,7 @@ def page(
     """
     query = select(JobRecord).options(_WITHOUT_REQUEST)
     query = query.order_by(JobRecord.id.desc()).limit(limit)
-    # SQLite would take the index of the tenants, who have few of some statuses among very many.
-    owner = JobRecord.tenant if status is None else JobRecord.tenant + ""
-    query = query.where(owner == tenant)
+    query = query.where(JobRecord.tenant == tenant)
     if model is not None:
         query = query.where(JobRecord.model == model)
     if status is not None:
@@ -185,7 +183,7 @@ def _as_queued(job: JobRecord) -> JobRecord:
 def _update(session: Session, job: JobRecord) -> None:
     dead: dict[str, Any] = {}
     if job.died_at and job.request:
-        kept = ("died_at", "request", "sequences", "weight", "max_tokens")
+        kept = ("died_at", "request", "sequences", "weight", "max_tokens", "timeout_s", "key_id")
         dead = {name: getattr(job, name) for name in kept}
     newer = update(JobRecord).where(JobRecord.id == job.id, JobRecord.completed_at.is_(None))
     # An end counts, even if Redis has lost attempts that were recorded here.

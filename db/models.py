@@ -76,6 +76,7 @@ class JobRecord(Base):
         UniqueConstraint("tenant", "idempotency_key"),
         Index(None, "tenant", "id"),
         Index(None, "tenant", "model", "id"),
+        Index(None, "tenant", "status", "id"),
         Index(None, "status", "id"),
         Index(None, "completed_at"),
         Index(None, "died_at"),

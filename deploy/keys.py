@@ -139,11 +139,13 @@ def tenants() -> None:
 @click.argument("tenant")
 @WEIGHT
 @LIMITS
-@click.option("--off", is_flag=True, help="All its keys are refused.")
-def set_tenant(tenant: str, weight: float | None, limits: tuple[str, ...], off: bool) -> None:
+@click.option("--on/--off", "is_enabled", default=None, help="Off: all its keys are refused.")
+def set_tenant(
+    tenant: str, weight: float | None, limits: tuple[str, ...], is_enabled: bool | None
+) -> None:
     """Make TENANT, or give it these values in place of its own."""
     name = schemas.check(schemas.TenantPath, {"tenant_id": tenant}).tenant_id
-    terms = _without_none(weight=weight, limits=_read_limits(limits)) | {"is_enabled": not off}
+    terms = _without_none(weight=weight, limits=_read_limits(limits), is_enabled=is_enabled)
     _print(api_keys.set_tenant(_url(), name, schemas.check(TenantSpec, terms)))
 
 

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from types import FrameType
 
 import httpx
+from redis.exceptions import RedisError
 from rich.console import Console
 from rich.live import Live
 from rich.spinner import Spinner
@@ -25,8 +26,9 @@ from deploy.screen import welcome
 from tasks.contract import keys, running
 from tasks.contract.connections import connect
 from tasks.contract.errors import SluiceError
-from tasks.contract.models import Catalog, get_catalog
+from tasks.contract.models import Catalog, Model, get_catalog
 from tasks.contract.settings import PREFIX, SECRET_FIELDS, Settings, get_settings
+from tasks.queue import entries
 
 LOG_LINES_SHOWN = 15
 LOG_WIDTH = 110
@@ -163,7 +165,7 @@ class Deployment:
         return {name: announced[name] for name in announced.keys() - NOT_ANNOUNCED}
 
     def _start_parts(self) -> None:
-        models = [model.name for model in self._catalog.models]
+        models = [model.name for model in self._read_models()]
         # -P: modules in the working directory are not ours.
         sluice = [sys.executable, "-P", "-m", "deploy.cli"]
         api = self._part("api", [*sluice, "api"])
@@ -181,6 +183,17 @@ class Deployment:
         self._report(f"API: answers after {time.monotonic() - started:.1f} s")
         self._wait(f"loading {models[0]}", workers[0], lambda: self._is_healthy("ready"))
         self._report(f"worker: serves after {time.monotonic() - started:.1f} s")
+
+    def _read_models(self) -> list[Model]:
+        """Those of models.yaml, and what was changed since, which workers find in Redis."""
+        from db import model_entries
+
+        found = model_entries.read(self._settings.database_url)
+        try:
+            entries.publish(connect(self._env["SLUICE_REDIS_URL"]), found)
+        except RedisError as away:
+            self._report(f"workers begin with models.yaml, Redis is away: {away}")
+        return self._catalog.changed(entries.fitting(self._catalog, found)).models
 
     def _part(self, name: str, command: list[str], env: dict[str, str] | None = None) -> Part:
         log = self._settings.home / "logs" / f"{name}.log"

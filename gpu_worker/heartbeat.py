@@ -48,8 +48,8 @@ def run(worker: "Worker", engine: Engine, closing: threading.Event) -> None:
 
 def send_heartbeat(redis: Redis, worker: "Worker", engine: Engine) -> bool:
     """Writes the worker's heartbeat, which lasts as long as a lease; whether it is to drain."""
-    key, load = keys.worker(worker.id), engine.load()
-    values = load._asdict() | recent_ttft()._asdict()
+    key = keys.worker(worker.id)
+    values = engine.load()._asdict() | recent_ttft()._asdict()
     fields = {
         "model": worker.model.name,
         "slots": worker.model.slots,
@@ -61,8 +61,6 @@ def send_heartbeat(redis: Redis, worker: "Worker", engine: Engine) -> bool:
     pipeline.hset(key, mapping=fields)  # type: ignore[arg-type]
     pipeline.expire(key, int(get_settings().lease_s) + 1)
     pipeline.sadd(keys.WORKERS, worker.id)
-    if load.max_model_len:
-        pipeline.hset(keys.tokens(worker.model.name), "context", str(load.max_model_len))
     pipeline.hget(key, DRAIN)
     return pipeline.execute()[-1] is not None
 

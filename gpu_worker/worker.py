@@ -39,7 +39,7 @@ from gpu_worker.running import (
 )
 from tasks.contract import logs
 from tasks.contract.connections import connect, connect_async
-from tasks.contract.errors import ConfigurationError, SluiceError
+from tasks.contract.errors import ConfigurationError, ModelNotFoundError, SluiceError
 from tasks.contract.events import Attempt
 from tasks.contract.job import Cause, Claim, State
 from tasks.contract.models import Model, get_catalog
@@ -82,6 +82,9 @@ def _find(model_name: str | None) -> Model:
     except RedisError as away:
         log.warning("what was changed since models.yaml is not known, Redis is away: %s", away)
         catalog = get_catalog()
+    if model_name and model_name not in catalog.names:
+        # Not whatever a wildcard leads to.
+        raise ModelNotFoundError(model_name, catalog.names)
     return catalog.resolve(model_name)
 
 
@@ -161,8 +164,9 @@ class Worker:
     def _claim(self, free_slots: int) -> Claim | None:
         """The next job. A claim whose reply is lost took effect: its token finds the same job."""
         token, model = uuid4().hex, self.model
-        reserve = int(model.slots * model.interactive_reserve)
-        claim = lambda: self.backlog.claim(model.name, self.id, token, free_slots, reserve)
+        claim = lambda: self.backlog.claim(
+            model.name, self.id, token, free_slots, model.reserved_slots
+        )
         return self.persist(claim)
 
     def _run_job(self, claim: Claim) -> bool:

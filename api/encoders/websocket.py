@@ -27,6 +27,7 @@ from api.job_events import KEEP_ALIVE, Follower
 from api.job_view import stored_response
 from api.relay import ClientDisconnectedError, ServerStoppingError
 from api.services import Services, get_services
+from tasks.contract.access import Role
 from tasks.contract.errors import (
     InvalidRequestError,
     KeyRevokedError,
@@ -271,7 +272,9 @@ def _generations(endpoint: str) -> Callable[[Any], None]:
         ):
             for body in conversation.requests():
                 with conversation.reporting():
-                    call = Call.read(services, principal, endpoint, body, request.headers)
+                    now = services.keyring.find_again(principal)
+                    now.check_role(Role.USER)
+                    call = Call.read(services, now, endpoint, body, request.headers)
                     _serve(services, conversation, call)
 
     return serve

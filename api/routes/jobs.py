@@ -16,7 +16,17 @@ from api import replies, schemas
 from api.access import get_principal
 from api.encoders.sse import event_stream
 from api.ends import is_kept
-from api.intake import Call, Preference, fingerprint, read_body, read_key, read_object, shortest
+from api.engine_request import check_batch
+from api.intake import (
+    Call,
+    Preference,
+    fingerprint,
+    read_body,
+    read_key,
+    read_object,
+    readmit,
+    shortest,
+)
 from api.job_events import Follower, encode
 from api.job_view import Listed, describe, describe_all, find_queued, look_again, of_record
 from api.openapi import (
@@ -45,7 +55,7 @@ from tasks.contract.errors import ConflictError, JobNotFoundError, KeyRevokedErr
 from tasks.contract.events import Kind
 from tasks.contract.job import EnqueueOptions, State
 from tasks.contract.job_errors import JobCancelledError, StreamBrokenError
-from tasks.maintenance.accepted import renew, to_record
+from tasks.maintenance.accepted import renew, to_job, to_record
 from tasks.maintenance.webhooks import check_webhook
 
 blueprint = APIBlueprint("jobs", __name__)
@@ -87,6 +97,7 @@ def submit() -> Response:
     job = replace(
         call.job, lane=lane, metadata=metadata, timeout_s=wanted.timeout_s, options=options
     )
+    check_batch(job, services.catalog.resolve(job.model))
     if wanted.webhook:
         check_webhook(wanted.webhook, services.settings, services.lookups.ask)
     return _accept(services, to_record(job, wanted.webhook))
@@ -262,11 +273,7 @@ def retry(path: schemas.JobPath) -> Response:
     old = records.load(url, path.job_id)
     if old is None or old.request is None:
         raise ConflictError("The job's request is no longer kept; send it again.")
-    principal.check_endpoint(old.endpoint)
-    principal.resolve(services.catalog, old.model)
-    new = renew(old)
-    new.key_id, new.weight = principal.key_id, principal.weight
-    return _accept(services, new)
+    return _accept(services, renew(old, readmit(services, principal, to_job(old))))
 
 
 def _answer(services: Services, job_id: str, wait_s: int) -> Response:

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 DEFAULT_TENANT = "default"
 MOST_NAMES = 100
-MOST_WEIGHT = 1000
+LEAST_WEIGHT, MOST_WEIGHT = 0.001, 1000
 MOST_OVERLAP_S = 30 * 86_400
 
 
@@ -41,7 +41,7 @@ def _without_repetition(values: list[Any]) -> list[Any]:
 # In keys of Redis a colon ends it.
 TenantId = Annotated[str, Field(max_length=64, pattern="^[a-z0-9][a-z0-9._-]*$")]
 Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$")]
-Weight = Annotated[float, Field(strict=True, gt=0, le=MOST_WEIGHT)]
+Weight = Annotated[float, Field(strict=True, ge=LEAST_WEIGHT, le=MOST_WEIGHT)]
 Limit = Annotated[int, Field(strict=True, ge=1, lt=2**53), BeforeValidator(whole)]
 Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
 Moment = Annotated[
@@ -94,8 +94,8 @@ class TenantSpec(BaseModel):
 
     weight: Weight = Field(1.0, description="its share of the queue, beside other tenants")
     limits: Limits = Field(default_factory=Limits)
-    is_enabled: Annotated[bool, Field(strict=True)] = Field(
-        True, description="false: all its keys are refused"
+    is_enabled: Annotated[bool, Field(strict=True)] | None = Field(
+        None, description="false: all its keys are refused; null: as it is"
     )
 
 
@@ -121,4 +121,6 @@ class KeySpec(BaseModel):
     weight: Weight = Field(1.0, description="its jobs' share, times that of its tenant")
     limits: Limits = Field(default_factory=Limits)
     expires_at: Moment | None = Field(None, description="seconds since 1970; null: never")
-    is_enabled: Annotated[bool, Field(strict=True)] = Field(True, description="false: revoked")
+    is_enabled: Annotated[bool, Field(strict=True)] | None = Field(
+        None, description="false: revoked; null: as it is"
+    )

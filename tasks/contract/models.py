@@ -92,6 +92,11 @@ class Model(BaseModel):
         description="share of a worker's slots that batch jobs leave free, while chats come",
     )
 
+    @property
+    def reserved_slots(self) -> int:
+        """Of each worker, which batch jobs leave free at most."""
+        return int(self.slots * self.interactive_reserve)
+
     @field_validator("env", mode="before")
     @classmethod
     def _strings(cls, env: Any) -> Any:

@@ -40,7 +40,8 @@ def revoke(url: str, key_id: str) -> Document:
     Raises:
         NotKnownError: there is no such key.
     """
-    return describe(_known(keys.change(url, key_id, {"is_enabled": False}), key_id))
+    gone = {"is_enabled": False, "old_digest": None, "old_until": None}
+    return describe(_known(keys.change(url, key_id, gone), key_id))
 
 
 def rotate(url: str, key_id: str, overlap_s: float) -> Document:
@@ -120,6 +121,8 @@ def _columns(spec: KeySpec) -> dict[str, Any]:
     terms = spec.model_dump() | {"limits": spec.limits.model_dump(exclude_none=True)}
     # In one order, whichever they were given in.
     terms["roles"] = [role.value for role in Role if role in spec.roles]
+    if spec.is_enabled is None:
+        del terms["is_enabled"]
     at = spec.expires_at
     return terms | {"expires_at": at and datetime.fromtimestamp(at, UTC)}
 

@@ -12,6 +12,7 @@ from tasks.contract.errors import (
     ModelNotFoundError,
 )
 from tasks.contract.models import Catalog, Model
+from tasks.queue.entries import fitting
 
 Document = dict[str, Any]
 
@@ -25,7 +26,8 @@ def put(url: str, seed: Catalog, name: str, terms: Document) -> Document:
     try:
         model = Model.model_validate({**terms, "name": name})
         entry = model.model_dump(mode="json", exclude_defaults=True)
-        seed.changed(model_entries.read(url) | {name: entry})
+        known = fitting(seed, model_entries.read(url))
+        seed.changed({**known, name: entry})
     except ValidationError as refused:
         first = refused.errors()[0]
         place = ".".join(map(str, first["loc"]))
@@ -43,12 +45,12 @@ def remove(url: str, seed: Catalog, name: str) -> Document:
         ModelNotFoundError: no model has that name.
         ConflictError: others need it, or it is the only one.
     """
-    entries = model_entries.read(url)
+    entries = fitting(seed, model_entries.read(url))
     known = seed.changed(entries)
     if all(model.name != name for model in known.models):
         raise ModelNotFoundError(name, known.names)
     try:
-        seed.changed(entries | {name: None})
+        seed.changed({**entries, name: None})
     except ConfigurationError as needed:
         raise ConflictError(f"The model cannot be removed: {needed}.") from None
     model_entries.write(url, name, None)
@@ -57,7 +59,7 @@ def remove(url: str, seed: Catalog, name: str) -> Document:
 
 def listed(url: str, seed: Catalog) -> list[Document]:
     """All models as they are now."""
-    known = seed.changed(model_entries.read(url))
+    known = seed.changed(fitting(seed, model_entries.read(url)))
     return [describe(model, is_listed=_is_listed(seed, model.name)) for model in known.models]
 
 
