@@ -77,7 +77,9 @@ def run(backlog: Backlog, tokens: int | None = 50) -> None:
 def left_places(server: redis.Redis) -> list[bytes]:
     """Keys that hold something for jobs that are open."""
     found = [keys.OPEN_PREFIX, keys.WAITING_PREFIX, keys.RESERVED_PREFIX, keys.HELD]
-    return [key for prefix in found for key in server.keys(f"{prefix}*")]
+    left = [key for prefix in found for key in server.keys(f"{prefix}*")]
+    # One that may still be told what it has used holds nothing.
+    return [k for k in left if not (server.type(k) == b"string" and b"late" in server.get(k))]
 
 
 def test_requests_per_minute_slide(backlog: Backlog) -> None:
@@ -281,18 +283,55 @@ def test_what_is_left_is_told(backlog: Backlog) -> None:
     assert (second.tokens.most, second.tokens.left) == (1000, 750)
 
 
-def test_an_answer_without_a_limit_takes_the_rest_of_the_budget(backlog: Backlog) -> None:
-    limits = of(tokens_per_day=50_000) + of("tenant:t", tokens_per_month=2_000)
-    backlog.redis.hset(keys.tokens("m"), "context", "1000")
+def test_a_guess_refuses_no_job_for_ever(backlog: Backlog) -> None:
+    """The model's answers have been long, as others asked for that; this one may be short."""
+    backlog.redis.hset(keys.tokens("m"), "output", "50000")
+    limits = of(tokens_per_minute=1000)
     backlog.submit(job(max_tokens=None), limits)
-    assert used(backlog) == len(BODY) + 1000
+    refused = refusal(backlog, job(max_tokens=None), limits)
+    assert refused.retry_after_s
+    pass_time(backlog, refused.retry_after_s + 0.1)
     backlog.submit(job(max_tokens=None), limits)
-    assert used(backlog, "tenant:t", "month") == 2_000
-    assert refusal(backlog, job(max_tokens=None), limits).code == "insufficient_quota"
-    run(backlog, 150)
-    # What it had not used is there again.
+
+
+def test_what_is_only_reserved_of_a_budget_may_soon_be_there_again(backlog: Backlog) -> None:
+    limits = of(tokens_per_day=1000)
+    backlog.submit(job(max_tokens=900), limits)
+    refused = refusal(backlog, job(max_tokens=300), limits)
+    assert refused.retry_after_s == 1
+    assert refused.should_retry is None
+    run(backlog, 50)
+    backlog.submit(job(max_tokens=300), limits)
+    run(backlog, 800)
+    assert refusal(backlog, job(max_tokens=300), limits).retry_after_s == DAY_S / 2
+
+
+def test_what_a_stopped_job_has_used_is_settled_when_its_worker_knows(backlog: Backlog) -> None:
+    backlog.submit(cancelled := job())
+    assert backlog.claim("m", "w")
+    assert backlog.cancel(cancelled.id)
+    backlog.settle({cancelled.id: None})
+    assert used(backlog) == 200
+    for _ in range(2):
+        backlog.report(cancelled.id, Usage(PROMPT_TOKENS, 7))
+        assert used(backlog) == PROMPT_TOKENS + 7
+
+
+def test_what_an_answer_has_beyond_the_estimate_counts_when_it_ends(backlog: Backlog) -> None:
+    limits = of(tokens_per_minute=1000)
     backlog.submit(job(max_tokens=None), limits)
-    assert used(backlog, "tenant:t", "month") == 2_000
+    claim = backlog.claim("m", "w")
+    assert claim
+    pass_time(backlog, 200)
+    assert backlog.finish(claim, State.COMPLETED, usage=Usage(100, 5000))
+    assert refusal(backlog, job(), limits).retry_after_s
+
+
+def test_batch_jobs_are_not_bounded_in_how_many_run(backlog: Backlog) -> None:
+    limits = of(parallel_requests=1)
+    backlog.submit(job(), limits)
+    backlog.submit(job(lane=Lane.BATCH), limits)
+    refusal(backlog, job(), limits)
 
 
 def test_a_place_whose_job_holds_none_is_found_when_it_is_needed(backlog: Backlog) -> None:

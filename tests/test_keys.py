@@ -15,7 +15,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from api.access import KEY_PROTOCOL, SOCKET, WHO
-from bench.stack import Stack, running
+from bench.stack import Stack, await_that, running
 from db import keys as records
 from db import migrate
 from tasks.contract.access import KeySpec, Role, TenantSpec
@@ -165,6 +165,41 @@ def test_a_revocation_ends_open_streams(stack: Stack, make: Make) -> None:
     assert cancelled.json()["status"] == "cancelled"
 
 
+def test_an_open_socket_may_what_its_key_may_by_now(stack: Stack, make: Make) -> None:
+    key = make()
+    headers = {"Authorization": f"Bearer {key['key']}"}
+    body = orjson.dumps(CHAT | {"max_tokens": 1})
+    with connect(f"ws{stack.url[4:]}{ENDPOINT}", additional_headers=headers) as socket:
+
+        def answer() -> str:
+            socket.send(body)
+            found = ""
+            while (message := str(socket.recv(timeout=20))) != "[DONE]":
+                found += message
+            return found
+
+        assert "choices" in answer()
+        spec = KeySpec(name="narrow", tenant=key["tenant"], models=["another"])
+        api_keys.change(stack.database_url, key["id"], spec)
+        await_that(lambda: "model_not_allowed" in answer(), REVOKED_WITHIN_S)
+
+
+def test_a_revoked_key_stays_so_when_it_is_changed(database_url: str) -> None:
+    migrate(database_url)
+    made = api_keys.create(database_url, KeySpec(name="x"))
+    api_keys.rotate(database_url, made["id"], 60)
+    api_keys.revoke(database_url, made["id"])
+    changed = api_keys.change(database_url, made["id"], KeySpec(name="y"))
+    assert (changed["name"], changed["is_enabled"], changed["old_secret_until"]) == (
+        "y",
+        False,
+        None,
+    )
+    api_keys.set_tenant(database_url, "t", TenantSpec(is_enabled=False))
+    assert api_keys.set_tenant(database_url, "t", TenantSpec(weight=2))["is_enabled"] is False
+    assert api_keys.set_tenant(database_url, "t", TenantSpec(is_enabled=True))["is_enabled"]
+
+
 def test_a_browser_shows_its_key_as_a_subprotocol(stack: Stack, make: Make) -> None:
     url, key = f"ws{stack.url[4:]}{ENDPOINT}", KEY_PROTOCOL + make()["key"]
     for offered, chosen in (([key], key), ([key, "sluice"], "sluice"), (["realtime", key],) * 2):
@@ -189,7 +224,7 @@ def test_a_rotated_key_lives_on_for_its_overlap(stack: Stack, make: Make) -> Non
     ("terms", "says"),
     [
         ({"roles": ["king"]}, "roles.0: Input should be 'user', 'operator' or 'admin'."),
-        ({"weight": -1}, "weight: Input should be greater than 0."),
+        ({"weight": -1}, "weight: Input should be greater than or equal to 0.001."),
         ({"limits": {"queued_jobs": 0}}, "limits.queued_jobs: Input should be greater than"),
         ({"expires_at": 1}, "expires_at: Value error, is in the past."),
         ({"tenant": "nobody"}, "There is no tenant 'nobody'"),
@@ -248,7 +283,7 @@ def test_the_commands_make_show_and_revoke(home: Path) -> None:
     refused = sluice(home, "keys", "create", "me", "--weight", "-1")
     assert (refused.returncode, refused.stderr) == (
         2,
-        "sluice: weight: Input should be greater than 0.\n",
+        "sluice: weight: Input should be greater than or equal to 0.001.\n",
     )
 
 

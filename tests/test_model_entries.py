@@ -9,6 +9,8 @@ import orjson
 import pytest
 
 from bench.stack import Stack, await_that, running
+from tasks.contract.models import Catalog, Model
+from tasks.queue.entries import fitting
 from tests.conftest import SIM
 from tests.test_jobs import CHAT, ENDPOINT, call
 
@@ -84,6 +86,27 @@ def test_a_wrong_entry_is_one_sentence_and_stored_nowhere(
     assert refused.status_code == 400
     assert why in refused.json()["error"]["message"]
     assert "wrong" not in names(stack)
+
+
+def test_an_entry_that_fits_no_more_is_left_out_and_the_others_stay() -> None:
+    entries = {
+        "first": {"engine": "sim", "aliases": ["new"], "fallbacks": ["second"]},
+        "second": {"engine": "sim"},
+        "gone": None,
+        "third": {"engine": "sim", "aliases": ["new"]},
+    }
+    seed = Catalog([Model(name="sim", engine="sim"), Model(name="gone", engine="sim")])
+    fit = fitting(seed, entries)
+    assert set(fit) == {"first", "second", "gone"}
+    assert [model.name for model in seed.changed(fit).models] == ["sim", "second", "first"]
+
+
+def test_a_worker_of_no_model_serves_none_that_a_wildcard_leads_to(stack: Stack) -> None:
+    put(stack, "wide", aliases=["typo-*"])
+    worker = stack.start_worker("typo-1")
+    assert worker.popen.wait(30) == 2
+    assert "typo-1" in worker.log.read_text()
+    ask(stack, "DELETE", "/v1/admin/models/wide")
 
 
 def test_the_only_model_stays(stack: Stack) -> None:

@@ -67,7 +67,11 @@ def test_as_many_requests_at_once_as_the_key_may(stack: Stack) -> None:
     [
         ({"tokens_per_answer": 10}, {"max_tokens": 11}, "max_tokens"),
         ({"tokens_per_answer": 10}, {"max_completion_tokens": 2**70}, "max_completion_tokens"),
+        ({"tokens_per_answer": 10}, {"max_tokens": "11"}, "max_tokens"),
+        ({"tokens_per_answer": 10}, {"max_tokens": "many"}, "max_tokens"),
+        ({"tokens_per_day": 9000}, {"use_beam_search": True}, "max_tokens"),
         ({"sequences_per_request": 2}, {"n": 3}, "n"),
+        ({"sequences_per_request": 2}, {"n": "3"}, "n"),
         ({"logprobs_per_token": 2}, {"logprobs": True, "top_logprobs": 3}, "top_logprobs"),
         ({"logprobs_per_token": 2}, {"prompt_logprobs": -1}, "prompt_logprobs"),
         ({}, {"priority": -5}, "priority"),
@@ -88,6 +92,42 @@ def test_an_answer_is_as_long_as_the_key_allows(stack: Stack) -> None:
     answer = ask(stack, key, "POST", ENDPOINT, json={"messages": CHAT["messages"]}).json()
     assert answer["usage"]["completion_tokens"] == 7
     assert answer["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"max_tokens": None, "max_completion_tokens": 1},
+        {"max_completion_tokens": 1},
+    ],
+)
+def test_a_field_that_the_engine_does_not_know_limits_nothing(
+    stack: Stack, asked: dict[str, Any]
+) -> None:
+    key = make(stack, tokens_per_answer=7)
+    body = {"prompt": "Hello"} | asked
+    answer = ask(stack, key, "POST", "/v1/completions", json=body).json()
+    assert answer["usage"]["completion_tokens"] == 7
+    many = body | {"max_tokens": 8}
+    assert ask(stack, key, "POST", "/v1/completions", json=many).status_code == 400
+
+
+def test_a_list_of_prompts_counts_as_so_many_sequences(stack: Stack) -> None:
+    key = make(stack, sequences_per_request=2)
+    body = {"prompt": ["a", "b", "c"], "max_tokens": 1}
+    assert ask(stack, key, "POST", "/v1/completions", json=body).status_code == 400
+    assert ask(stack, key, "POST", "/v1/completions", json=body | {"prompt": ["a", "b"]}).ok
+
+
+def test_a_job_that_is_retried_has_the_limits_of_who_retries_it(stack: Stack) -> None:
+    many = make(stack)
+    body = CHAT | {"max_tokens": 100, "sim": {"failure": "error"}}
+    failed = submit(stack, many, body=body).json()["id"]
+    path = f"/v1/jobs/{failed}"
+    await_that(lambda: ask(stack, many, "GET", path).json()["status"] == "failed", 30)
+    few = make(stack, tokens_per_answer=10)
+    assert ask(stack, few, "POST", f"{path}/retry").status_code == 400
+    assert ask(stack, many, "POST", f"{path}/retry").status_code == 202
 
 
 def test_a_request_has_no_more_bytes_than_the_key_may_send(stack: Stack) -> None:

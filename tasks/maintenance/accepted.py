@@ -66,7 +66,7 @@ def to_job(record: JobRecord) -> Job:
 
 
 def renew(record: JobRecord, job: Job | None = None) -> JobRecord:
-    """A new job that asks for the same, or for `job`; the Idempotency-Key stays with the old one."""
+    """A new job that asks for the same, or as `job` does; the old one keeps the Idempotency-Key."""
     old = job or to_job(record)
     options = replace(old.options, idempotency_key="", fingerprint="")
     return to_record(replace(old, id=new_id(), options=options), record.webhook)
