@@ -43,16 +43,11 @@ ANSWERED_AT_LEAST = 50
 NOT_BUILT = (
     "How do I upload a file for a batch?",
     "Is there a batch API like OpenAI's?",
-    "How do I create an API key for a colleague?",
-    "How do I revoke a key?",
-    "How do I set a rate limit for a tenant?",
-    "How do I set a budget per team?",
     "Does Sluice have a web console?",
     "Does Sluice support the Responses API?",
     "How do I log in to the dashboard?",
     "How do I deploy on Kubernetes?",
     "Does KEDA scale the workers?",
-    "What happens if a model is overloaded, is there a fallback?",
     "How do I fine-tune a model?",
 )
 ALL_TOKENS = {"ignore_eos": True}
