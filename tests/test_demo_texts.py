@@ -60,16 +60,23 @@ def named(pattern: str, texts: Iterable[str] = ()) -> set[str]:
 
 
 def commands(group: click.Group, before: str = "") -> Iterator[str]:
-    for name, command in group.commands.items():
+    for name, command in members(group).items():
         yield before + name
         if isinstance(command, click.Group):
             yield from commands(command, f"{before}{name} ")
 
 
+def members(group: click.Group) -> dict[str, click.Command]:
+    """Its commands, those included that are loaded when they are needed."""
+    context = click.Context(group)
+    found = {name: group.get_command(context, name) for name in group.list_commands(context)}
+    return {name: command for name, command in found.items() if command}
+
+
 def options(group: click.Group) -> Iterator[str]:
     for parameter in group.params:
         yield from parameter.opts
-    for command in group.commands.values():
+    for command in members(group).values():
         if isinstance(command, click.Group):
             yield from options(command)
         else:
@@ -78,7 +85,7 @@ def options(group: click.Group) -> Iterator[str]:
 
 def test_every_command_exists() -> None:
     known = set(commands(main))
-    groups = "|".join(name for name, one in main.commands.items() if isinstance(one, click.Group))
+    groups = "|".join(name for name, one in members(main).items() if isinstance(one, click.Group))
     found = named(r"(?<![\w./-])sluice ([a-z]+)") - PROSE
     assert {"submit", "watch", "job"} <= found
     assert not found - known
