@@ -126,6 +126,7 @@ def test_a_budget_lasts_until_its_period_ends(
 ) -> None:
     limits = of(**{f"tokens_per_{period}": 300})
     backlog.submit(job(), limits)
+    run(backlog, 100)
     refused = refusal(backlog, job(), limits)
     assert refused.code == "insufficient_quota"
     assert refused.should_retry is False
@@ -145,6 +146,7 @@ def test_months_are_those_of_the_calendar(backlog: Backlog) -> None:
             backlog.redis.flushall()
             backlog.redis.set(NOW, int(first.timestamp() * 1e6))
             backlog.submit(job(), limits)
+            run(backlog, 100)
             assert refusal(backlog, job(), limits).retry_after_s == (after - first).total_seconds()
 
 
@@ -170,6 +172,7 @@ def test_jobs_that_wait_and_those_that_are_open_are_counted(backlog: Backlog, la
 def test_the_strictest_limit_tells_how_long(backlog: Backlog) -> None:
     limits = of(requests_per_minute=1) + of("tenant:t", tokens_per_day=200)
     backlog.submit(job(), limits)
+    run(backlog, 100)
     refused = refusal(backlog, job(), limits)
     assert "Your tenant" in str(refused)
     assert refused.retry_after_s == DAY_S / 2

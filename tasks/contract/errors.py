@@ -238,8 +238,10 @@ class RateLimitError(SluiceError):
     def __init__(self, subject: str, name: str, most: int, wait_s: float | None) -> None:
         """`subject`: key:ID or tenant:NAME; `wait_s`: None if it is too much for ever."""
         self.type, allowed = _LIMITS[name]
+        is_long = wait_s is None or wait_s > LONGEST_RETRY_S
         if self.type == "insufficient_quota":
-            self.code = "insufficient_quota"
+            # What is only reserved may be there again in a moment.
+            self.type, self.code = (self.type, self.type) if is_long else ("tokens", self.code)
         whose = "key" if subject.startswith("key:") else "tenant"
         reached = f"Your {whose} is limited to {allowed.format(most=most)}"
         if wait_s is None:
@@ -247,7 +249,7 @@ class RateLimitError(SluiceError):
         else:
             super().__init__(f"{reached}; try again in {max(wait_s, 0.1):,.1f} s.")
             self.retry_after_s = wait_s
-        if wait_s is None or wait_s > LONGEST_RETRY_S:
+        if is_long:
             self.should_retry = False
 
 
