@@ -15,12 +15,16 @@ from deploy.log_files import KEPT, MOST_BYTES
 from deploy.process import Part
 
 LINES = 2_000_000
-# 200 MB, some 30 a second, from two processes.
+# Where nothing rotates the log, its writers wait here.
+MOST_WRITTEN_BYTES = 3 * MOST_BYTES // 2
+# 200 MB, up to 30 a second, from two processes.
 WRITE_LINES = f"""
 import os, sys, time
 is_child = os.fork() == 0
 for first in range(is_child * 500, {LINES}, 1000):
     lines = (f"{{number:09d}} {{'x' * 89}}\\n" for number in range(first, first + 500))
+    while os.fstat(1).st_size > {MOST_WRITTEN_BYTES}:
+        time.sleep(0.001)
     os.write(1, "".join(lines).encode())
     time.sleep(0.003)
 if not is_child:
@@ -43,19 +47,18 @@ def numbers(path: Path) -> list[int]:
 def test_a_log_of_many_megabytes_is_bounded(log: Path, report: Callable[[str], None]) -> None:
     part = Part("writer", [sys.executable, "-c", WRITE_LINES], log, os.environ)
     messages: list[str] = []
-    grown = largest = 0
+    largest = 0
     part.start()
     while part.exit_code() is None:
         time.sleep(0.02)
-        grown = max(grown, log.stat().st_size)
         log_files.rotate(log, messages.append)
         largest = max(largest, sum(path.stat().st_size for path in log.parent.iterdir()))
     assert part.exit_code() == 0
     assert messages == []
     kept = [log.with_name(f"{log.name}.{number}") for number in range(KEPT, 0, -1)]
     assert sorted(log.parent.iterdir()) == sorted([log, *kept])
-    # It grows between two looks, and while it is copied.
-    assert largest < 2 * (KEPT + 1) * max(grown, MOST_BYTES)
+    # It grows between two looks, and while it is copied: on a busy machine until its writers wait.
+    assert largest < (KEPT + 1) * 2 * MOST_BYTES
     # The log itself may just have been moved away.
     assert {len(path.read_bytes().splitlines()[1]) for path in kept} == {99}
     found = [number for path in (*kept, log) for number in numbers(path)]
@@ -75,7 +78,7 @@ def test_a_part_goes_on_writing_when_nobody_rotates_any_more(log: Path) -> None:
     await_that(lambda: log.stat().st_size > MOST_BYTES)
     log_files.rotate(log, pytest.fail)
     assert log.stat().st_size < MOST_BYTES
-    await_that(lambda: log.stat().st_size > 2 * MOST_BYTES)
+    await_that(lambda: log.stat().st_size > MOST_BYTES)
     part.kill_group()
 
 
