@@ -43,8 +43,10 @@ def check(endpoint: str, document: dict[str, Any], size_bytes: int, principal: P
         _check_number(document, field, limits.get("logprobs_per_token"))
     if document.get("use_beam_search") and _tokens_by_default(limits):
         _check_named(endpoint, document)
-    sequences = count_sequences(endpoint, document)
-    _check_most(sequences_param(endpoint, document), sequences, limits.get("sequences_per_request"))
+    if LENGTH_FIELDS[endpoint]:
+        sequences = count_sequences(endpoint, document)
+        most = limits.get("sequences_per_request")
+        _check_most(sequences_param(endpoint, document), sequences, most)
     for field in OURS:
         if document.get(field) is not None:
             raise InvalidRequestError(f"{field} is set by the server; leave it out.", param=field)

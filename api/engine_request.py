@@ -3,6 +3,7 @@
 Numbers are read as engines read them, which take "64" and 64.0 for 64.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -78,18 +79,21 @@ def admit_sequences(endpoint: str, document: dict[str, Any], model: Model) -> in
     return sequences
 
 
-def check_batch(job: Job, model: Model) -> None:
-    """Refuses a batch job for which a worker would never have room while chats come.
+def fit_batch(job: Job, model: Model) -> Job:
+    """A batch job with no more sequences than a worker has room for while chats come.
 
     Raises:
         InvalidRequestError: it needs slots that are the chats'.
     """
-    most = model.slots - model.reserved_slots
-    if job.lane is Lane.BATCH and job.sequences > max(most, 1):
-        raise InvalidRequestError(
-            f"The request asks for {job.sequences:,} sequences at once, and {model.name} takes up "
-            f"to {most:,} of a batch job; send it as several."
-        )
+    most = max(model.slots - model.reserved_slots, 1)
+    if job.lane is not Lane.BATCH or job.sequences <= most:
+        return job
+    if not _SEQUENCES[job.endpoint][1]:
+        return replace(job, sequences=most)
+    raise InvalidRequestError(
+        f"The request asks for {job.sequences:,} sequences at once, and {model.name} takes up to "
+        f"{most:,} of a batch job; send it as several."
+    )
 
 
 def sequences_param(endpoint: str, document: dict[str, Any]) -> str:

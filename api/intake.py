@@ -20,11 +20,16 @@ from gunicorn.http.errors import NoMoreData, ParseException
 from werkzeug.datastructures import Headers
 
 from api import ceilings, told
-from api.engine_request import admit_sequences, read_max_tokens
+from api.engine_request import admit_sequences, fit_batch, read_max_tokens
 from api.principal import Principal
 from api.routing import rename
 from api.services import Services
-from tasks.contract.errors import BodyTimeoutError, BodyTooLargeError, InvalidRequestError
+from tasks.contract.errors import (
+    BodyTimeoutError,
+    BodyTooLargeError,
+    InvalidRequestError,
+    ModelNotFoundError,
+)
 from tasks.contract.job import EnqueueOptions, Job, new_id
 from tasks.contract.models import Model
 from tasks.contract.settings import get_settings
@@ -209,14 +214,18 @@ def readmit(services: Services, principal: Principal, job: Job) -> Job:
     """
     principal.check_endpoint(job.endpoint)
     model = principal.resolve(services.catalog, job.model)
-    whole = read_object(job.body)
-    # What an earlier request was given by the server.
-    document = {name: value for name, value in whole.items() if name not in ceilings.OURS}
+    if model.name != job.model:
+        # It has gone, and a wildcard leads elsewhere.
+        raise ModelNotFoundError(job.model, principal.names(services.catalog))
+    whole = document = read_object(job.body)
+    if job.key_id:
+        # What it was given by the server.
+        document = {name: value for name, value in whole.items() if name not in ceilings.OURS}
     _check_limits(document, model, services.settings.max_schema_bytes)
     ceilings.check(job.endpoint, document, len(job.body), principal)
     max_tokens = ceilings.bound_tokens(job.endpoint, document, principal, model, is_busy=False)
     document = ceilings.complete(job.endpoint, document, principal, model, max_tokens)
-    return replace(
+    again = replace(
         job,
         body=job.body if document == whole else orjson.dumps(document),
         key_id=principal.key_id,
@@ -224,6 +233,7 @@ def readmit(services: Services, principal: Principal, job: Job) -> Job:
         sequences=admit_sequences(job.endpoint, document, model),
         max_tokens=max_tokens,
     )
+    return fit_batch(again, model)
 
 
 def shortest(*limits_s: float | None) -> float | None:

@@ -52,7 +52,7 @@ def _as_written(given: str) -> str:
     return given
 
 
-Day = Annotated[date, BeforeValidator(_as_written), Field(ge=date(2000, 1, 1))]
+Day = Annotated[date, BeforeValidator(_as_written)]
 
 
 class UsageQuery(BaseModel):

@@ -2,12 +2,15 @@
 
 import asyncio
 import logging
+import random
 from typing import TYPE_CHECKING
 
 from redis.exceptions import RedisError
 
 from gpu_worker.engines.engine import Engine
+from tasks.contract import keys
 from tasks.contract.job import Lane
+from tasks.queue.backlog import Waiting
 
 if TYPE_CHECKING:
     from gpu_worker.worker import Worker
@@ -15,32 +18,44 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.05
+NONE_WAITS = Waiting(0, "")
 
 
 def run(worker: "Worker", engine: Engine) -> None:
     """Until the worker closes: looks whether interactive jobs wait while batch jobs run here.
 
-    One look later they still do, so that no idle worker has taken them: then half as many batch
-    jobs make way, and at the next look half of the rest. A job that needs several slots is waited
-    for in the same way.
+    If the first of them still waits one look later, no idle worker has taken it: then half as many
+    batch jobs make way, of all workers together, and at the next look half of the rest. A job that
+    needs several slots is waited for in the same way.
     """
-    waited, steps = False, engine.progress()
+    before, steps = NONE_WAITS, engine.progress()
     while not worker.closing.wait(LOOK_S):
-        before, steps = steps, engine.progress()
-        waiting = _count_waiting(worker)
+        last_steps, steps = steps, engine.progress()
+        waiting = _look(worker)
         # An engine that stands still may do so because of a job, which would carry that elsewhere.
-        if waiting and waited and steps != before:
-            pausing = worker.runner.pause(Lane.BATCH, (waiting + 1) // 2)
-            asyncio.run_coroutine_threadsafe(pausing, worker.loop).result()
-        waited = waiting > 0
+        if waiting.first and waiting.first == before.first and steps != last_steps:
+            _make_way(worker, waiting.number)
+        before = waiting
 
 
-def _count_waiting(worker: "Worker") -> int:
-    """Interactive jobs that wait; 0 while no batch job runs here, and nothing is asked."""
+def _look(worker: "Worker") -> Waiting:
+    """What waits; nothing is asked while no batch job runs here."""
     if not any(claim.job.lane is Lane.BATCH for claim in worker.claims.held()):
-        return 0
+        return NONE_WAITS
     try:
         return worker.backlog.waiting(worker.model.name, Lane.INTERACTIVE)
     except RedisError as away:
         log.warning("whether chats wait is not known: %s", away)
-        return 0
+        return NONE_WAITS
+
+
+def _make_way(worker: "Worker", waiting: int) -> None:
+    """Pauses this worker's share; each worker looks for itself, and rounds at random."""
+    try:
+        workers = worker.backlog.redis.scard(keys.WORKERS)
+    except RedisError:
+        return  # the next look reports it
+    share = (waiting + 1) / 2 / max(int(workers), 1)
+    count = int(share + random.random())  # noqa: S311
+    pausing = worker.runner.pause(Lane.BATCH, count)
+    asyncio.run_coroutine_threadsafe(pausing, worker.loop).result()

@@ -29,31 +29,39 @@ class ReplayLog:
         """How many streams of tokens the engine makes for the job; only one can be continued."""
         self.can_continue = True
         """Whether another attempt can go on from the notes."""
-        self.unnoted: Callable[[], int] = lambda: 0
-        """What the engine has made without a note of each token."""
+        self.unnoted: dict[str, Callable[[], int]] = {}
+        """By stream, what the engine has made of it without a note of each token."""
         self.catch_up: Callable[[], bool] = lambda: True
         """Notes that; False: the answer is complete."""
-        self.input_tokens = self.output_tokens = 0
+        self.output_tokens = 0
         """Of the whole answer, what earlier attempts made of it included."""
+        self._input_tokens: dict[str, int] = {}
         self.usage: dict[str, Any] | None = None
         """The whole answer's, as the engine reports it on request."""
         self._new: list[object] = []
         self._noted = 0
 
-    def count(self, input_tokens: int, new_tokens: int) -> None:
-        """Counts the prompt's tokens, and the tokens that the next events are made of."""
-        self.input_tokens = input_tokens
+    def count(self, input_tokens: int, new_tokens: int, stream: str = "") -> None:
+        """Counts a stream's prompt, and the tokens that the next events are made of."""
+        self._input_tokens[stream] = input_tokens
         self.output_tokens += new_tokens
 
     def made(self) -> int:
         """Grows with what the engine makes in this attempt, also of an answer not streamed."""
-        return self._noted + self.unnoted()
+        return self._noted + self._pending()
+
+    def _pending(self) -> int:
+        return sum(made() for made in self.unnoted.values())
+
+    def advance(self) -> None:
+        """The engine has made something that is neither noted nor counted by `unnoted`."""
+        self._noted += 1
 
     def total(self) -> tuple[int, int]:
         """All tokens of prompt and answer: as the engine reports them, or as counted."""
         usage = self.usage or {}
         totals = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        counted = self.input_tokens, self.output_tokens + self.unnoted()
+        counted = sum(self._input_tokens.values()), self.output_tokens + self._pending()
         read, made = (t if _is_count(t) else c for t, c in zip(totals, counted, strict=True))
         return read, made
 

@@ -70,7 +70,7 @@ class Runner:
         finally:
             del self._running[Attempt.of(claim)]
         if running.is_paused and await running.feed.written():
-            raise PausedError
+            raise PausedError(running.usage)
         if running.feed.refusal is Refusal.GAP:
             raise LogLostError(Refusal.GAP.value)
         if running.feed.refusal is Refusal.UNWRITABLE:

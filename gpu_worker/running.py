@@ -47,16 +47,14 @@ class AnswerRefusedError(Exception):
 class LogLostError(Exception):
     """The log has lost entries that only another attempt can restore."""
 
-    cause = Cause.HANDED_BACK
-
 
 class PausedError(Exception):
     """The job is to go on later, or elsewhere."""
 
-    cause = Cause.PREEMPTED
-
-    def __init__(self) -> None:
-        super().__init__("interactive jobs wait for its slots")
+    def __init__(self, usage: Usage | None) -> None:
+        """`usage`: what it has cost so far."""
+        super().__init__()
+        self.usage = usage
 
 
 class DivergedError(Exception):

@@ -42,7 +42,7 @@ from tasks.contract.connections import connect, connect_async
 from tasks.contract.errors import ConfigurationError, ModelNotFoundError, SluiceError
 from tasks.contract.events import Attempt
 from tasks.contract.job import Cause, Claim, State
-from tasks.contract.models import Model, get_catalog
+from tasks.contract.models import Catalog, Model, get_catalog
 from tasks.contract.response import assemble
 from tasks.contract.settings import get_settings
 from tasks.contract.trouble import refuse_unusable
@@ -55,6 +55,8 @@ from tasks.queue.token_log import TokenLog
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.5
+# All processes of the API know of a model within seconds.
+MOST_ADDING_S = 5.0
 # Between tries of a job that has failed in itself: 0.5 s, 1 s, 2 s…, with up to half more.
 FAILED_RETRY_S = 0.5
 # How long Celery's threads may keep the engine's loop from running; Python's own 5 ms is a token.
@@ -77,15 +79,23 @@ def run(model_name: str | None) -> int:
 
 
 def _find(model_name: str | None) -> Model:
+    """The model of that name or alias, not what a wildcard leads to; it may be just added."""
+    deadline_s = time.monotonic() + MOST_ADDING_S
+    while True:
+        catalog = _read_catalog()
+        if not model_name or model_name in catalog.names:
+            return catalog.resolve(model_name)
+        if time.monotonic() > deadline_s:
+            raise ModelNotFoundError(model_name, catalog.names)
+        time.sleep(RETRY_S)
+
+
+def _read_catalog() -> Catalog:
     try:
-        catalog = entries.apply(connect(get_settings().redis_url), get_catalog())
+        return entries.apply(connect(get_settings().redis_url), get_catalog())
     except RedisError as away:
         log.warning("what was changed since models.yaml is not known, Redis is away: %s", away)
-        catalog = get_catalog()
-    if model_name and model_name not in catalog.names:
-        # Not whatever a wildcard leads to.
-        raise ModelNotFoundError(model_name, catalog.names)
-    return catalog.resolve(model_name)
+        return get_catalog()
 
 
 class TakeoverRefusedError(Exception):
@@ -188,9 +198,12 @@ class Worker:
                 claim, Cause.WORKER_FAILED, "its log has later entries than this attempt"
             )
             return True
-        except (LogLostError, PausedError) as early:
-            self.hand_back(claim, early.cause, str(early))
+        except LogLostError as lost:
+            self.hand_back(claim, Cause.HANDED_BACK, str(lost))
             return True
+        except PausedError as paused:
+            is_ours = self.hand_back(claim, Cause.PREEMPTED, "interactive jobs wait for its slots")
+            ended = Ended(None, None if is_ours else paused.usage)
         except (EngineFailedError, AnswerRefusedError) as failed:
             pause_s = FAILED_RETRY_S * 2**claim.failures * random.uniform(1, 1.5)  # noqa: S311
             self.hand_back(claim, failed.cause, str(failed), pause_s)
@@ -232,13 +245,17 @@ class Worker:
             raise TakeoverRefusedError
         return History.read(entries)
 
-    def hand_back(self, claim: Claim, cause: Cause, reason: str, delay_s: float = 0) -> None:
-        """Gives the job to other workers, at once or later; it may be its end as a dead letter."""
+    def hand_back(self, claim: Claim, cause: Cause, reason: str, delay_s: float = 0) -> bool:
+        """Gives the job to other workers, at once or later; it may be its end as a dead letter.
+
+        False: it was not this worker's any more.
+        """
         state = self.persist(lambda: self.backlog.requeue(claim, cause, reason, delay_s))
         about = {"attempt": claim.attempt, "cause": cause, "state": state}
         log.warning("job handed back: %s", reason, extra=claim.job.log_fields | about)
         if state is State.FAILED:
             self.persist(lambda: self.log.end_given_up(claim))
+        return state is not None
 
     def persist(self, write: Callable[[], Result]) -> Result | None:
         """Writes to Redis as soon as it answers, for as long as this worker lives."""

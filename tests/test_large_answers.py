@@ -182,7 +182,7 @@ def test_a_job_whose_answer_redis_does_not_take_becomes_a_dead_letter(narrow_sta
     stack = narrow_stack
     long = CHAT | {"stream": True, "max_tokens": 400}
     others = [submit(stack, long)["id"] for _ in range(4)]
-    large_id = submit(stack, CHAT | {"n": 2500, "max_tokens": 50})["id"]
+    large_id = submit(stack, CHAT | {"n": 2500, "max_tokens": 50}, priority="interactive")["id"]
     begun_s = time.monotonic()
     ended = wait(stack, large_id).json()
     # The others have gone on meanwhile.

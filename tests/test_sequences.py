@@ -34,7 +34,7 @@ def test_a_request_is_counted_by_its_sequences(
     sim_stack: Stack, endpoint: str, body: dict[str, Any], sequences: int
 ) -> None:
     answered = call(sim_stack, "POST", endpoint, json=body)
-    submitted = submit(sim_stack, body, endpoint=endpoint)["id"]
+    submitted = submit(sim_stack, body, endpoint=endpoint, priority="interactive")["id"]
     for job_id in (answered.headers["x-sluice-job"], submitted):
         assert sim_stack.redis.hget(keys.job(job_id), "sequences") == str(sequences).encode()
 

@@ -16,7 +16,7 @@ from api import replies, schemas
 from api.access import get_principal
 from api.encoders.sse import event_stream
 from api.ends import is_kept
-from api.engine_request import check_batch
+from api.engine_request import fit_batch
 from api.intake import (
     Call,
     Preference,
@@ -97,7 +97,7 @@ def submit() -> Response:
     job = replace(
         call.job, lane=lane, metadata=metadata, timeout_s=wanted.timeout_s, options=options
     )
-    check_batch(job, services.catalog.resolve(job.model))
+    job = fit_batch(job, services.catalog.resolve(job.model))
     if wanted.webhook:
         check_webhook(wanted.webhook, services.settings, services.lookups.ask)
     return _accept(services, to_record(job, wanted.webhook))

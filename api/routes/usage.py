@@ -2,7 +2,7 @@
 
 import csv
 import io
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 from flask import Response, make_response
@@ -19,6 +19,8 @@ from tasks.contract.errors import InvalidRequestError
 
 USAGE = [Tag(name="Usage", description="Requests and tokens by day (UTC) and model")]
 USUAL_DAYS = 30
+# There is none before it, and some calendars have no days before their first.
+EARLIEST = date(2000, 1, 30)
 CSV = "text/csv"
 COLUMNS = tuple(replies.UsageDay.model_fields)
 SUMS = {200: Given("The days, newest first", {"application/json": replies.UsageList, CSV: str})}
@@ -49,7 +51,7 @@ def show_all(query: schemas.TenantsUsageQuery) -> Response:
 
 
 def _answer(query: schemas.UsageQuery, tenant: str | None) -> Response:
-    until = query.until or datetime.now(UTC).date()
+    until = max(query.until or datetime.now(UTC).date(), EARLIEST)
     since = query.since or until - timedelta(days=USUAL_DAYS - 1)
     url = get_services().settings.database_url
     days = usage.read(url, since, until, tenant, limit=usage.MOST_ROWS + 1)

@@ -153,7 +153,7 @@ async def _generate(
     known = [Note(*note) for note in replay_log.earlier] if replay_log.can_continue else []  # type: ignore[misc]
     is_whole = _is_whole(params)
     for note in known:
-        replay_log.count(len(prompt["prompt_token_ids"]), len(note.token_ids))
+        replay_log.count(len(prompt["prompt_token_ids"]), len(note.token_ids), request_id)
         if not is_whole:
             yield note.output(prompt, request_id)
     if known and known[-1].finish_reason is not None:
@@ -163,10 +163,14 @@ async def _generate(
             new_tokens = sum(len(choice.token_ids) for choice in output.outputs)
             if is_whole:
                 new_tokens -= len(_tokens_of(known))
-                _note_whole(replay_log, output, known)
+                replay_log.unnoted.pop(request_id, None)
+                if known:
+                    output.num_cached_tokens = known[0].cached_tokens
             elif replay_log.can_continue:
                 replay_log.note(tuple(Note.of(output)))
-            replay_log.count(len(output.prompt_token_ids or ()), new_tokens)
+            else:
+                replay_log.advance()
+            replay_log.count(len(output.prompt_token_ids or ()), new_tokens, request_id)
             yield output
 
 
@@ -187,8 +191,9 @@ def _ask(
         if known:
             _restore(processor, request, prompt, params, known)
         if _is_whole(params):
-            replay_log.count(len(states[0].prompt_token_ids or ()), 0)
-            replay_log.unnoted = lambda: sum(map(_made, states)) - len(_tokens_of(known))
+            made = lambda: sum(map(_made, states)) - len(_tokens_of(known))
+            replay_log.unnoted[request_id] = made
+            replay_log.count(len(states[0].prompt_token_ids or ()), 0, request_id)
             replay_log.catch_up = partial(_catch_up, replay_log, processor, states[0], known)
 
     _on_added.set(on_added)
@@ -201,13 +206,6 @@ def _made(state: Any) -> int:
     return int(state.detokenizer.num_output_tokens()) if state.detokenizer else 0
 
 
-def _note_whole(replay_log: ReplayLog, output: Any, known: Sequence[Note]) -> None:
-    """An answer is complete that is yielded once: nothing of it is missing in the log any more."""
-    replay_log.unnoted = lambda: 0
-    if known:
-        output.num_cached_tokens = known[0].cached_tokens
-
-
 def _is_whole(params: Any) -> bool:
     """Whether the answer is yielded once, when it is complete."""
     return getattr(params, "output_kind", None) is RequestOutputKind.FINAL_ONLY
@@ -218,7 +216,8 @@ def _bound(params: Any, most: int | None) -> Any:
     if most is None or not isinstance(params, SamplingParams) or (params.max_tokens or 0) <= most:
         return params
     bounded = params.clone()
-    bounded.max_tokens, bounded.min_tokens = most, min(params.min_tokens, most)
+    # Where only the prompt is wanted again, vLLM makes a token and leaves it out.
+    bounded.max_tokens, bounded.min_tokens = max(most, 1), min(params.min_tokens, most)
     return bounded
 
 

@@ -45,9 +45,11 @@ def remove(url: str, seed: Catalog, name: str) -> Document:
         ModelNotFoundError: no model has that name.
         ConflictError: others need it, or it is the only one.
     """
-    entries = fitting(seed, model_entries.read(url))
+    stored = model_entries.read(url)
+    entries = fitting(seed, stored)
     known = seed.changed(entries)
-    if all(model.name != name for model in known.models):
+    is_known = any(model.name == name for model in known.models)
+    if not is_known and stored.get(name) is None:
         raise ModelNotFoundError(name, known.names)
     try:
         seed.changed({**entries, name: None})

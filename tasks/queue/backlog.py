@@ -115,6 +115,13 @@ class Cancelled(NamedTuple):
     listener: str
 
 
+class Waiting(NamedTuple):
+    """How many jobs wait in a lane, and the id of the oldest of the highest priority."""
+
+    number: int
+    first: str
+
+
 class Backlog:
     """All queued and running jobs of all models, on the queue's Redis."""
 
@@ -251,14 +258,15 @@ class Backlog:
         )
         return None if reply is None else Claim.decode(reply)
 
-    def waiting(self, model: str, lane: Lane) -> int:
-        """How many jobs of the lane may run and do not."""
+    def waiting(self, model: str, lane: Lane) -> Waiting:
+        """Which jobs of the lane may run and do not, those left out that may kill their worker."""
+        place = keys.backlog(model, lane)
         pipeline = self.redis.pipeline(transaction=False)
         pipeline.sismember(keys.PAUSED, model)
-        pipeline.zcard(keys.backlog(model, lane))
-        pipeline.zcard(keys.suspects(model, lane))
-        is_paused, *waiting = pipeline.execute()
-        return 0 if is_paused else sum(waiting)
+        pipeline.zcard(place)
+        pipeline.zrange(place, 0, 0)
+        is_paused, number, first = pipeline.execute()
+        return Waiting(0, "") if is_paused or not first else Waiting(number, first[0].decode())
 
     def clear(self, claim: Claim) -> None:
         """Notes that a suspect has produced what no attempt before it did."""

@@ -51,7 +51,9 @@ def test_500_requests_at_once_do_not_overrun_a_budget_for_ten(home: Any, fault: 
         refused = [answer for answer in answers if not answer.ok]
         assert len(served) >= 10
         assert {answer.status_code for answer in refused} == {429}
-        assert {answer.json()["error"]["code"] for answer in refused} == {"insufficient_quota"}
+        codes = {answer.json()["error"]["code"] for answer in refused}
+        # What is only reserved may be there again.
+        assert codes <= {"insufficient_quota", "rate_limit_exceeded"}
         tokens = sum(usage["total_tokens"] for usage in served)
         assert tokens <= BUDGET
         await_that(lambda: not left_places(stack.redis))

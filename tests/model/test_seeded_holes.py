@@ -48,7 +48,7 @@ HOLES = {
         "claim", "local again = held_claim(KEYS[1])", "local again = nil"
     ),
     "a job that does not fit is claimed": Hole(
-        "claim", "tonumber(job.sequences or 1) > tonumber(ARGV[4])", "false"
+        "claim", "tonumber(job.sequences or 1) > room(lane)", "false"
     ),
     "a paused model is served": Hole(
         "claim", "redis.call('SISMEMBER', PAUSED, model) == 1", "false"

@@ -39,7 +39,8 @@ class Watch:
         """Which script a hash is."""
         self._names = {}
         for file in backlog.LUA.iterdir():
-            for names in ((file.stem,), (*backlog.STATE, file.stem)):
+            state, arrivals = backlog.STATE, (*backlog.STATE, "arrivals")
+            for names in ((file.stem,), (*state, file.stem), (*arrivals, file.stem)):
                 text = backlog.read_scripts(names)
                 self._names[hashlib.sha1(text.encode()).hexdigest()] = file.stem
 
