@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,16 +157,15 @@ def test_a_claim_whose_reply_is_lost_again_and_again_is_of_one_job(home: Any, fa
         assert queue.to_lose == 0
 
 
-def test_a_control_message_that_nobody_understands_is_passed_over(
-    stack: Stack, fault: Fault
-) -> None:
-    fault.inflict("nonsense on a control channel")
-    (worker,) = stack.redis.smembers(keys.WORKERS)  # type: ignore[misc]
-    job_id = submit(stack, chat(stream=True, max_tokens=1000))["id"]
-    await_that(lambda: get(stack, job_id)["status"] == "in_progress")
-    for nonsense in (b"\xff\xfe", b"", b"job_1", b"job_1 x", b"job_1 1 2", b"job_unknown 1"):
-        assert stack.redis.publish(keys.control(worker.decode()), nonsense) == 1
-    (process,) = stack.workers
-    call(stack, "POST", f"/v1/jobs/{job_id}/cancel")
-    # Long before the next renewal of its lease would detect it.
-    await_that(lambda: ": stopped" in process.log.read_text(), timeout_s=0.5)
+def test_a_control_message_that_nobody_understands_is_passed_over(home: Path, fault: Fault) -> None:
+    # The next renewal of its lease would stop the job too, after a third of this.
+    with running(Stack(home, [SLOW_SIM], lease_s=60)) as stack:
+        fault.inflict("nonsense on a control channel")
+        (worker,) = stack.redis.smembers(keys.WORKERS)  # type: ignore[misc]
+        job_id = submit(stack, chat(stream=True, max_tokens=1000))["id"]
+        await_that(lambda: get(stack, job_id)["status"] == "in_progress")
+        for nonsense in (b"\xff\xfe", b"", b"job_1", b"job_1 x", b"job_1 1 2", b"job_unknown 1"):
+            assert stack.redis.publish(keys.control(worker.decode()), nonsense) == 1
+        (process,) = stack.workers
+        call(stack, "POST", f"/v1/jobs/{job_id}/cancel")
+        await_that(lambda: ": stopped" in process.log.read_text(), timeout_s=5)
