@@ -72,6 +72,8 @@ def test_15_the_jobs_of_a_lost_enginecore_go_on_with_the_replacement(
     _await_gone(started)
     stack.processes.remove(worker)
     stack.start_worker(MODEL)
+    # It may take minutes to load on a busy machine.
+    stack.await_workers(1, 400)
     compare(fault, clients, expected, lost_s)
 
 
