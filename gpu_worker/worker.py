@@ -321,8 +321,9 @@ class Worker:
                 publishing = asyncio.ensure_future(self._publish(publisher))
                 # The engine's libraries have configured loggers of their own.
                 logs.take_over_loggers()
-                self._start_parts(engine)
+                # A signal drains from now on; others see the worker by its first heartbeat.
                 self._loaded.set()
+                self._start_parts(engine)
                 await self._stop_engine.wait()
                 publishing.cancel()
 
