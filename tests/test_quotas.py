@@ -20,6 +20,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     stack = Stack(tmp_path_factory.mktemp("quotas"), [SIM], keep_alive_s=1)
     migrate(stack.database_url)
     api_keys.set_tenant(stack.database_url, "acme", TenantSpec())
+    api_keys.create(stack.database_url, KeySpec(name="first", tenant="acme"))
     with running(stack) as stack:
         yield stack
 
