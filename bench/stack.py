@@ -198,7 +198,7 @@ class Stack:
             shutil.rmtree(self.home / directory, ignore_errors=True)
         self.start_redis()
 
-    def await_workers(self, number: int, timeout_s: float = 180) -> None:
+    def await_workers(self, number: int, timeout_s: float = 400) -> None:
         def count() -> bool:
             self.check_alive()
             return len(self.redis.keys(keys.worker("*"))) == number

@@ -48,7 +48,7 @@ class Server:
         Raises:
             AssertionError: it refused, with its message.
         """
-        answer = requests.get(f"{self.url}{path}", params=parameters, timeout=10)
+        answer = requests.get(f"{self.url}{path}", params=parameters, timeout=60)
         assert answer.ok, answer.text
         return answer.json()
 
@@ -57,7 +57,7 @@ class Server:
         assert code is None, f"exit code {code}:\n{self._process.log.read_text()[-2000:]}"
         try:
             return requests.get(f"{self.url}/-/ready", timeout=2).ok
-        except requests.ConnectionError:
+        except requests.RequestException:
             return False
 
 

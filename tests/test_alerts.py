@@ -88,9 +88,10 @@ class PositionWatcher(NamedTuple):
             if (alert["labels"]["alertname"], alert["status"]) == (name, status)
         ]
 
-    def state(self, name: str) -> str:
-        """How Prometheus has the alert: pending, firing, or '' when it has not."""
-        return next((alert["state"] for alert in self.prometheus.alerts(name)), "")
+    def was(self, name: str, state: str) -> bool:
+        """Whether Prometheus has, or had, the alert in that state; `pending` is soon over."""
+        alerts = f'ALERTS{{alertname="{name}",alertstate="{state}"}}'
+        return bool(self.prometheus.query(f"max_over_time({alerts}[10m])"))
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +167,7 @@ def test_a_queue_that_nobody_serves_alerts_until_it_is_served(
         await_that(lambda: prometheus.query(deep))
         note(f"Prometheus sees {prometheus.query(deep)[0].value:.0f} jobs wait")
         for state in ("pending", "firing"):
-            await_that(lambda state=state: watched.state("SluiceQueueDeep") == state)
+            await_that(lambda state=state: watched.was("SluiceQueueDeep", state))
             note(f"SluiceQueueDeep is {state}")
         await_that(lambda: watched.received("SluiceQueueDeep", "firing"))
         note("the receiver gets SluiceQueueDeep as firing")
@@ -212,10 +213,10 @@ def submitting(stack: Stack) -> Iterator[list[str]]:
 
 def chat(stack: Stack) -> None:
     """One streamed answer."""
-    assert requests.post(f"{stack.url}/v1/chat/completions", json=STREAM, timeout=10).ok
+    assert requests.post(f"{stack.url}/v1/chat/completions", json=STREAM, timeout=60).ok
 
 
 def workers(stack: Stack) -> set[str]:
     """The ids of the workers that live."""
     url, key = f"{stack.url}/v1/admin/workers", {"Authorization": "Bearer admin"}
-    return {worker["id"] for worker in requests.get(url, headers=key, timeout=10).json()["data"]}
+    return {worker["id"] for worker in requests.get(url, headers=key, timeout=60).json()["data"]}

@@ -75,7 +75,7 @@ def test_a_claimed_job_that_lacks_a_field_cannot_be_read(name: str) -> None:
 def test_the_oldest_age_grows(backlog: Backlog) -> None:
     assert depth(backlog.redis, "m").oldest_age_s == 0
     backlog.submit(_job())
-    await_that(lambda: depth(backlog.redis, "m").oldest_age_s > 0.1, timeout_s=2)
+    await_that(lambda: depth(backlog.redis, "m").oldest_age_s > 0.1)
 
 
 def test_a_full_lane_refuses_and_the_other_does_not(backlog: Backlog) -> None:
@@ -98,7 +98,7 @@ def test_priorities_order_a_lane_and_the_oldest_age_counts_all(backlog: Backlog)
     late, soon = _job(Lane.BATCH), _job(Lane.BATCH, priority=-100)
     last = _job(Lane.BATCH, priority=100)
     backlog.submit(last)
-    await_that(lambda: depth(backlog.redis, "m").oldest_age_s > 0.1, timeout_s=2)
+    await_that(lambda: depth(backlog.redis, "m").oldest_age_s > 0.1)
     backlog.submit(late)
     backlog.submit(soon)
     assert depth(backlog.redis, "m").oldest_age_s > 0.1
@@ -246,7 +246,7 @@ def test_a_job_that_fails_waits_its_delay_and_ends_as_a_dead_letter(backlog: Bac
     assert claim
     assert backlog.requeue(claim, Cause.ENGINE_ERROR, "503", delay_s=0.2) is State.QUEUED
     assert backlog.claim("m", "w") is None
-    await_that(lambda: [job.state for job in backlog.reap()] == [State.QUEUED], timeout_s=2)
+    await_that(lambda: [job.state for job in backlog.reap()] == [State.QUEUED])
     again = backlog.claim("m", "w")
     assert again
     assert (again.attempt, again.failures, again.is_last) == (2, 1, True)
@@ -320,11 +320,11 @@ def test_cancelling_ends_a_job_wherever_it_is(backlog: Backlog) -> None:
 
 def test_a_job_that_has_started_in_time_never_expires(backlog: Backlog) -> None:
     """Handed back after its deadline it was in no index at all, for ever."""
-    job = _job(deadline_s=0.3)
+    job = _job(deadline_s=2)
     backlog.submit(job)
     claim = backlog.claim("m", "w")
     assert claim
-    await_that(lambda: _ms_since(backlog, job) > 350, timeout_s=2)
+    await_that(lambda: _ms_since(backlog, job) > 2050)
     backlog.requeue(claim, Cause.HANDED_BACK, "stopped")
     assert backlog.reap() == []
     again = backlog.claim("m", "w")

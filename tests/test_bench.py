@@ -63,7 +63,7 @@ def test_a_run_is_a_table_and_shows_how_far_it_is(sim_stack: Stack) -> None:
     with subprocess.Popen(**run, stdout=subprocess.PIPE, stderr=its_end, text=True) as process:
         os.close(its_end)
         shown = read_to_end(terminal)
-        table, _ = process.communicate(timeout=60)
+        table, _ = process.communicate(timeout=240)
     assert process.returncode == 0
     assert "warm-up" in shown
     assert "round 3 of 3" in shown
@@ -104,17 +104,28 @@ def test_the_same_again_passes(sim_stack: Stack, baseline: Path, tmp_path: Path)
     assert saved.exists()
 
 
-def test_a_slower_model_fails_and_is_not_saved(home: Path, baseline: Path) -> None:
+@pytest.fixture
+def fast_baseline(baseline: Path, home: Path) -> Path:
+    """The same run at the engine's own speed, however busy the machine was in it."""
+    run = orjson.loads(baseline.read_bytes())
+    for one in run["rounds"]:
+        one["ttft_ms"]["p95"], one["tpot_ms"]["p95"] = 10, 5
+    file = home / "fast.json"
+    file.write_bytes(orjson.dumps(run))
+    return file
+
+
+def test_a_slower_model_fails_and_is_not_saved(home: Path, fast_baseline: Path) -> None:
     slower = SIM | {"args": {"tokens-per-s": 5, "first-token-s": 1}}
     saved = home / "slower.json"
     with running(Stack(home, [slower], keep_alive_s=1)) as stack:
-        judged = "--baseline", baseline, "--save", saved, "--json"
+        judged = "--baseline", fast_baseline, "--save", saved, "--json"
         done = bench(stack, *judged, requests=8, rounds=1)
     assert done.returncode == 1
     first, second = done.stderr.splitlines()
     assert first.startswith("sluice: TTFT p95 is ")
     assert second.startswith("sluice: TPOT p95 is ")
-    assert f" % worse than in {baseline}; 10 % are allowed" in first
+    assert f" % worse than in {fast_baseline}; 10 % are allowed" in first
     assert not saved.exists()
     changes = orjson.loads(done.stdout)["changes"]
     assert [change["figure"] for change in changes] == ["TTFT p95", "TPOT p95"]
@@ -189,7 +200,7 @@ def test_no_load_goes_on_when_the_program_is_ended(sim_stack: Stack, ending: int
             os.killpg(process.pid, ending)
         else:
             process.send_signal(ending)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=120)
     await_that(lambda: has_ended(client))
     assert process.returncode != 0
     assert "Traceback" not in errors
@@ -242,7 +253,7 @@ def test_any_server_of_the_same_api_is_measured_with_the_key(sim_stack: Stack) -
     run = command(sim_stack, "bench", "--requests=6", "--rounds=2", "--json")
     with serving(ThreadingHTTPServer(("127.0.0.1", 0), Other)) as other:
         run["args"] += ["--url", f"http://127.0.0.1:{other.server_port}/gateway"]
-        run |= {"capture_output": True, "text": True, "timeout": 60}
+        run |= {"capture_output": True, "text": True, "timeout": 240}
         stranger = subprocess.run(**run, check=False)
         run["env"] |= {"SLUICE_API_KEY": "s3cret"}
         done = subprocess.run(**run, check=False)

@@ -58,9 +58,9 @@ def test_a_queue_that_nobody_serves_wakes_somebody_until_it_is_served(
     worker.stop()
     jobs = [submit(stack, CHAT, priority="interactive")["id"] for _ in range(8)]
     names = {"SluiceQueueDeep", "SluiceQueueOld", "SluiceNoWorker"}
-    await_that(lambda: all(named(receiver, name, "firing") for name in names), 60, stack.logs)
+    await_that(lambda: all(named(receiver, name, "firing") for name in names), 240, stack.logs)
     stack.start_worker("sim")
-    await_that(lambda: all(named(receiver, name, "resolved") for name in names), 60, stack.logs)
+    await_that(lambda: all(named(receiver, name, "resolved") for name in names), 240, stack.logs)
 
     first, second = (json.loads(body) for _, _, body in receiver.requests[:2])
     assert {alert["labels"]["alertname"] for alert in first["alerts"]} <= {

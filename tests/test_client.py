@@ -35,7 +35,7 @@ def command(stack: Stack, *arguments: str) -> dict[str, Any]:
 def sluice(stack: Stack, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     start = command(stack, *arguments)
     return subprocess.run(
-        **start, input=stdin, capture_output=True, text=True, timeout=60, check=False
+        **start, input=stdin, capture_output=True, text=True, timeout=240, check=False
     )
 
 
@@ -50,7 +50,7 @@ def text(stack: Stack, max_tokens: int) -> str:
     """The sim engine's answer to PROMPT, without a job."""
     messages = [{"role": "user", "content": PROMPT}]
     body = {"messages": messages, "max_tokens": max_tokens}
-    answer = requests.post(f"{stack.url}/v1/chat/completions", json=body, timeout=60)
+    answer = requests.post(f"{stack.url}/v1/chat/completions", json=body, timeout=240)
     return str(answer.json()["choices"][0]["message"]["content"])
 
 
@@ -136,7 +136,7 @@ def test_what_is_no_text_is_refused(
 def test_a_standard_input_that_is_closed_is_refused(sim_stack: Stack) -> None:
     start = command(sim_stack, "submit", "-")
     start["args"] = ["sh", "-c", 'exec "$0" "$@" <&-', *start["args"]]
-    done = subprocess.run(**start, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(**start, capture_output=True, text=True, timeout=240, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines()[-1] == "Error: standard input is closed"
 
@@ -193,11 +193,11 @@ def test_a_cancelled_job_ends_its_watch_with_an_error(sim_stack: Stack) -> None:
         done = sluice(sim_stack, "cancel", *jobs)
         assert (done.returncode, done.stderr) == (0, "")
         assert [line.split()[0] for line in done.stdout.splitlines()] == jobs
-        _, error = watch.communicate(timeout=20)
+        _, error = watch.communicate(timeout=120)
     assert watch.returncode == 1
     assert error.startswith(f"sluice: {jobs[0]} cancelled: ".encode())
     listed = ("jobs", "--status", "cancelled")
-    await_that(lambda: sluice(sim_stack, *listed).stdout.count("job_") >= 2, timeout_s=10)
+    await_that(lambda: sluice(sim_stack, *listed).stdout.count("job_") >= 2)
 
 
 def test_cancel_goes_on_after_a_job_that_it_cannot_cancel(sim_stack: Stack) -> None:
@@ -246,7 +246,7 @@ def test_a_watch_outlives_its_api_without_losing_or_doubling_a_token(slow_stack:
         os.killpg(slow_stack.api_processes[0].pid, signal.SIGKILL)
         slow_stack.api_processes[0].popen.wait()
         slow_stack.start_api(slow_stack.api_ports[0])
-        rest, error = watch.communicate(timeout=60)
+        rest, error = watch.communicate(timeout=240)
     assert (watch.returncode, error) == (0, b"")
     assert (begun + rest).decode() == expected + "\n"
 
@@ -261,7 +261,7 @@ def test_a_terminal_shows_the_place_and_ctrl_c_leaves_the_job(idle_stack: Stack)
         read_until(terminal, lambda seen: b"place 2 in the queue" in seen)
         watch.send_signal(signal.SIGINT)
         shown = read_until(terminal, lambda seen: b"ends it" in seen).decode()
-        assert watch.wait(20) == 130
+        assert watch.wait(120) == 130
     os.close(terminal)
     os.close(its_end)
     assert f"sluice watch {job}" in shown

@@ -21,7 +21,7 @@ import requests
 import yaml
 from click.testing import CliRunner, Result
 
-from bench.stack import Process, Stack, await_that, running, serving
+from bench.stack import Process, Stack, await_that, running, serving, slack
 from deploy.cli import main
 from deploy.doctor_servers import _judge_memory
 from deploy.redis_server import answers, find_server, free_port, server_command
@@ -68,7 +68,7 @@ def sluice(stack: Stack, *arguments: str, **env: str) -> subprocess.CompletedPro
         env=environment(stack, **env),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
 
@@ -154,7 +154,7 @@ def test_servers_that_accept_connections_and_are_silent_are_waited_for_seconds_o
             SLUICE_DATABASE_URL=f"postgresql+psycopg://postgres@127.0.0.1:{port}/x",
             SLUICE_API_URL=f"http://127.0.0.1:{port}",
         )
-    assert time.monotonic() - began_s < 30
+    assert time.monotonic() - began_s < slack(30)
     assert (seen.code, seen.wrong) == (1, {"bus", "database", "api"})
     assert "start it, or set SLUICE_BUS_URL" in seen.of("bus", "wrong")
     assert "start it, or set SLUICE_DATABASE_URL" in seen.of("database", "wrong")
@@ -164,9 +164,14 @@ def test_servers_that_accept_connections_and_are_silent_are_waited_for_seconds_o
 @contextmanager
 def filled(stack: Stack, share: float) -> Iterator[None]:
     """The stack's Redis with that share of its maxmemory in use."""
-    used: Any = stack.redis.info("memory")
-    with configured(stack, "maxmemory", int(used["used_memory"] / share)):
-        yield
+    # So much that the connections which come and go are no share of it.
+    stack.redis.set("ballast", b"x" * 2**25)
+    try:
+        used: Any = stack.redis.info("memory")
+        with configured(stack, "maxmemory", int(used["used_memory"] / share)):
+            yield
+    finally:
+        stack.redis.delete("ballast")
 
 
 def test_a_redis_that_drops_jobs_is_wrong_and_one_that_forgets_a_warning(stack: Stack) -> None:
@@ -266,7 +271,7 @@ def test_clocks_that_differ(stack: Stack) -> None:
         seen = diagnose(stack, SLUICE_REDIS_URL=url)
     assert (seen.code, seen.wrong) == (0, set())
     assert re.search(
-        r"(1000000000|999999999)\.\d s behind that of Redis", seen.of("clock", "warning")
+        r"(100000000\d|99999999\d)\.\d s behind that of Redis", seen.of("clock", "warning")
     )
     assert "have NTP set both clocks" in seen.of("clock", "warning")
 
@@ -280,7 +285,7 @@ def test_jobs_that_wait_for_a_worker_and_a_maintenance_that_died(home: Path) -> 
         assert "is not ready: no worker lives" in seen.of("api", "warning")
 
         job = {"endpoint": "/v1/chat/completions", "body": CHAT}
-        assert requests.post(f"{stack.url}/v1/jobs", json=job, timeout=10).status_code == 202
+        assert requests.post(f"{stack.url}/v1/jobs", json=job, timeout=60).status_code == 202
         stack.part("maintenance").kill()
         stack.redis.expire(keys.MAINTENANCE, 1)  # its seconds pass faster
         await_that(lambda: not stack.redis.exists(keys.MAINTENANCE))

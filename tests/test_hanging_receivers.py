@@ -36,6 +36,12 @@ def database(database_url: str) -> str:
     return database_url
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No call that hangs ends before the test does: who waited for one would wait for ever."""
+    monkeypatch.setattr(deliveries, "Sender", partial(Sender, timeout_s=3600))
+
+
 @contextmanager
 def hanging() -> Iterator[int]:
     """The port of a receiver at every address of loopback; it takes calls and never answers."""
@@ -59,11 +65,9 @@ def test_a_thousand_calls_that_hang_do_not_delay_others(
     bus: redis.Redis,
     receiver: Receiver,
     kind: str,
-    monkeypatch: pytest.MonkeyPatch,
+    patient: None,
     report: Callable[[str], None],
 ) -> None:
-    # None of the calls that hang ends before the test does: who waited for one would wait for ever.
-    monkeypatch.setattr(deliveries, "Sender", partial(Sender, timeout_s=3600))
     with hanging() as port, delivering(database, bus):
         add(database, many(kind, port))
         delays_s = []
@@ -79,11 +83,11 @@ def test_a_thousand_calls_that_hang_do_not_delay_others(
 
 
 def test_a_receiver_is_called_by_few_at_once(
-    database: str, bus: redis.Redis, receiver: Receiver
+    database: str, bus: redis.Redis, receiver: Receiver, patient: None
 ) -> None:
     most, now, lock = [0], [0], threading.Lock()
     # Eight are let go when eight are there.
-    eight = threading.Barrier(AT_ONE_RECEIVER, timeout=TIMEOUT_S)
+    eight = threading.Barrier(AT_ONE_RECEIVER, timeout=120)
 
     def respond(handler: Handler) -> None:
         with lock:
@@ -114,7 +118,7 @@ def test_names_that_nobody_answers_for_do_not_delay_others(
 
     def getaddrinfo(host: Any, *args: Any, **options: Any) -> Any:
         if b"silent" in (host if isinstance(host, bytes) else str(host).encode()):
-            is_over.wait(60)
+            is_over.wait(240)
             raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
         return ask(host, *args, **options)
 
@@ -126,27 +130,31 @@ def test_names_that_nobody_answers_for_do_not_delay_others(
             await_tries(database, "job_silent_0", 1)
             add(database, {"job_1": receiver.url})
             began_s = time.monotonic()
+            allowed_s = slack(15)
             await_that(lambda: receiver.requests)
-            assert time.monotonic() - began_s < slack(15)
+            # Then, or now: a load comes and goes.
+            assert time.monotonic() - began_s < max(allowed_s, slack(15))
         _, (attempt,) = attempts_of(database, "job_silent_0")
         assert "no address of the host within 5 s" in str(attempt.error)
     finally:
         is_over.set()
 
 
-def test_who_stops_gives_its_calls_back(database: str, bus: redis.Redis) -> None:
+def test_who_stops_gives_its_calls_back(database: str, bus: redis.Redis, patient: None) -> None:
     with hanging() as port:
         add(database, {"job_1": f"http://127.0.0.1:{port}/"})
         with delivering(database, bus):
             await_that(lambda: due(database, "", 5) == [])
-        assert due(database, "", 5) == [Due(f"127.0.0.1:{port}", "job_1")]
+        given_back = [Due(f"127.0.0.1:{port}", "job_1")]
+        # Before the claim is over by itself.
+        await_that(lambda: due(database, "", 5) == given_back, deliveries.HOLD_S / 2)
         assert states(database, "job_1") == ("pending", True, [])
 
 
 def submit(stack: Stack, webhook: str) -> str:
     chat: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
     job = {"endpoint": "/v1/chat/completions", "body": chat, "webhook": webhook}
-    return str(requests.post(f"{stack.url}/v1/jobs", json=job, timeout=10).json()["id"])
+    return str(requests.post(f"{stack.url}/v1/jobs", json=job, timeout=60).json()["id"])
 
 
 def test_receivers_that_hang_do_not_delay_a_good_one(
@@ -160,7 +168,7 @@ def test_receivers_that_hang_do_not_delay_a_good_one(
         delays_s = []
         for number in range(3):
             job = f"{stack.url}/v1/jobs/{submit(stack, good.url)}"
-            requests.get(job, headers={"Prefer": "wait=20"}, timeout=30)
+            requests.get(job, headers={"Prefer": "wait=60"}, timeout=120)
             ended_s = time.monotonic()
             await_that(lambda known=number: len(good.requests) > known, 100)
             delays_s.append(time.monotonic() - ended_s)

@@ -58,7 +58,7 @@ def up(installed: Path, tmp_path: Path) -> Iterator[str]:
     command = ["env", "-C", str(elsewhere), str(installed / "sluice"), "up"]
     process = Process(command, env, tmp_path / "up.log")
     try:
-        await_that(lambda: "Sluice is ready" in process.log.read_text(), 60, process.log.read_text)
+        await_that(lambda: "Sluice is ready" in process.log.read_text(), 240, process.log.read_text)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.kill_all()
@@ -91,9 +91,9 @@ def test_a_package_of_another_content_than_the_locked_one_is_refused(tmp_path: P
 
 
 def test_the_wheel_alone_serves(up: str) -> None:
-    chat = requests.post(f"{up}/v1/chat/completions", json=CHAT, timeout=30)
+    chat = requests.post(f"{up}/v1/chat/completions", json=CHAT, timeout=120)
     assert chat.status_code == 200
     job = {"endpoint": "/v1/chat/completions", "body": CHAT}
     submitted = requests.post(f"{up}/v1/jobs", json=job, timeout=30).json()
-    url, waiting = f"{up}/v1/jobs/{submitted['id']}", {"prefer": "wait=20"}
-    assert requests.get(url, headers=waiting, timeout=30).json()["status"] == "completed"
+    url, waiting = f"{up}/v1/jobs/{submitted['id']}", {"prefer": "wait=60"}
+    assert requests.get(url, headers=waiting, timeout=120).json()["status"] == "completed"

@@ -1,6 +1,7 @@
 """The jobs API with the sim engine: what can be done with a request by its id."""
 
 import re
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +23,8 @@ from tests.conftest import SIM
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
 STREAM = CHAT | {"stream": True}
-LONG = STREAM | {"max_tokens": 2000}
+# Minutes: no test waits for its end.
+LONG = STREAM | {"max_tokens": 60_000}
 ENDPOINT = "/v1/chat/completions"
 SLOW = SIM | {"slots": 1, "args": {"tokens-per-s": 50, "first-token-s": 0.01}}
 
@@ -43,7 +45,8 @@ def slow_stack(one_slot: Stack) -> Stack:
 
 
 def call(stack: Stack, method: str, path: str, **options: Any) -> requests.Response:
-    return requests.request(method, stack.url + path, timeout=30, **options)
+    # Longer than any wait that a test prefers: 60 s.
+    return requests.request(method, stack.url + path, timeout=120, **options)
 
 
 def submit(stack: Stack, body: dict[str, Any] = CHAT, **options: Any) -> dict[str, Any]:
@@ -72,11 +75,19 @@ def test_any_name_of_a_model_can_be_answered(home: Path) -> None:
 
 
 def get(stack: Stack, job_id: str) -> dict[str, Any]:
-    return dict(call(stack, "GET", f"/v1/jobs/{job_id}").json())
+    """The job; its status is None while it cannot be read."""
+    return {"status": None} | call(stack, "GET", f"/v1/jobs/{job_id}").json()
 
 
-def wait(stack: Stack, job_id: str, wait_s: int = 20) -> requests.Response:
-    return call(stack, "GET", f"/v1/jobs/{job_id}", headers={"Prefer": f"wait={wait_s}"})
+def wait(stack: Stack, job_id: str, wait_s: int | None = None) -> requests.Response:
+    """The job when it has ended; with `wait_s`, as it is after so many seconds at most."""
+    wish = {"Prefer": f"wait={20 if wait_s is None else wait_s}"}
+    ask = lambda: call(stack, "GET", f"/v1/jobs/{job_id}", headers=wish)
+    answer = ask()
+    until_s = time.monotonic() + 240
+    while wait_s is None and answer.status_code == 202 and time.monotonic() < until_s:
+        answer = ask()
+    return answer
 
 
 def events(stack: Stack, job_id: str, after: str = "") -> str:
@@ -137,6 +148,7 @@ def test_a_streamed_job_is_polled_as_one_answer(sim_stack: Stack) -> None:
 
 def test_waiting_answers_202_when_time_is_up(sim_stack: Stack) -> None:
     job = submit(sim_stack, LONG)
+    await_that(lambda: get(sim_stack, job["id"])["status"] == "in_progress")
     response = wait(sim_stack, job["id"], 1)
     assert response.status_code == 202
     assert response.json()["status"] == "in_progress"
@@ -146,7 +158,7 @@ def test_waiting_answers_202_when_time_is_up(sim_stack: Stack) -> None:
 
 def test_submitting_may_wait_too(sim_stack: Stack) -> None:
     job = {"endpoint": ENDPOINT, "body": CHAT}
-    done = call(sim_stack, "POST", "/v1/jobs", json=job, headers={"Prefer": "wait=10"})
+    done = call(sim_stack, "POST", "/v1/jobs", json=job, headers={"Prefer": "wait=60"})
     assert done.status_code == 200
     assert done.json()["status"] == "completed"
 
@@ -205,21 +217,27 @@ def test_a_refusal_by_the_engine_fails_the_job_with_its_answer(sim_stack: Stack)
 
 def test_position_and_eta_count_down(slow_stack: Stack) -> None:
     wait(slow_stack, submit(slow_stack, CHAT)["id"])
-    running_job = submit(slow_stack, STREAM | {"max_tokens": 150})
+    running_job = submit(slow_stack, LONG)
     await_that(lambda: get(slow_stack, running_job["id"])["status"] == "in_progress")
     queued = [submit(slow_stack, STREAM) for _ in range(3)]
     first = submit(slow_stack, STREAM, priority="interactive")
     found = [get(slow_stack, job["id"])["queue"] for job in [first, *queued]]
     assert [place["position"] for place in found] == [1, 2, 3, 4]
     assert all(place["eta_s"] > 0 for place in found)
-    text = events(slow_stack, queued[-1]["id"])
+    path = f"/v1/jobs/{queued[-1]['id']}/events"
+    with call(slow_stack, "GET", path, stream=True) as followed:
+        lines = followed.iter_lines(decode_unicode=True)
+        first_place = next(line for line in lines if "position" in line)
+        # The others move up once it is seen.
+        call(slow_stack, "POST", f"/v1/jobs/{running_job['id']}/cancel")
+        text = "\n".join(["event: queue", first_place, *lines])
     seen = [int(n) for n in re.findall(r'event: queue\ndata: {"position":(\d+)', text)]
     assert seen[0] == 4
     assert seen == sorted(seen, reverse=True)
 
 
 def test_priority_orders_the_lane(slow_stack: Stack) -> None:
-    blocker = submit(slow_stack, STREAM | {"max_tokens": 50})
+    blocker = submit(slow_stack, LONG)
     await_that(lambda: get(slow_stack, blocker["id"])["status"] == "in_progress")
     late, soon = submit(slow_stack, priority=5), submit(slow_stack, priority=-5)
     assert get(slow_stack, soon["id"])["queue"]["position"] == 1
@@ -325,14 +343,14 @@ def test_a_client_that_leaves_ends_a_job_that_nobody_else_waits_for(
 ) -> None:
     key = f"shared by two: {are_two}"
     header = {"Idempotency-Key": key, "x-sluice-on-disconnect": "abort"}
-    body = STREAM | {"max_tokens": 400}
+    body = STREAM | {"max_tokens": 400} if are_two else LONG
     first = call(sim_stack, "POST", ENDPOINT, json=body, headers=header, stream=True)
     pieces = first.iter_content(10)  # once it is collected the connection is closed
     next(pieces)
     job_id = first.headers["x-sluice-job"]
     if not are_two:
         first.close()
-        await_that(lambda: get(sim_stack, job_id)["status"] == "cancelled", 2)
+        await_that(lambda: get(sim_stack, job_id)["status"] == "cancelled")
         return
     with call(sim_stack, "POST", ENDPOINT, json=body, headers=header, stream=True) as second:
         assert second.headers["x-sluice-job"] == job_id
@@ -347,7 +365,7 @@ def test_the_key_of_a_chat_is_a_background_jobs_once_the_chat_is_recorded(
     """A 202 was answered for it, and with Redis it would have been lost."""
     header = {"Idempotency-Key": "of a chat"}
     later = header | {"Prefer": "respond-async"}
-    body = STREAM | {"max_tokens": 60_000}
+    body = LONG
 
     def check_refused() -> None:
         refused = call(sim_stack, "POST", ENDPOINT, json=body, headers=later)

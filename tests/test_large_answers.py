@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -59,7 +58,7 @@ def check_failed(stack: Stack, job_id: str) -> None:
     assert (job["status"], job["attempts"]) == ("failed", 1)
     check_error(job["error"])
     # As the worker's next heartbeat tells.
-    await_that(lambda: in_engine(stack) == 0, 10)
+    await_that(lambda: in_engine(stack) == 0)
 
 
 def check_error(error: dict[str, Any]) -> None:
@@ -159,7 +158,7 @@ async def test_a_whole_answer_without_end_is_not_collected_any_further(
     engine: Engine = Endless()
     claim = Claim(Job("job_1", "m", ENDPOINT, b"{}"), 1, 0, 0, 3)
     runner = Runner(engine, publisher, lambda _claim: None, Timeouts())
-    ended = await asyncio.wait_for(runner.run(claim, History()), 5)
+    ended = await asyncio.wait_for(runner.run(claim, History()), 60)
     assert ended
     assert (ended.state, ended.usage) == (State.FAILED, None)
     assert engine.load().running == 0
@@ -182,23 +181,22 @@ def test_a_job_whose_answer_redis_does_not_take_becomes_a_dead_letter(narrow_sta
     stack = narrow_stack
     long = CHAT | {"stream": True, "max_tokens": 400}
     others = [submit(stack, long)["id"] for _ in range(4)]
+    before = stack.redis.xlen(keys.log(others[0]))
     large_id = submit(stack, CHAT | {"n": 2500, "max_tokens": 50}, priority="interactive")["id"]
-    begun_s = time.monotonic()
     ended = wait(stack, large_id).json()
-    # The others have gone on meanwhile.
-    length = stack.redis.xlen(keys.log(others[0]))
-    assert length > (time.monotonic() - begun_s) * 50 / 2
+    # The others have gone on meanwhile: by half as many tokens as its three attempts have made.
+    assert stack.redis.xlen(keys.log(others[0])) - before > 3 * 50 / 2
     assert (ended["status"], ended["attempts"]) == ("failed", 3)
     assert ended["error"]["code"] == "job_failed"
     admin = {"Authorization": "Bearer admin"}
     dead = lambda: call(stack, "GET", f"/v1/admin/dead/{large_id}", headers=admin)
-    await_that(lambda: dead().status_code == 200, 10)  # SQL is told a little later
+    await_that(lambda: dead().status_code == 200)  # SQL is told a little later
     reasons = [each["reason"] for each in dead().json()["reasons"]]
     assert reasons == ["Redis does not take what it has answered"] * 3
     counted = Metrics(f"{stack.url}/metrics")
     assert counted.total("sluice_requeues_total", cause="log_refused") == 3
     for job_id in others:
-        await_that(lambda job_id=job_id: get(stack, job_id)["status"] == "completed", 30)
+        await_that(lambda job_id=job_id: get(stack, job_id)["status"] == "completed")
         assert get(stack, job_id)["attempts"] == 1
-    await_that(lambda: in_engine(stack) == 0, 10)
+    await_that(lambda: in_engine(stack) == 0)
     assert len(stack.workers) == 1

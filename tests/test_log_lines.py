@@ -194,10 +194,11 @@ print(max(b - a for a, b in zip(ticks, ticks[1:])))
         assert process.stderr is not None
         try:
             os.set_blocking(process.stdout.fileno(), False)
-            await_that(lambda: process.stdout and process.stdout.peek(), 20)
-            assert float(process.stdout.readline()) < slack(0.5)
+            await_that(lambda: process.stdout and process.stdout.peek())
+            # Who waits for the reader waits for ever.
+            assert float(process.stdout.readline()) < slack(2)
             # It ends, too, and what fits is written once the pipe is read again.
-            assert process.wait(10) == 0
+            assert process.wait(60) == 0
         finally:
             process.kill()
 
@@ -247,7 +248,7 @@ def test_streams_go_on_while_nobody_reads_the_log(home: Path) -> None:
             with requests.Session() as client:
                 for _ in range(500):
                     url = f"{stack.url}/v1/chat/completions"
-                    assert client.post(url, json=chat, timeout=5).status_code == 200
+                    assert client.post(url, json=chat, timeout=30).status_code == 200
         finally:
             api.kill_all()
             api.popen.communicate()
@@ -272,25 +273,25 @@ def slow_stack(home: Path) -> Iterator[Stack]:
 
 def test_clients_that_leave_while_redis_is_away_do_not_silence_the_api(slow_stack: Stack) -> None:
     stack = slow_stack
-    body: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2000}
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 20_000}
     clients = [send(stack, body | {"stream": True}) for _ in range(60)]
     for client in clients:
+        client.settimeout(60)
         assert client.recv(4000)
     stack.part("redis").signal(signal.SIGSTOP)
     try:
         for client in clients:
             client.shutdown(socket.SHUT_RDWR)
             client.close()
-        longest_s, until_s = 0.0, time.monotonic() + 12
-        while time.monotonic() < until_s:
-            begun_s = time.monotonic()
-            assert requests.get(f"{stack.url}/health/live", timeout=10).ok
-            longest_s = max(longest_s, time.monotonic() - begun_s)
+        until_s = time.monotonic() + 12
+        while (begun_s := time.monotonic()) < until_s:
+            assert requests.get(f"{stack.url}/health/live", timeout=60).ok
+            took_s = time.monotonic() - begun_s
+            assert took_s < 1 or took_s < slack(1)
     finally:
         stack.part("redis").signal(signal.SIGCONT)
-    assert longest_s < slack(1)
     # Long before their answers would be complete.
-    await_that(lambda: stack.redis.zcard(keys.LEASES) == 0, slack(20))
+    await_that(lambda: stack.redis.zcard(keys.LEASES) == 0)
     log = stack.api_processes[0].log
     assert "not cancelled yet" in log.read_text()
     assert len(log.read_text()) < 100_000
@@ -326,7 +327,7 @@ def test_why_a_part_ends_is_the_last_line_of_its_log(home: Path) -> None:
     env = os.environ | {"SLUICE_HOME": str(home)}
     with subprocess.Popen(program, env=env, stderr=subprocess.PIPE, text=True) as part:
         await_that((home / "failing").exists)
-        _, log = part.communicate(timeout=30)
+        _, log = part.communicate(timeout=120)
     assert part.returncode == 2
     lines = log.splitlines()
     assert len(lines) == 5_001

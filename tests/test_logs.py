@@ -1,5 +1,6 @@
 """What the logs of all parts hold, and what they must not."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,15 @@ def _written(log: Path) -> list[str]:
 
 
 def chat(stack: Stack, **more: Any) -> requests.Response:
-    return requests.post(stack.url + "/v1/chat/completions", json=CHAT | more, timeout=30)
+    return requests.post(stack.url + "/v1/chat/completions", json=CHAT | more, timeout=120)
 
 
 def test_each_transition_is_a_line_without_what_was_asked_or_answered(stack: Stack) -> None:
+    began_s = time.monotonic()
     answer = chat(stack)
     job_id = answer.headers["x-sluice-job"]
     await_that(lambda: len(lines(stack, job_id)) == 3)
+    most_ms = (time.monotonic() - began_s) * 1000
     # The API may write its line when a worker has claimed the job already.
     by_event = {line["event"]: line for line in lines(stack, job_id)}
     events = ("job accepted", "job claimed", "job completed")
@@ -55,8 +58,10 @@ def test_each_transition_is_a_line_without_what_was_asked_or_answered(stack: Sta
         assert (line["tenant"], line["model"], line["level"]) == ("default", "sim", "info")
     assert accepted["lane"] == "interactive"
     assert claimed["attempt"] == completed["attempt"] == 1
-    assert claimed["queue_ms"] < 1000
-    assert 200 < completed["run_ms"] < 3000
+    assert claimed["queue_ms"] >= 0
+    # Nine tokens after the first one, at 40 per second.
+    assert completed["run_ms"] > 200
+    assert claimed["queue_ms"] + completed["run_ms"] < most_ms + 2  # each is rounded
     text = answer.json()["choices"][0]["message"]["content"]
     written = "".join(process.log.read_text() for process in stack.processes)
     assert PROMPT not in written
@@ -64,7 +69,7 @@ def test_each_transition_is_a_line_without_what_was_asked_or_answered(stack: Sta
 
 
 def test_failures_are_logged_with_the_same_fields(stack: Stack) -> None:
-    body = CHAT | {"max_tokens": 200, "stream": True}
+    body = CHAT | {"max_tokens": 2000, "stream": True}
     url = stack.url + "/v1/chat/completions"
     with requests.post(url, json=body, stream=True, timeout=30) as answer:
         job_id = answer.headers["x-sluice-job"]

@@ -2,6 +2,7 @@
 
 import random
 import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,7 +55,7 @@ def open_streams(stack: Stack) -> float:
 @pytest.fixture
 def stack(home: Path) -> Iterator[Stack]:
     """API, maintenance, and two slow workers."""
-    settings: dict[str, Any] = {"lease_s": 3, "keep_alive_s": 1}
+    settings: dict[str, Any] = {"lease_s": 6, "keep_alive_s": 1}
     with running(Stack(home, [SLOW], **settings), workers=2) as stack:
         yield stack
 
@@ -148,7 +149,8 @@ def test_the_depth_is_right_after_every_step_of_1000_jobs(home: Path) -> None:
     try:
         stack.start_redis()
         stack.start_api()
-        model = Model(Backlog(stack.redis, Settings(max_attempts=2)), seed=4)
+        # Nobody renews these leases.
+        model = Model(Backlog(stack.redis, Settings(max_attempts=2, lease_s=1000)), seed=4)
         while model.submitted < 1000:
             model.step()
             seen = Metrics(stack.url + "/metrics", "sluice_queue_de", "sluice_leases")
@@ -178,7 +180,7 @@ def test_every_api_reports_the_same_depth_while_a_worker_is_killed(stack: Stack)
     urls = [f"http://127.0.0.1:{port}" for port in stack.api_ports]
     with ThreadPoolExecutor(60) as pool:
         chats = [
-            pool.submit(requests.post, urls[n % 2] + "/v1/chat/completions", json=CHAT, timeout=60)
+            pool.submit(requests.post, urls[n % 2] + "/v1/chat/completions", json=CHAT, timeout=240)
             for n in range(60)
         ]
         await_that(lambda: stack.redis.zcard(keys.LEASES) == 8)
@@ -194,6 +196,10 @@ def test_every_api_reports_the_same_depth_while_a_worker_is_killed(stack: Stack)
                 scrapes += 1
         assert {chat.result().status_code for chat in chats} == {200}
     assert scrapes > 20
+    # An end is counted after its client has the answer, and a heartbeat outlasts the leases.
+    total = lambda name, **labels: Metrics(urls[0] + "/metrics").total(name, **labels)
+    await_that(lambda: total("sluice_jobs_total", status="completed") == 60)
+    await_that(lambda: total("sluice_workers", state="serving") == 1)
     last = Metrics(urls[0] + "/metrics")
     assert last.total("sluice_jobs_total", status="completed") == 60
     assert last.total("sluice_requeues_total", cause="lease_expired") == taken > 0
@@ -203,9 +209,11 @@ def test_every_api_reports_the_same_depth_while_a_worker_is_killed(stack: Stack)
 
 
 def test_a_worker_times_its_streams_and_counts_their_tokens(stack: Stack) -> None:
+    begun_s = time.monotonic()
     answer = requests.post(
         stack.url + "/v1/chat/completions", json=CHAT | {"stream": True}, timeout=30
     )
+    took_s = time.monotonic() - begun_s
     assert answer.text.endswith("data: [DONE]\n\n")
     targets = requests.get(stack.url + "/v1/admin/targets", headers=ADMIN, timeout=10).json()
     assert {target["labels"]["worker"].rpartition("-")[2] for target in targets} == {
@@ -219,7 +227,7 @@ def test_a_worker_times_its_streams_and_counts_their_tokens(stack: Stack) -> Non
     first_token = "sluice_time_to_first_token_seconds_count"
     assert total("time_to_first_token_seconds_count", model="sim", lane="interactive") == 1
     assert total("inter_token_latency_seconds_count") == 19
-    assert 0.4 < total("inter_token_latency_seconds_sum") < 1.5
+    assert 0.4 < total("inter_token_latency_seconds_sum") < took_s
     assert total("time_per_output_token_seconds_sum") == pytest.approx(
         total("inter_token_latency_seconds_sum") / 19, rel=0.01
     )
@@ -231,7 +239,7 @@ def test_a_worker_times_its_streams_and_counts_their_tokens(stack: Stack) -> Non
 
 
 def test_a_continued_answer_counts_its_tokens_once(stack: Stack) -> None:
-    body = CHAT | {"stream": True, "max_tokens": 60}
+    body = CHAT | {"stream": True, "max_tokens": 200}
     url = stack.url + "/v1/chat/completions"
     with requests.post(url, json=body, stream=True, timeout=30) as answer:
         lines = (line for line in answer.iter_lines() if line.startswith(b"data: "))
@@ -242,9 +250,9 @@ def test_a_continued_answer_counts_its_tokens_once(stack: Stack) -> None:
     await_that(lambda: len(_targets(stack)) == 1)
     (target,) = _targets(stack)
     seen = Metrics(f"http://{target}/metrics")
-    assert seen.total("sluice_tokens_total", type="output") == 60
+    assert seen.total("sluice_tokens_total", type="output") == 200
     assert seen.total("sluice_time_to_first_token_seconds_count") == 0
-    assert seen.total("sluice_inter_token_latency_seconds_count") <= 50
+    assert seen.total("sluice_inter_token_latency_seconds_count") <= 190
 
 
 def test_restarted_workers_leave_no_series_behind(home: Path) -> None:
@@ -257,7 +265,7 @@ def test_restarted_workers_leave_no_series_behind(home: Path) -> None:
             await_that(lambda: stack.redis.keys(keys.worker(name)))  # noqa: B023 (awaited at once)
         await_that(lambda: len(stack.redis.keys(keys.worker("*"))) == 1)
         assert Metrics(stack.url + "/metrics").samples.keys() - before == set()
-        assert stack.redis.scard(keys.WORKERS) == 1
+        await_that(lambda: stack.redis.scard(keys.WORKERS) == 1)
 
 
 def _targets(stack: Stack) -> list[str]:

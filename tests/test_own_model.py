@@ -19,7 +19,7 @@ from deploy.redis_server import free_port
 from gpu_worker.engines.sources import BUNDLED_MODEL
 
 # The load of an engine, and with all parts of vLLM another time for one that fails.
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 SLUICE = [sys.executable, "-m", "deploy.cli"]
 TOOL = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}
@@ -63,20 +63,20 @@ def test_a_directory_serves_without_a_models_yaml(up: Process, home: Path, port:
         assert up.popen.poll() is None, up.log.read_text()
         return "Sluice is ready" in up.log.read_text()
 
-    await_that(is_ready, 240, lambda: (home / "logs" / "worker.log").read_text()[-3000:])
+    await_that(is_ready, 600, lambda: (home / "logs" / "worker.log").read_text()[-3000:])
     url = f"http://127.0.0.1:{port}/v1"
-    assert requests.get(f"{url}/models/own-model", timeout=10).json()["max_model_len"] == 2048
+    assert requests.get(f"{url}/models/own-model", timeout=60).json()["max_model_len"] == 2048
     chat = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
     # The template determines which of vLLM's parsers reads this model's tool calls.
     for asked in (chat, chat | {"tools": [TOOL], "tool_choice": "auto"}):
-        answer = requests.post(f"{url}/chat/completions", json=asked, timeout=60)
+        answer = requests.post(f"{url}/chat/completions", json=asked, timeout=240)
         assert answer.status_code == 200, answer.text
         assert answer.json()["model"] == "own-model"
 
 
 def test_what_fails_in_vllms_processes_is_one_sentence(home: Path, directory: Path) -> None:
     flags = ("--", *AT_ONCE, "--gpu-memory-utilization", "1.0")
-    ended = _run_up(home, 240, "--model", str(directory), "--port", str(free_port()), *flags)
+    ended = _run_up(home, 600, "--model", str(directory), "--port", str(free_port()), *flags)
     assert ended.returncode == 1
     (sentence,) = ended.stderr.splitlines()
     assert sentence.startswith(
@@ -134,7 +134,7 @@ def test_what_is_wrong_with_a_model_is_the_last_line_of_its_workers_log(
         workers[what] = Process([*SLUICE, "worker"], env, home / "worker.log")
     try:
         for what, worker in workers.items():
-            assert worker.popen.wait(240) == 2
+            assert worker.popen.wait(600) == 2
             last = worker.log.read_text().rstrip().splitlines()[-1]
             assert last.startswith("sluice: "), last
             assert REFUSED[what][1] in last
@@ -170,7 +170,7 @@ def _hub(home: Path, endpoint: str) -> dict[str, str]:
 def _assert_refused(home: Path, sentence: str, **env: str) -> None:
     begun_s = time.monotonic()
     ended = _run_up(home, 240, "--model", "nobody/own", "--port", str(free_port()), **env)
-    assert time.monotonic() - begun_s < slack(30)
+    assert time.monotonic() - begun_s < slack(45)
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
     assert sentence in line
@@ -209,5 +209,5 @@ def test_a_model_that_was_downloaded_needs_no_hub(home: Path, directory: Path) -
         [sys.executable, "-c", check],
         env=os.environ | _hub(home, f"http://127.0.0.1:{free_port()}"),
         check=True,
-        timeout=60,
+        timeout=240,
     )

@@ -15,7 +15,7 @@ from bench.stack import Stack
 from tests.parity_cases import CASES, CHAT, TEXT
 
 # The load of two engines counts for the first test.
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1500)
 # The first structured output compiles a kernel, which on a new machine takes a minute and more.
 TIMEOUT_S = 240
 # What differs from one request to the next on one server, too.

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import redis
 
-from bench.stack import Stack
+from bench.stack import Stack, await_that
 from gpu_worker import publisher as publishing
 from gpu_worker.publisher import Feed, Publisher, Refusal
 from tasks.contract import keys
@@ -200,7 +200,7 @@ async def test_what_redis_does_not_take_holds_up_nobody_else(
     other.put((Kind.BODY, b"0", b""))
     large.put((Kind.BODY, TOO_LARGE, b""))
     large.put((Kind.END, b"", b""))
-    assert await asyncio.wait_for(write(other, range(1, 20)), 10)
+    assert await asyncio.wait_for(write(other, range(1, 20)), 60)
     assert words(log, "job_2") == list(range(20))
     assert large.refusal is Refusal.UNWRITABLE
     assert writing.stopped == [large.attempt]
@@ -215,7 +215,7 @@ async def test_what_was_written_before_stays_and_can_be_gone_on_from(
     feed = writing.feed()
     assert await write(feed, range(5))
     feed.put((Kind.BODY, TOO_LARGE, b""))
-    assert not await asyncio.wait_for(feed.written(), 10)
+    assert not await asyncio.wait_for(feed.written(), 60)
     takeover = log.take_over("job_1", 2, "")[-1]
     assert await write(writing.feed("job_1", 2, takeover.data), range(5, 8))
     assert words(log) == list(range(8))
@@ -227,7 +227,7 @@ async def test_a_log_that_something_else_has_become_holds_up_nobody_else(
     broken, other = writing.feed("job_1"), writing.feed("job_2")
     bus.set(keys.log("job_1"), "no stream")
     broken.put((Kind.BODY, b"0", b""))
-    assert await asyncio.wait_for(write(other, range(3)), 10)
+    assert await asyncio.wait_for(write(other, range(3)), 60)
     assert broken.refusal is Refusal.UNWRITABLE
     assert writing.stopped == [broken.attempt]
 
@@ -240,11 +240,11 @@ async def test_what_was_written_before_an_error_is_published(
     arguments = append_arguments([Addressed(entry, "here") for entry in entries], get_settings())
     with bus.pubsub(ignore_subscribe_messages=True) as listener:
         listener.subscribe(keys.relay("here"))
-        listener.get_message(timeout=1)
+        await_that(lambda: bus.pubsub_numsub(keys.relay("here"))[0][1] == 1)
         with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
             load_script(bus, "append")(**arguments)
         assert words(log) == [0]
-        assert listener.get_message(timeout=1)
+        await_that(listener.get_message)
 
 
 def _fill(bus: redis.Redis) -> None:
@@ -322,7 +322,7 @@ async def test_a_redis_that_stalls_again_and_again_refuses_nothing(
     writing = Writing(f"redis://127.0.0.1:{server.redis_port}/0")
     feed = writing.feed()
     feed.put((Kind.BODY, piece, b""))
-    assert await asyncio.wait_for(feed.written(), 10)
+    assert await asyncio.wait_for(feed.written(), 60)
     assert stalls < 0
     assert writing.stopped == []
     assert [e.data for e in log.read_after("job_1")] == [piece]
@@ -336,6 +336,6 @@ async def test_what_comes_before_a_refused_answer_is_written(
     feed.put((Kind.BODY, b"0", b""))
     feed.put((Kind.BODY, TOO_LARGE, b""))
     feed.put((Kind.BODY, b"1", b""))
-    assert not await asyncio.wait_for(feed.written(), 20)
+    assert not await asyncio.wait_for(feed.written(), 60)
     assert words(log) == [0]
     assert writing.stopped == [feed.attempt]

@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from deploy.redis_server import free_port
 from tasks.contract.errors import ConfigurationError
-from tests.test_remote_engine import Server, post, remote, serving, unused_port
+from tests.test_remote_engine import Server, post, remote, serving
 
 pytestmark = pytest.mark.anyio
 
@@ -25,8 +26,8 @@ async def server() -> AsyncIterator[Server]:
 
 
 @pytest.fixture
-async def unused() -> int:
-    return await unused_port()
+def unused() -> int:
+    return free_port()
 
 
 def listing(*names: str) -> bytes:

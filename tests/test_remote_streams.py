@@ -4,7 +4,7 @@ It frames its events in ways of its own, and all clients here get them in the sa
 """
 
 import json
-import time
+import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -50,6 +50,9 @@ REFUSED = json.dumps(REFUSAL, indent=2)
 class Far(BaseHTTPRequestHandler):
     """Answers in the way that the question names."""
 
+    client_has_begun = threading.Event()
+    """Set when the client of a late refusal has the beginning of a stream."""
+
     def do_GET(self) -> None:
         self._answer(200, "application/json", json.dumps({"data": [{"id": "far-1"}]}))
 
@@ -59,7 +62,7 @@ class Far(BaseHTTPRequestHandler):
         if body.get("model") != "far-1":
             self._answer(404, "application/json", '{"error": "no such model"}')
         elif way == "refused late":
-            time.sleep(2)
+            self.client_has_begun.wait(60)
             self._answer(400, "application/json", REFUSED)
         elif way == "refused as a stream":
             self._answer(400, "text/event-stream", REFUSED)
@@ -114,7 +117,7 @@ def test_a_jobs_events_and_its_stored_answer_are_whole(stack: Stack, way: str) -
     assert list(map(json.loads, data[:-1])) == CHUNKS
     # Each can be resumed after.
     assert len({fields["id"][0] for fields in own if "id" in fields}) == len(own)
-    ended = requests.get(url, headers={"Prefer": "wait=10"}, timeout=20).json()
+    ended = requests.get(url, headers={"Prefer": "wait=60"}, timeout=90).json()
     assert ended["status"] == "completed"
     (choice,) = ended["response"]["body"]["choices"]
     assert choice["message"] == {"role": "assistant", "content": "Hello there"}
@@ -133,8 +136,11 @@ def test_a_streamed_chat_is_whole(stack: Stack, way: str) -> None:
 
 @pytest.mark.parametrize("way", ["refused late", "refused as a stream"])
 def test_a_refusal_in_many_lines_is_one_event(stack: Stack, way: str) -> None:
-    answer = requests.post(f"{stack.url}/v1/chat/completions", json=asking(way), timeout=30)
-    first, *others = (fields["data"] for fields in events(answer.text))
+    url = f"{stack.url}/v1/chat/completions"
+    with requests.post(url, json=asking(way), stream=True, timeout=90) as answer:
+        Far.client_has_begun.set()
+        text = answer.text
+    first, *others = (fields["data"] for fields in events(text))
     assert others == ([["[DONE]"]] if way == "refused late" else [])
     assert list(map(json.loads, first)) == [REFUSAL]
 

@@ -28,7 +28,7 @@ def _up(home: Path, *options: str, **settings: str) -> Process:
     env = OF_ITS_OWN | {"SLUICE_HOME": str(home)} | settings
     log = home / f"up-{len(list(home.glob('up-*.log')))}.log"
     process = Process([*SLUICE, "up", *options], env, log)
-    await_that(lambda: "Sluice is ready" in process.log.read_text(), 60, process.log.read_text)
+    await_that(lambda: "Sluice is ready" in process.log.read_text(), 240, process.log.read_text)
     return process
 
 
@@ -48,7 +48,7 @@ def up(tmp_path_factory: pytest.TempPathFactory, port: str) -> Iterator[Path]:
     env = OF_ITS_OWN | {"HOME": str(user), "SLUICE_MODELS": "models.yaml"}
     process = Process(command, env | {"PYTHONPATH": str(Path.cwd())}, user / "up.log")
     try:
-        await_that(lambda: "Sluice is ready" in process.log.read_text(), 60, process.log.read_text)
+        await_that(lambda: "Sluice is ready" in process.log.read_text(), 240, process.log.read_text)
         yield user
     finally:
         process.kill_all()
@@ -68,7 +68,7 @@ class Terminal:
             cwd=self._cwd,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr

@@ -76,7 +76,7 @@ def test_sockets_are_checked_too(stack: Stack, origin: str | None, status: int) 
     if status == 101:
         with connect(url, additional_headers=headers) as ws:
             ws.send('{"message": "Hello", "max_tokens": 1}')
-            assert "choices" in str(ws.recv(timeout=10))
+            assert "choices" in str(ws.recv(timeout=60))
         return
     with pytest.raises(InvalidStatus) as refused:
         connect(url, additional_headers=headers)

@@ -33,7 +33,7 @@ def up(home: Path, env: dict[str, str]) -> Iterator[Process]:
     """A deployment that is ready."""
     process = Process([*SLUICE, "up"], env, home / "up.log")
     try:
-        await_that(lambda: "Sluice is ready" in process.log.read_text(), 60, process.log.read_text)
+        await_that(lambda: "Sluice is ready" in process.log.read_text(), 240, process.log.read_text)
         yield process
     finally:
         process.kill_all()
@@ -43,21 +43,21 @@ def test_what_up_prints_works(up: Process, env: dict[str, str], home: Path) -> N
     url = f"http://127.0.0.1:{env['SLUICE_PORT']}"
     assert url in up.log.read_text()
     answer = requests.post(
-        url + "/v1/chat/completions", json={"message": "Hello", "max_tokens": 5}, timeout=30
+        url + "/v1/chat/completions", json={"message": "Hello", "max_tokens": 5}, timeout=120
     )
     assert answer.text.endswith("data: [DONE]\n\n")
     # The other commands find the Redis that was started on any free port.
     listed = subprocess.run(
-        [*SLUICE, "drain"], env=env, capture_output=True, text=True, timeout=30, check=True
+        [*SLUICE, "drain"], env=env, capture_output=True, text=True, timeout=120, check=True
     )
     assert "serving" in listed.stdout
-    subprocess.run([*SLUICE, "doctor"], env=env, stdout=subprocess.DEVNULL, timeout=30, check=True)
+    subprocess.run([*SLUICE, "doctor"], env=env, stdout=subprocess.DEVNULL, timeout=120, check=True)
 
     parts = psutil.Process(up.pid).children(recursive=True)
     assert len(parts) >= 5
     began_s = time.monotonic()
     up.signal(signal.SIGINT)
-    assert up.popen.wait(15) == 0
+    assert up.popen.wait(120) == 0
     assert time.monotonic() - began_s < slack(10)
     assert [part for part in parts if is_alive(part)] == []
     assert not running.record(home).exists()
@@ -65,11 +65,10 @@ def test_what_up_prints_works(up: Process, env: dict[str, str], home: Path) -> N
 
 def test_what_it_keeps_is_its_users_alone(up: Process, env: dict[str, str], home: Path) -> None:
     url = f"http://127.0.0.1:{env['SLUICE_PORT']}"
-    requests.post(url + "/v1/chat/completions", json={"message": "Hello"}, timeout=30)
+    requests.post(url + "/v1/chat/completions", json={"message": "Hello"}, timeout=120)
     made = [path for path in home.rglob("*") if path.name not in {"up.log", "pytest"}]
     assert {"up.json", "sluice.db", "api.log", "redis.conf"} <= {path.name for path in made}
-    open_to_others = {path for path in made if path.stat().st_mode & 0o077}
-    assert not open_to_others
+    assert not {path for path in made if is_open_to_others(path)}
     # Whoever else is on this machine cannot speak to its Redis.
     server = urlsplit(Settings(home=home).redis_url)
     with redis.Redis(port=server.port or 0) as stranger, pytest.raises(redis.AuthenticationError):
@@ -81,6 +80,13 @@ def test_what_it_keeps_is_its_users_alone(up: Process, env: dict[str, str], home
     assert not [log for log in (home / "logs").iterdir() if secret in log.read_text()]
 
 
+def is_open_to_others(path: Path) -> bool:
+    try:
+        return bool(path.stat().st_mode & 0o077)
+    except FileNotFoundError:
+        return False  # Redis and SQLite have files that come and go
+
+
 def test_workers_are_not_given_the_operators_secrets(home: Path, env: dict[str, str]) -> None:
     marked = {
         "SLUICE_ADMIN_KEY": "marked-admin",
@@ -89,7 +95,7 @@ def test_workers_are_not_given_the_operators_secrets(home: Path, env: dict[str, 
     }
     process = Process([*SLUICE, "up"], env | marked, home / "up.log")
     try:
-        await_that(lambda: "Sluice is ready" in process.log.read_text(), 60, process.log.read_text)
+        await_that(lambda: "Sluice is ready" in process.log.read_text(), 240, process.log.read_text)
         parts = psutil.Process(process.pid).children(recursive=True)
         (worker,) = [part for part in parts if "worker" in part.cmdline()]
         assert not set(marked) & worker.environ().keys()
@@ -99,7 +105,7 @@ def test_workers_are_not_given_the_operators_secrets(home: Path, env: dict[str, 
 
 def test_a_second_one_in_the_same_home_is_refused(up: Process, env: dict[str, str]) -> None:
     again = subprocess.run(
-        [*SLUICE, "up"], env=env, capture_output=True, text=True, timeout=30, check=False
+        [*SLUICE, "up"], env=env, capture_output=True, text=True, timeout=120, check=False
     )
     assert again.returncode != 0
     (sentence,) = again.stderr.splitlines()

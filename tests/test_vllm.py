@@ -30,7 +30,7 @@ from tests.test_metrics import Metrics
 from tests.test_openapi import try_examples
 
 # The load of an engine counts for the first test that needs it.
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 LONG = {
     "messages": [{"role": "user", "content": "Tell me a long story about a queue"}],
@@ -141,8 +141,8 @@ def test_64_streams_share_one_engine_and_leaving_frees_it(vllm_stack: Stack) -> 
     finally:
         for client in clients:
             client.close()
-    await_that(lambda: _load(vllm_stack) == 0, timeout_s=30)
-    assert vllm_stack.redis.zcard(keys.LEASES) == 0
+    await_that(lambda: _load(vllm_stack) == 0)
+    await_that(lambda: vllm_stack.redis.zcard(keys.LEASES) == 0)
 
 
 def test_the_worker_serves_vllms_metrics_beside_its_own(vllm_stack: Stack) -> None:
@@ -177,7 +177,8 @@ def test_the_worker_serves_vllms_metrics_beside_its_own(vllm_stack: Stack) -> No
 
 
 def test_the_heartbeat_has_the_usage_of_the_kv_cache(vllm_stack: Stack) -> None:
-    with send(vllm_stack, LONG | {"stream": True}):
+    # Many at once take longer than any heartbeat is late.
+    with send(vllm_stack, LONG | {"stream": True, "n": 32, "temperature": 1}):
         await_that(lambda: workers(vllm_stack.redis)[0].kv_cache_usage > 0)
     await_that(lambda: workers(vllm_stack.redis)[0].kv_cache_usage == 0)
 
@@ -282,7 +283,7 @@ def test_a_directory_that_is_swept_before_it_is_locked_is_made_anew(
 
 def test_cards_have_the_length_of_the_context(vllm_stack: Stack, demo_model: Model) -> None:
     for path in ("/v1/models/sluice-demo", "/v1/models/gpt-3.5-turbo"):
-        card = requests.get(vllm_stack.url + path, timeout=10).json()
+        card = requests.get(vllm_stack.url + path, timeout=60).json()
         assert card["max_model_len"] == demo_model.args["max-model-len"]
     listed = requests.get(f"{vllm_stack.url}/v1/models", timeout=10).json()["data"]
     assert {card["max_model_len"] for card in listed} == {demo_model.args["max-model-len"]}

@@ -10,7 +10,7 @@ from gpu_worker.engines.vllm_process import KILLED, describe, root_cause
 from tasks.contract.errors import ConfigurationError
 from tasks.contract.models import Model
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 GIB = 2**30
 

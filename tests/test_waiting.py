@@ -108,6 +108,6 @@ def test_the_program_shows_paused_wherever_it_shows_the_job(stack: Stack) -> Non
         with subprocess.Popen(**watching, stdout=subprocess.PIPE, stderr=its_end) as watch:
             read_until(terminal, lambda seen: b"place 1 in the queue, paused" in seen)
             watch.send_signal(signal.SIGINT)
-            assert watch.wait(20) == 130
+            assert watch.wait(60) == 130
         os.close(terminal)
         os.close(its_end)

@@ -80,7 +80,7 @@ def test_what_waits_on_a_socket_is_not_begun_when_its_client_has_left(idle_stack
     await_that(lambda: states(idle_stack) == [b"cancelled"], 20)
     time.sleep(0.5)
     assert states(idle_stack) == [b"cancelled"]
-    assert open_streams(idle_stack) == 0
+    await_that(lambda: open_streams(idle_stack) == 0, 20)
 
 
 def test_a_client_that_leaves_while_its_request_is_submitted(idle_stack: Stack) -> None:
@@ -98,4 +98,4 @@ def test_a_client_that_leaves_while_the_job_is_looked_up_that_it_follows(idle_st
     with halted(idle_stack), open_socket(idle_stack, f"/v1/jobs/{job_id}/events"):
         time.sleep(0.5)
     time.sleep(2)
-    assert open_streams(idle_stack) == 0
+    await_that(lambda: open_streams(idle_stack) == 0, 20)

@@ -15,7 +15,7 @@ from deploy import redis_server
 from gpu_worker.engines.vllm_args import command_line
 from tasks.contract.models import Model
 
-LOAD_TIMEOUT_S = 240
+LOAD_TIMEOUT_S = 600
 
 
 @contextmanager

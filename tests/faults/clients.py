@@ -7,8 +7,12 @@ from typing import Any
 
 import orjson
 import requests
+from sqlalchemy import select
 
-from bench.stack import Stack, await_that
+from bench.stack import Process, Stack, await_that
+from db import reading
+from db.models import JobRecord, LedgerEntry
+from tasks.contract import keys
 from tasks.contract.response import fold
 from tests.faults.conftest import Fault
 
@@ -78,9 +82,31 @@ class Client(threading.Thread):
         return min(at for at, _ in self.chunks if at > moment_s) - moment_s
 
 
-def await_tokens(clients: Sequence[Client], number: int, timeout_s: float = 30) -> None:
+def await_tokens(clients: Sequence[Client], number: int, timeout_s: float = 120) -> None:
     """Waits until every client has so many."""
     await_that(lambda: all(client.tokens >= number for client in clients), timeout_s)
+
+
+def await_claims(worker: Process, number: int) -> None:
+    """Waits until the worker knows of so many; in Redis a job is leased before."""
+    await_that(lambda: worker.log.read_text().count("job claimed") == number)
+
+
+def start_replacement(stack: Stack) -> float:
+    """Starts a worker; from the moment that is returned it serves, however long it has loaded."""
+    worker = stack.start_worker("sim")
+    await_that(lambda: stack.redis.keys(keys.worker(f"*-{worker.pid}")))
+    return time.monotonic()
+
+
+def await_rows(stack: Stack, table: type[JobRecord | LedgerEntry], number: int) -> None:
+    """Waits until SQL has so many."""
+
+    def count() -> int:
+        with reading(stack.database_url) as session:
+            return len(list(session.scalars(select(table))))
+
+    await_that(lambda: count() == number)
 
 
 def ask(stack: Stack, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

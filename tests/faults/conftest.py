@@ -93,9 +93,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture
-def stack(home: Path) -> Iterator[Stack]:
-    """API, maintenance and one slow worker; leases at their shortest."""
-    with running(Stack(home, [SLOW_SIM], lease_s=LEASE_S, keep_alive_s=1)) as stack:
+def stack(home: Path, request: pytest.FixtureRequest) -> Iterator[Stack]:
+    """API, maintenance and one slow worker; leases at their shortest, unless a test sets them."""
+    settings = {"lease_s": LEASE_S, "keep_alive_s": 1} | getattr(request, "param", {})
+    with running(Stack(home, [SLOW_SIM], **settings)) as stack:
         yield stack
 
 

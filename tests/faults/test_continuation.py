@@ -13,7 +13,7 @@ from tasks.contract.job import Lane
 from tasks.contract.response import Outcome, assemble
 from tasks.queue.celery_app import make_ticket
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 STREAM = {"stream": True, "temperature": 0, "stream_options": {"include_usage": True}}

@@ -8,18 +8,19 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench.stack import Process, Stack, await_that, running
+from bench.stack import Process, Stack, await_that, running, slack
 from tasks.contract import keys
 from tasks.contract.models import Model
 from tests.faults.clients import Client, ask, await_tokens, chat, compare
 from tests.faults.conftest import LEASE_S, Fault
 
 # An engine's load takes half a minute, and minutes where processors are short.
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
 MODEL = "sluice-demo"
-LONG = {"stream": True, "max_tokens": 200, "ignore_eos": True}
-STALL_S = 6.0
+LONG = {"stream": True, "max_tokens": 400, "ignore_eos": True}
+# Longer than a step takes where processors are short.
+STALL_S = 20.0
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def _engine(worker: Process) -> tuple[psutil.Process, list[psutil.Process]]:
 
 def _await_gone(processes: list[psutil.Process]) -> None:
     left = lambda: psutil.wait_procs(processes, timeout=0)[1]
-    await_that(lambda: not left(), 10, left)
+    await_that(lambda: not left(), slack(10), left)
 
 
 def _only_worker(stack: Stack) -> Process:
@@ -61,19 +62,18 @@ def test_15_the_jobs_of_a_lost_enginecore_go_on_with_the_replacement(
     worker = _only_worker(stack)
     bodies = [chat(n, **LONG) for n in range(8)]
     expected = ask(stack, bodies)
-    clients = [Client(stack, body) for body in bodies]
-    await_tokens(clients, 20, 60)
     core, started = _engine(worker)
+    clients = [Client(stack, body) for body in bodies]
+    await_tokens(clients, 20)
     fault.inflict(f"{how.name} EngineCore")
     lost_s = time.monotonic()
     core.send_signal(how)
-    assert worker.popen.wait(30) == 1
-    assert time.monotonic() - lost_s < STALL_S + 12
+    assert worker.popen.wait(120) == 1
+    assert time.monotonic() - lost_s < STALL_S + slack(12)
     _await_gone(started)
     stack.processes.remove(worker)
     stack.start_worker(MODEL)
-    # It may take minutes to load on a busy machine.
-    stack.await_workers(1, 400)
+    stack.await_workers(1)
     compare(fault, clients, expected, lost_s)
 
 
@@ -86,10 +86,11 @@ def test_2_14_real_streams_of_a_killed_worker_go_on_token_for_token(
     expected = ask(stack, bodies)
     stack.start_worker(MODEL)
     stack.await_workers(2)
+    processes = {worker.pid: _engine(worker)[1] for worker in stack.workers}
     clients = [Client(stack, body) for body in bodies]
-    await_tokens(clients, 20, 120)
+    await_tokens(clients, 20)
     victim = max(stack.workers, key=lambda worker: len(stack.jobs_of(worker)))
-    _, started = _engine(victim)
+    started = processes[victim.pid]
     engine = [process for process in started if "VLLM" in process.cmdline()[0]]
     assert len(engine) >= 1
     # 14: no engine is left that holds the memory, though none of it can notice anything by itself.
@@ -100,13 +101,13 @@ def test_2_14_real_streams_of_a_killed_worker_go_on_token_for_token(
     killed_s = time.monotonic()
     _await_gone(started)
     compare(fault, clients, expected, killed_s)
-    assert max(fault.recovery_s) < LEASE_S + 5
+    assert max(fault.recovery_s) < LEASE_S + slack(5)
 
 
 def test_sigterm_ends_a_worker_and_its_engine(own_stack: Stack) -> None:
     worker = _only_worker(own_stack)
     _, started = _engine(worker)
     worker.signal(signal.SIGTERM)
-    assert worker.popen.wait(10) == 0
+    assert worker.popen.wait(120) == 0
     _await_gone(started)
     await_that(lambda: not own_stack.redis.keys(keys.worker("*")))

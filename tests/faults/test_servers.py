@@ -17,15 +17,15 @@ import requests
 from sqlalchemy import select
 
 from bench.postgres import Postgres
-from bench.stack import Stack, await_that, running, send
+from bench.stack import Stack, await_that, running, send, slack
 from db import get_engine, reading
 from db.models import LedgerEntry
 from tasks.contract import keys
-from tests.faults.clients import ENDPOINT, Client, ask, await_tokens, chat, compare
+from tests.faults.clients import ENDPOINT, LONGEST_S, Client, ask, await_tokens, chat, compare
 from tests.faults.conftest import LEASE_S, SLOW_SIM, Fault
 from tests.test_jobs import call, events, get, ids, submit, wait
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture
@@ -61,6 +61,14 @@ def _meanwhile(ask_once: Callable[[], requests.Response]) -> Iterator[list[reque
         asking.join()
 
 
+@contextmanager
+def _paused(stack: Stack) -> Iterator[None]:
+    """What is submitted in the block begins together, after it."""
+    stack.redis.sadd(keys.PAUSED, "sim")
+    yield
+    stack.redis.srem(keys.PAUSED, "sim")
+
+
 @pytest.mark.parametrize("fault_kind", ["read-only", "full"])
 def test_5_a_redis_that_takes_no_writes_for_a_while(
     stack: Stack, fault: Fault, fault_kind: str
@@ -93,7 +101,10 @@ def test_5_a_redis_that_takes_no_writes_for_a_while(
 def test_6_redis_is_killed_and_comes_back(
     stack: Stack, fault: Fault, outage_s: float, keeps_its_data: bool
 ) -> None:
-    accepted = [submit(stack, chat(n, stream=True))["id"] for n in range(12)]
+    bodies = [chat(n, max_tokens=200) for n in range(12)]
+    streamed = [body | {"stream": True} for body in bodies]
+    with _paused(stack):
+        accepted = [submit(stack, body)["id"] for body in streamed]
     await_that(lambda: stack.redis.zcard(keys.LEASES) == 12)
     await_that(lambda: stack.redis.xlen(keys.log(accepted[0])) > 10)
     fault.inflict(f"SIGKILL Redis, {'with' if keeps_its_data else 'without'} AOF")
@@ -102,7 +113,7 @@ def test_6_redis_is_killed_and_comes_back(
         threading.Event().wait(outage_s)
     assert {answer.status_code for answer in answers} == {503}
     assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers)
-    assert max(answer.elapsed.total_seconds() for answer in answers) < 5
+    assert max(answer.elapsed.total_seconds() for answer in answers) < slack(5)
     back_s = time.monotonic()
     if keeps_its_data:
         stack.start_redis()
@@ -111,13 +122,13 @@ def test_6_redis_is_killed_and_comes_back(
     _await_status(stack, accepted, "completed")
     fault.recovery_s.append(time.monotonic() - back_s)
     texts = {n: wait(stack, job_id).json()["response"]["body"] for n, job_id in enumerate(accepted)}
-    expected = ask(stack, [chat(n) for n in range(12)])
+    expected = ask(stack, bodies)
     for number, wanted in enumerate(expected):
         assert (
             texts[number]["choices"][0]["message"]["content"]
             == (wanted["choices"][0]["message"]["content"])
         )
-        fault.tokens += 100
+        fault.tokens += 200
 
 
 def test_7_a_post_while_redis_stalls_is_answered_and_its_key_makes_one_job(
@@ -132,7 +143,7 @@ def test_7_a_post_while_redis_stalls_is_answered_and_its_key_makes_one_job(
     resume = threading.Timer(5, lambda: redis.signal(signal.SIGCONT))
     resume.start()
     first = call(stack, "POST", "/v1/jobs", json=job, headers=header)
-    assert time.monotonic() - begun_s < 8
+    assert time.monotonic() - begun_s < slack(8)
     assert first.status_code in (202, 503)
     resume.join()
 
@@ -193,7 +204,7 @@ def test_10_a_stream_resumes_on_another_api_process_byte_for_byte(
 def test_12_clients_that_vanish_together_leave_nothing(home: Path, fault: Fault) -> None:
     # So slow that all of them run at once on any machine.
     model = SLOW_SIM | {"slots": 600, "args": {"tokens-per-s": 5}}
-    with running(Stack(home, [model], lease_s=LEASE_S, keep_alive_s=1)) as stack:
+    with running(Stack(home, [model], lease_s=30, keep_alive_s=1)) as stack:
         ask(stack, [chat(1, max_tokens=2)])
         (api,) = psutil.Process(stack.api_processes[0].pid).children()
         body = chat(1, max_tokens=2000)
@@ -263,16 +274,17 @@ class Follower(threading.Thread):
 def test_13_a_reload_under_200_streams_loses_no_token(home: Path, fault: Fault) -> None:
     model = SLOW_SIM | {"slots": 300, "args": {"tokens-per-s": 5, "max-num-seqs": 300}}
     with running(Stack(home, [model], lease_s=10, keep_alive_s=1)) as stack:
-        # The first still goes on when the last has begun.
         tokens = 150
-        jobs = [submit(stack, chat(n, stream=True, max_tokens=tokens))["id"] for n in range(200)]
-        followers = [Follower(stack, job_id) for job_id in jobs]
-        await_that(lambda: all(len(f.seen) > 10 for f in followers), 60)
+        bodies = [chat(n, stream=True, max_tokens=tokens) for n in range(200)]
+        with _paused(stack):
+            jobs = [submit(stack, body)["id"] for body in bodies]
+            followers = [Follower(stack, job_id) for job_id in jobs]
+        await_that(lambda: all(len(f.seen) > 10 for f in followers))
         assert not any(follower.is_done for follower in followers)
         fault.inflict("SIGHUP API")
         stack.api_processes[0].signal(signal.SIGHUP)
         for follower in followers:
-            follower.join(180)
+            follower.join(LONGEST_S)
             assert follower.is_done
         assert all(follower.connections > 1 for follower in followers)
         for job_id, follower in zip(jobs, followers, strict=True):
@@ -304,7 +316,7 @@ def test_16_the_database_is_away(
         finally:
             postgres.start()
         back_s = time.monotonic()
-        await_that(lambda: call(stack, "POST", "/v1/jobs", json=job).status_code == 202, 20)
+        await_that(lambda: call(stack, "POST", "/v1/jobs", json=job).status_code == 202)
         fault.recovery_s.append(time.monotonic() - back_s)
 
         def recorded() -> set[str]:
@@ -363,7 +375,7 @@ def _malformed(stack: Stack, document: dict[str, Any], number: int) -> requests.
     query = {chance.choice(["limit", "status", "after", "x"]): chance.choice(JUNK)}
     body = chance.choice([json.dumps(_junk(chance)).encode(), b"{", b"\xff\xfe", b"[" * 5000, b""])
     return requests.request(
-        *(method, stack.url + path), params=query, data=body, headers=headers, timeout=20
+        *(method, stack.url + path), params=query, data=body, headers=headers, timeout=60
     )
 
 

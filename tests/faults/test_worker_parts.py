@@ -19,7 +19,7 @@ from tests.faults.conftest import LEASE_S, SLOW_SIM, Fault
 from tests.test_jobs import call, get, submit
 from tests.test_metrics import Metrics
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(600)
 
 LIE = b"*2\r\n:99\r\n$5\r\nstale\r\n"
 
@@ -80,7 +80,7 @@ def _start_broken_worker(stack: Stack) -> Process:
 
 def _ends_and_loses_nothing(stack: Stack, fault: Fault, worker: Process, part: str) -> None:
     """Starts streams, has the part fail, and sees them go on elsewhere."""
-    bodies = [chat(n, stream=True) for n in range(4)]
+    bodies = [chat(n, stream=True, max_tokens=200) for n in range(4)]
     clients = [Client(stack, body) for body in bodies]
     await_tokens(clients, 10)
     fault.inflict(f"an error in {part}")
@@ -91,7 +91,7 @@ def _ends_and_loses_nothing(stack: Stack, fault: Fault, worker: Process, part: s
         (
             stack.home / {"the heartbeat": "load", "the watch of the engine": "progress"}[part]
         ).touch()
-    assert worker.popen.wait(15) == 1
+    assert worker.popen.wait(120) == 1
     assert f"{part} failed" in worker.log.read_text()
     stack.processes.remove(worker)
     counted = Metrics(f"{stack.url}/metrics")
@@ -115,7 +115,7 @@ def test_an_error_in_a_part_of_a_worker_ends_it_and_loses_nothing(
 
 def test_a_worker_that_is_stopped_while_redis_is_away_ends(home: Any, fault: Fault) -> None:
     with running(Stack(home, [SLOW_SIM], lease_s=LEASE_S, keep_alive_s=1, drain_s=1)) as stack:
-        bodies = [chat(n, stream=True) for n in range(4)]
+        bodies = [chat(n, stream=True, max_tokens=200) for n in range(4)]
         clients = [Client(stack, body) for body in bodies]
         await_tokens(clients, 10)
         (worker,) = stack.workers
@@ -123,7 +123,7 @@ def test_a_worker_that_is_stopped_while_redis_is_away_ends(home: Any, fault: Fau
         broken_s = time.monotonic()
         stack.part("redis").kill()
         worker.ask_to_stop()
-        assert worker.popen.wait(30) == 1
+        assert worker.popen.wait(120) == 1
         stack.processes.remove(worker)
         stack.start_redis()
         stack.start_worker("sim")
@@ -136,13 +136,14 @@ def test_a_worker_whose_engine_does_not_close_ends(home: Any, fault: Fault) -> N
         fault.inflict("an engine that does not close")
         (stack.home / "close").touch()
         worker.ask_to_stop()
-        assert worker.popen.wait(30) == 1
+        assert worker.popen.wait(120) == 1
         assert "does not end by itself" in worker.log.read_text()
         stack.processes.remove(worker)
 
 
 def test_a_claim_whose_reply_is_lost_again_and_again_is_of_one_job(home: Any, fault: Fault) -> None:
-    stack = Stack(home, [SLOW_SIM], lease_s=LEASE_S, keep_alive_s=1)
+    # A lease is not renewed before the reply to its claim has come.
+    stack = Stack(home, [SLOW_SIM], lease_s=30, keep_alive_s=1)
     with running(stack, workers=0), serving(BadRedis(stack.redis_port)) as queue:
         own = stack.env | {"SLUICE_REDIS_URL": f"redis://127.0.0.1:{queue.server_address[1]}/0"}
         command = [sys.executable, "-m", "gpu_worker.worker", "sim"]
@@ -159,13 +160,15 @@ def test_a_claim_whose_reply_is_lost_again_and_again_is_of_one_job(home: Any, fa
 
 def test_a_control_message_that_nobody_understands_is_passed_over(home: Path, fault: Fault) -> None:
     # The next renewal of its lease would stop the job too, after a third of this.
-    with running(Stack(home, [SLOW_SIM], lease_s=60)) as stack:
+    with running(Stack(home, [SLOW_SIM], lease_s=600)) as stack:
         fault.inflict("nonsense on a control channel")
         (worker,) = stack.redis.smembers(keys.WORKERS)  # type: ignore[misc]
-        job_id = submit(stack, chat(stream=True, max_tokens=1000))["id"]
+        job_id = submit(stack, chat(stream=True, max_tokens=20_000))["id"]
         await_that(lambda: get(stack, job_id)["status"] == "in_progress")
+        channel = keys.control(worker.decode())
+        await_that(lambda: stack.redis.pubsub_numsub(channel) == [(channel.encode(), 1)])
         for nonsense in (b"\xff\xfe", b"", b"job_1", b"job_1 x", b"job_1 1 2", b"job_unknown 1"):
-            assert stack.redis.publish(keys.control(worker.decode()), nonsense) == 1
+            assert stack.redis.publish(channel, nonsense) == 1
         (process,) = stack.workers
         call(stack, "POST", f"/v1/jobs/{job_id}/cancel")
-        await_that(lambda: ": stopped" in process.log.read_text(), timeout_s=5)
+        await_that(lambda: ": stopped" in process.log.read_text())

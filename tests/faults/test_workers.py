@@ -10,25 +10,30 @@ from typing import Any
 
 import pytest
 import requests
-from sqlalchemy import select
 
-from bench.stack import Process, Stack, await_that, running
-from db import reading
+from bench.stack import Process, Stack, await_that, running, slack
 from db.models import JobRecord, LedgerEntry
 from tasks.contract import keys
 from tasks.queue.celery_app import make_ticket
-from tests.faults.clients import ENDPOINT, Client, ask, await_tokens, chat, compare
+from tests.faults.clients import (
+    ENDPOINT,
+    LONGEST_S,
+    Client,
+    ask,
+    await_claims,
+    await_rows,
+    await_tokens,
+    chat,
+    compare,
+    start_replacement,
+)
 from tests.faults.conftest import LEASE_S, REAP_S, SLOW_SIM, Fault
 from tests.test_client import sluice
 from tests.test_jobs import call, get, submit
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(600)
 
 STREAMS = 32
-
-
-def _await_running(stack: Stack, number: int) -> None:
-    await_that(lambda: stack.redis.zcard(keys.LEASES) == number)
 
 
 def _kill(fault: Fault, worker: Process) -> float:
@@ -57,15 +62,6 @@ def _supervised(stack: Stack) -> Iterator[None]:
         supervisor.join()
 
 
-def _ledger(stack: Stack) -> list[LedgerEntry]:
-    with reading(f"sqlite:///{stack.home / 'sluice.db'}") as session:
-        return list(session.scalars(select(LedgerEntry)))
-
-
-def _await_ledger(stack: Stack, number: int) -> None:
-    await_that(lambda: len(_ledger(stack)) == number)
-
-
 def test_1_a_job_whose_worker_was_stopped_and_killed_is_done_elsewhere(
     stack: Stack, fault: Fault
 ) -> None:
@@ -74,17 +70,17 @@ def test_1_a_job_whose_worker_was_stopped_and_killed_is_done_elsewhere(
     worker.signal(signal.SIGSTOP)
     client = Client(stack, chat(max_tokens=2))
     await_that(lambda: stack.redis.zcard(keys.backlog("sim", "interactive")) == 1)
-    stack.start_worker("sim")
     killed_s = _kill(fault, worker)
+    serves_s = start_replacement(stack)
     client.answer()
     fault.recovery_s.append(time.monotonic() - killed_s)
     # Its ticket may be lost with the worker, and is issued again after four seconds at most.
-    assert fault.recovery_s[-1] < 4 + LEASE_S + REAP_S
+    assert time.monotonic() - serves_s < slack(4 + LEASE_S + REAP_S)
 
 
 def test_2_streams_of_a_killed_worker_go_on_elsewhere(two_workers: Stack, fault: Fault) -> None:
     stack = two_workers
-    bodies = [chat(n, stream=True) for n in range(STREAMS)]
+    bodies = [chat(n, stream=True, max_tokens=200) for n in range(STREAMS)]
     expected = ask(stack, bodies)
     clients = [Client(stack, body) for body in bodies]
     await_tokens(clients, 10)
@@ -92,32 +88,34 @@ def test_2_streams_of_a_killed_worker_go_on_elsewhere(two_workers: Stack, fault:
     assert stack.jobs_of(victim)
     killed_s = _kill(fault, victim)
     compare(fault, clients, expected, killed_s)
-    assert max(fault.recovery_s) < LEASE_S + 5
-    _await_ledger(stack, 2 * STREAMS)
+    assert max(fault.recovery_s) < LEASE_S + slack(5)
+    await_rows(stack, LedgerEntry, 2 * STREAMS)
 
 
 def test_2b_streams_survive_one_worker_after_the_other(stack: Stack, fault: Fault) -> None:
-    bodies = [chat(n, stream=True) for n in range(8)]
+    bodies = [chat(n, stream=True, max_tokens=200) for n in range(8)]
     expected = ask(stack, bodies)
     clients = [Client(stack, body) for body in bodies]
-    killed_s = 0.0
+    killed_s = serves_s = 0.0
     for tokens in (10, 40):
         await_tokens(clients, tokens)
         (worker,) = stack.workers
         killed_s = _kill(fault, worker)
-        stack.start_worker("sim")
+        serves_s = start_replacement(stack)
     compare(fault, clients, expected, killed_s)
     # All are suspects now; one that gets on makes way for the next, long before its end.
-    assert max(fault.recovery_s) < LEASE_S + 9
+    assert max(client.gap_after(serves_s) for client in clients) < LEASE_S + slack(9)
     assert all(client.headers["x-sluice-attempts"] == "1" for client in clients)
 
 
+# Two renewals may be late.
+@pytest.mark.parametrize("stack", [{"lease_s": 2 * LEASE_S}], indirect=True)
 def test_3_a_job_far_longer_than_its_lease_runs_once(stack: Stack, fault: Fault) -> None:
     fault.inflict("a job of three leases")
-    client = Client(stack, chat(max_tokens=int(25 * LEASE_S * 3)))
+    client = Client(stack, chat(max_tokens=int(25 * 2 * LEASE_S * 3)))
     client.answer()
     assert client.headers["x-sluice-attempts"] == "1"
-    _await_ledger(stack, 1)
+    await_rows(stack, LedgerEntry, 1)
     await_that(lambda: stack.part("worker").log.read_text().count("job completed") == 1)
 
 
@@ -136,43 +134,46 @@ def test_4_cut_connections_lose_and_double_nothing(stack: Stack, fault: Fault, k
     assert {client.headers["x-sluice-attempts"] for client in clients} == {"1"}
 
 
+# Long after the short ones, long before the long ones; and no lease is lost meanwhile.
+@pytest.mark.parametrize("stack", [{"drain_s": 15, "lease_s": 10}], indirect=True)
 def test_8_a_stopping_worker_finishes_or_hands_on(stack: Stack, fault: Fault) -> None:
-    short = [Client(stack, chat(n, max_tokens=30)) for n in range(4)]
-    long = [Client(stack, chat(n, max_tokens=190, stream=True)) for n in range(4, 8)]
+    short = [Client(stack, chat(n, max_tokens=100)) for n in range(4)]
+    long = [Client(stack, chat(n, max_tokens=500, stream=True)) for n in range(4, 8)]
     (worker,) = stack.workers
-    # In Redis a job is leased before its worker knows.
-    await_that(lambda: worker.log.read_text().count("job claimed") == 8)
+    await_claims(worker, 8)
     fault.inflict("SIGTERM worker")
     worker.signal(signal.SIGTERM)
+    await_that(lambda: "draining: 8 jobs run" in worker.log.read_text())
     stack.start_worker("sim")
-    assert worker.popen.wait(12) == 0
+    undisturbed = [Client(stack, client.body) for client in long]
+    # With 0 only if it has not had to be forced.
+    assert worker.popen.wait(120) == 0
     stopped_s = time.monotonic()
-    assert {client.answer()["usage"]["completion_tokens"] for client in short} == {30}
+    assert {client.answer()["usage"]["completion_tokens"] for client in short} == {100}
     assert {client.headers["x-sluice-attempts"] for client in short} == {"1"}
-    expected = ask(stack, [client.body for client in long])
-    compare(fault, long, expected, stopped_s)
-    assert "draining: 8 jobs run" in worker.log.read_text()
+    compare(fault, long, [client.answer() for client in undisturbed], stopped_s)
 
 
+@pytest.mark.parametrize("stack", [{"drain_s": 120}], indirect=True)
 def test_8b_a_worker_killed_while_it_drains_has_finished_what_it_finished(
     stack: Stack, fault: Fault
 ) -> None:
-    short = [Client(stack, chat(n, max_tokens=20)) for n in range(4)]
-    long = [Client(stack, chat(n, stream=True)) for n in range(4, 8)]
-    _await_running(stack, 8)
+    short = [Client(stack, chat(n, max_tokens=50)) for n in range(4)]
+    long = [Client(stack, chat(n, stream=True, max_tokens=300)) for n in range(4, 8)]
     (worker,) = stack.workers
+    await_claims(worker, 8)
     fault.inflict("SIGTERM worker")
     worker.signal(signal.SIGTERM)
     for client in short:
         client.answer()
-    _await_running(stack, 4)
+    finished = [keys.job(client.headers["x-sluice-job"]) for client in short]
+    await_that(lambda: {stack.redis.hget(job, "state") for job in finished} == {b"completed"})
     stack.start_worker("sim")
     killed_s = _kill(fault, worker)
     expected = ask(stack, [client.body for client in long])
     compare(fault, long, expected, killed_s)
-    _await_ledger(stack, 12)
-    finished = [client.headers["x-sluice-job"] for client in short]
-    assert {stack.redis.hget(keys.job(job_id), "attempt") for job_id in finished} == {b"1"}
+    await_rows(stack, LedgerEntry, 12)
+    assert {stack.redis.hget(job, "attempt") for job in finished} == {b"1"}
 
 
 def test_9_poison_is_given_up_and_others_are_unharmed(stack: Stack, fault: Fault) -> None:
@@ -183,7 +184,7 @@ def test_9_poison_is_given_up_and_others_are_unharmed(stack: Stack, fault: Fault
         await_tokens(clients, 5)
         poison = submit(stack, chat(9, stream=True, sim={"failure": "crash"}))
         fault.inflict("poisoned request")
-        await_that(lambda: get(stack, poison["id"])["status"] == "failed", 90)
+        await_that(lambda: get(stack, poison["id"])["status"] == "failed", LONGEST_S)
         dead = get(stack, poison["id"])
         assert dead["error"]["code"] == "job_failed"
         assert dead["attempts"] == 3
@@ -227,7 +228,7 @@ def test_9b_the_operator_looks_after_dead_letters_over_http(home: Any, fault: Fa
         assert requests.get(f"{url}/{job['id']}", headers=key, timeout=9).status_code == 404
         with _supervised(stack):
             failed = Client(stack, chat(sim={"failure": "crash"}), **key)
-            failed.join(60)
+            failed.join(LONGEST_S)
         # OpenAI's SDK would have it end workers again.
         assert failed.document["error"]["code"] == "job_failed"
         assert failed.headers["x-should-retry"] == "false"
@@ -242,7 +243,7 @@ def test_without_a_key_nobody_is_admin(sim_stack: Stack) -> None:
 
 def test_11_a_zombie_adds_nothing(two_workers: Stack, fault: Fault) -> None:
     stack = two_workers
-    bodies = [chat(n, stream=True) for n in range(8)]
+    bodies = [chat(n, stream=True, max_tokens=200) for n in range(8)]
     expected = ask(stack, bodies)
     clients = [Client(stack, body) for body in bodies]
     await_tokens(clients, 5)
@@ -252,30 +253,30 @@ def test_11_a_zombie_adds_nothing(two_workers: Stack, fault: Fault) -> None:
     stopped_s = time.monotonic()
     compare(fault, clients, expected, stopped_s)
     logs = {key: stack.redis.xlen(key) for key in stack.redis.keys(keys.log("*"))}
-    _await_ledger(stack, 16)
+    await_rows(stack, LedgerEntry, 16)
     zombie.signal(signal.SIGCONT)
     await_that(lambda: "stopped" in zombie.log.read_text())
     stack.await_workers(2)
     assert {key: stack.redis.xlen(key) for key in stack.redis.keys(keys.log("*"))} == logs
     again = Client(stack, chat(1))
     again.answer()
-    _await_ledger(stack, 17)
+    await_rows(stack, LedgerEntry, 17)
 
 
 @pytest.mark.parametrize("failure", ["die", "hang"])
 def test_15_a_dead_or_hung_engine_ends_its_worker(home: Any, fault: Fault, failure: str) -> None:
-    settings = {"lease_s": LEASE_S, "keep_alive_s": 1, "engine_stall_s": 1.5}
+    settings = {"lease_s": LEASE_S, "keep_alive_s": 1, "engine_stall_s": 10}
     with running(Stack(home, [SLOW_SIM], **settings)) as stack:
         (worker,) = stack.workers
         fault.inflict(f"engine: {failure}")
         bad = Client(stack, chat(1, stream=True, sim={"failure": failure}))
         begun_s = time.monotonic()
-        assert worker.popen.wait(15) == 1
+        assert worker.popen.wait(120) == 1
         stack.processes.remove(worker)
         fault.recovery_s.append(time.monotonic() - begun_s)
         stack.redis.hset(_only_job(stack), "body", b'{"messages": [], "sim": {"failure": "none"}}')
         stack.start_worker("sim")
-        bad.join(30)
+        bad.join(LONGEST_S)
         assert bad.chunks[-1][1] == b"[DONE]"
         assert ask(stack, [chat(2)])[0]["usage"]["completion_tokens"] == 100
 
@@ -295,23 +296,23 @@ def test_a_dead_engine_takes_nobody_along(stack: Stack, fault: Fault) -> None:
         begun_s = time.monotonic()
         failed = submit(stack, chat(9, stream=True, sim={"failure": "die"}))
         compare(fault, clients, expected, begun_s)
-        await_that(lambda: get(stack, failed["id"])["status"] == "failed", 90)
+        await_that(lambda: get(stack, failed["id"])["status"] == "failed", LONGEST_S)
     for worker in [p for p in stack.processes if p.popen.poll() == 1]:
         stack.processes.remove(worker)
 
 
 def test_an_engine_that_answers_5xx_is_asked_again(home: Any, fault: Fault) -> None:
-    with running(Stack(home, [SLOW_SIM], lease_s=LEASE_S, reap_interval_s=0.2)) as stack:
+    with running(Stack(home, [SLOW_SIM], lease_s=10, reap_interval_s=0.2)) as stack:
         fault.inflict("engine: 500")
         begun_s = time.monotonic()
         refused = Client(stack, chat(sim={"failure": "error"}))
-        refused.join(30)
+        refused.join(LONGEST_S)
         assert refused.status == 500
         assert refused.document["error"]["message"] == "Internal server error"
         assert refused.headers["x-sluice-attempts"] == "3"
         assert time.monotonic() - begun_s > 1.5  # half a second, then one
         wrong = Client(stack, chat(max_tokens=-1))
-        wrong.join(30)
+        wrong.join(LONGEST_S)
         assert wrong.status == 400
         assert wrong.headers["x-sluice-attempts"] == "1"
         job = refused.headers["x-sluice-job"]
@@ -337,13 +338,13 @@ def test_a_rolling_restart_under_load_fails_no_request(two_workers: Stack, fault
         (name,) = [k for k in stack.redis.smembers(keys.WORKERS) if k.endswith(b"-%d" % worker.pid)]
         drained = sluice(stack, "drain", name.decode())
         assert (drained.returncode, drained.stderr) == (0, "")
-        assert worker.popen.wait(20) == 0
+        assert worker.popen.wait(120) == 0
         stack.processes.remove(worker)
         stack.start_worker("sim")
         stack.await_workers(2)
     done.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(LONGEST_S)
     assert len(answers) > 12
     texts = [answer["choices"][0]["message"]["content"] for answer in expected]
     assert all(a["choices"][0]["message"]["content"] == texts[n] for n, a in answers)
@@ -382,8 +383,7 @@ def test_one_maintenance_goes_on_when_the_other_dies(stack: Stack, fault: Fault)
     killed_s = _kill(fault, worker)
     stack.start_worker("sim")
     compare(fault, clients, expected, killed_s)
-    with reading(f"sqlite:///{stack.home / 'sluice.db'}") as session:
-        assert len(list(session.scalars(select(JobRecord)))) == 8
+    await_rows(stack, JobRecord, 8)
 
 
 def test_lost_tickets_are_issued_again(stack: Stack, fault: Fault) -> None:
@@ -392,7 +392,7 @@ def test_lost_tickets_are_issued_again(stack: Stack, fault: Fault) -> None:
     client = Client(stack, chat(max_tokens=2))
     await_that(lambda: stack.redis.zcard(keys.backlog("sim", "interactive")) == 1)
     fault.inflict("DEL tickets")
-    await_that(lambda: stack.redis.delete(keys.tickets("sim")), 5)
+    await_that(lambda: stack.redis.delete(keys.tickets("sim")))
     worker.signal(signal.SIGCONT)
     client.answer()
 

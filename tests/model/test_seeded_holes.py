@@ -169,7 +169,7 @@ HOLES = {
 }
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("hole", HOLES.values(), ids=list(HOLES))
 def test_the_model_finds(hole: Hole, make_world: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     patches = {}
