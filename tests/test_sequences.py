@@ -40,18 +40,22 @@ def test_a_request_is_counted_by_its_sequences(
 
 
 def test_a_job_that_is_sent_again_takes_what_it_took_before(sim_stack: Stack) -> None:
-    """65 inputs to embed took 64 slots, and 65 the second time, which no worker had."""
+    """65 inputs to embed took all slots, and 65 the second time, which no worker had."""
     sim_stack.redis.sadd(keys.PAUSED, "sim")
     try:
         body = {"input": [[1]] * 65}
+        most = submit(sim_stack, body, endpoint="/v1/embeddings", priority="interactive")["id"]
+        assert sim_stack.redis.hget(keys.job(most), "sequences") == b"64"
         first = submit(sim_stack, body, endpoint="/v1/embeddings")["id"]
+        before = sim_stack.redis.hget(keys.job(first), "sequences")
         assert call(sim_stack, "POST", f"/v1/jobs/{first}/cancel").status_code == 200
         await_that(lambda: in_sql(sim_stack, first))
         again = call(sim_stack, "POST", f"/v1/jobs/{first}/retry").json()["id"]
-        assert sim_stack.redis.hget(keys.job(again), "sequences") == b"64"
+        assert sim_stack.redis.hget(keys.job(again), "sequences") == before
     finally:
         sim_stack.redis.srem(keys.PAUSED, "sim")
-    assert wait(sim_stack, again).json()["status"] in ("completed", "failed")
+    for job_id in (most, again):
+        assert wait(sim_stack, job_id).json()["status"] in ("completed", "failed")
 
 
 @pytest.mark.parametrize(
