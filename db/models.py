@@ -111,7 +111,7 @@ class JobRecord(Base):
     """From its creation; one that has not started by then expires."""
     timeout_s: Mapped[float | None] = mapped_column(default=None)
     """From its creation; one that has not ended by then fails."""
-    key_id: Mapped[str] = mapped_column(default="", server_default="")
+    key_id: Mapped[str] = mapped_column(default="", server_default=text("''"))
     """The API key that it came with; empty: none was needed."""
     started_at: Mapped[datetime | None] = mapped_column(default=None)
     completed_at: Mapped[datetime | None] = mapped_column(default=None)

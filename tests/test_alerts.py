@@ -40,7 +40,7 @@ Report = Callable[[str], None]
 @pytest.mark.parametrize(
     ("checker", "task", "file"),
     [
-        ("promtool", "check config", "prometheus/prometheus.yml"),
+        ("promtool", "check config --syntax-only", "prometheus/prometheus.yml"),
         ("promtool", "check rules", "prometheus/alerts.yml"),
         ("promtool", "test rules", "prometheus/alerts_test.yml"),
         ("amtool", "check-config", "alertmanager/alertmanager.yml"),

@@ -1,8 +1,10 @@
 """What a busy model gives: shorter answers, and 503 for keys of less weight first."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import requests
 
 from bench.stack import Stack, await_that, running
 from db import migrate
@@ -32,6 +34,15 @@ def make(stack: Stack, weight: float, **limits: int) -> str:
     return str(api_keys.create(stack.database_url, KeySpec.model_validate(terms))["key"])
 
 
+def submit_for_a_moment(stack: Stack, key: str, **options: Any) -> requests.Response:
+    """Asks, but leaves no job behind that would fill the backlog."""
+    answer = submit(stack, key, priority="interactive", **options)
+    if answer.status_code == 202:
+        cancelled = ask(stack, key, "POST", f"/v1/jobs/{answer.json()['id']}/cancel")
+        assert cancelled.status_code == 200
+    return answer
+
+
 def test_a_model_gives_less_and_less_before_its_backlog_is_full(stack: Stack) -> None:
     light, usual, heavy = (make(stack, weight) for weight in (0.5, 1, 2))
     capped = make(stack, 1, tokens_when_busy=3)
@@ -42,21 +53,18 @@ def test_a_model_gives_less_and_less_before_its_backlog_is_full(stack: Stack) ->
             assert submit(stack, heavy, priority="interactive").status_code == 202
 
     def answered(key: str) -> int:
-        return submit(stack, key, priority="interactive").status_code
+        return submit_for_a_moment(stack, key).status_code
 
     wait_with(5)
-    job = {"body": CHAT | {"max_tokens": 50}, "priority": "interactive"}
 
     def is_told() -> bool:
-        """The job does not stay: others are to wait behind five."""
-        answer = submit(stack, capped, **job)
-        ask(stack, capped, "POST", f"/v1/jobs/{answer.json()['id']}/cancel")
+        answer = submit_for_a_moment(stack, capped, body=CHAT | {"max_tokens": 50})
         return "x-sluice-degraded" in answer.headers
 
     await_that(is_told, 20)
     wait_with(10)
     await_that(lambda: answered(light) == 503, 20)
-    refused = submit(stack, light, priority="interactive")
+    refused = submit_for_a_moment(stack, light)
     assert code(refused) == (503, "shed")
     assert 1 <= int(refused.headers["retry-after"]) <= 60
     assert answered(usual) == 202
