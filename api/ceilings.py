@@ -16,8 +16,8 @@ from tasks.contract.errors import InvalidRequestError
 from tasks.contract.models import Model
 
 _LOGPROBS = ("top_logprobs", "logprobs", "prompt_logprobs")
-# They are the server's to set where users have keys.
-OURS = ("cache_salt", "priority")
+# The server's to set: the first is the lane's, the second keeps tenants apart.
+PRIORITY, SALT = OURS = ("priority", "cache_salt")
 BUDGETS = ("tokens_per_day", "tokens_per_month")
 # Of an answer that counts against a budget, if its request sets no limit.
 BUDGETED_TOKENS = 4096
@@ -29,8 +29,10 @@ def check(endpoint: str, document: dict[str, Any], size_bytes: int, principal: P
     Raises:
         InvalidRequestError: it is too much, no number where one is bounded, or the server's to set.
     """
+    _refuse(document, PRIORITY)
     if not principal.key_id:
         return
+    _refuse(document, SALT)
     limits = _strictest(principal)
     most_bytes = limits.get("bytes_per_request", size_bytes)
     if size_bytes > most_bytes:
@@ -47,9 +49,11 @@ def check(endpoint: str, document: dict[str, Any], size_bytes: int, principal: P
         sequences = count_sequences(endpoint, document)
         most = limits.get("sequences_per_request")
         _check_most(sequences_param(endpoint, document), sequences, most)
-    for field in OURS:
-        if document.get(field) is not None:
-            raise InvalidRequestError(f"{field} is set by the server; leave it out.", param=field)
+
+
+def _refuse(document: dict[str, Any], field: str) -> None:
+    if document.get(field) is not None:
+        raise InvalidRequestError(f"{field} is set by the server; leave it out.", param=field)
 
 
 def bound_tokens(

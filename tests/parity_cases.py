@@ -133,7 +133,6 @@ _CHATS: dict[str, Body] = {
         "Hello", "Hello! I am", add_generation_prompt=False, continue_final_message=True
     ),
     "echo": _turns("Hello", "Hel", add_generation_prompt=False, echo=True),
-    "priority": _chat(priority=1),
     "unknown-field": _chat(no_such_field=1),
     "own-request-id": _chat(request_id="mine", **STREAM),
     "empty-messages": _chat(messages=[]),

@@ -93,6 +93,7 @@ def test_an_unknown_model_is_refused_in_vllms_words_without_queueing(sim_stack: 
         ({"json": CHAT, "path": "/v1/models"}, 405),
         ({"json": CHAT | {"max_tokens": 0}}, 400),
         ({"json": {"messages": 3}}, 400),
+        ({"json": CHAT | {"priority": 1}}, 400),
     ],
 )
 def test_bad_requests_get_an_error_in_openais_shape(
