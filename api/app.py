@@ -10,6 +10,7 @@ import orjson
 from flask import Response, request
 from flask.json.provider import JSONProvider
 from flask_openapi3 import Info, OpenAPI
+from werkzeug.routing import PathConverter
 
 from api import access, errors, instruments, sites, told
 from api import openapi as document
@@ -41,6 +42,12 @@ class Json(JSONProvider):
         return orjson.loads(s)
 
 
+class ModelName(PathConverter):
+    """A model's name in a path, as in org/model; what may be done with one is no part of it."""
+
+    regex = r"[^/].*?(?<!/pause)(?<!/resume)"
+
+
 def create_app(bind: str) -> OpenAPI:
     """Builds the app, which is served on HOST:PORT, and starts what runs beside its requests."""
     app = OpenAPI(
@@ -50,6 +57,7 @@ def create_app(bind: str) -> OpenAPI:
         validation_error_callback=errors.refuse_parameters,
     )
     app.json = Json(app)
+    app.url_map.converters["model"] = ModelName
     logs.configure(get_settings())
     gevent.get_hub().print_exception = _log_lost  # type: ignore[assignment,method-assign]
     services = Services.start(may_be_open=is_loopback(bind.rpartition(":")[0]))

@@ -107,18 +107,31 @@ def _read(most_bytes: int) -> bytes:
 
 
 def read_object(body: bytes) -> dict[str, Any]:
-    """The body as a JSON object; {} for other JSON, which the engine refuses.
+    """The body as a JSON object.
 
     Raises:
-        InvalidRequestError: it is not JSON, or nested too deep.
+        InvalidRequestError: it is not JSON, no object, or nested too deep.
     """
+    document = _parse(body)
+    if not isinstance(document, dict):
+        raise InvalidRequestError("The body is not a JSON object.")
+    return document
+
+
+def _read_fields(body: bytes) -> dict[str, Any]:
+    """What a request gives the engine; {} for JSON that is no object, which the engine refuses."""
+    document = _parse(body)
+    return document if isinstance(document, dict) else {}
+
+
+def _parse(body: bytes) -> Any:
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as broken:
         raise InvalidRequestError(f"The body is not valid JSON: {broken}") from None
     if body.count(b"[") + body.count(b"{") > MOST_LEVELS and _is_too_deep(document):
         raise InvalidRequestError(f"The body is nested more than {MOST_LEVELS} levels deep.")
-    return document if isinstance(document, dict) else {}
+    return document
 
 
 def _is_too_deep(document: Any) -> bool:
@@ -163,7 +176,7 @@ class Call:
             PermissionDeniedError: the key is not for the model or the endpoint.
         """
         principal.check_endpoint(endpoint)
-        whole = document = read_object(body)
+        whole = document = _read_fields(body)
         if "message" in document and "messages" not in document and "prompt" not in document:
             document = _expand_short_form(document)
         on_disconnect, document = _take_on_disconnect(document, headers)
@@ -217,7 +230,7 @@ def readmit(services: Services, principal: Principal, job: Job) -> Job:
     if model.name != job.model:
         # It has gone, and a wildcard leads elsewhere.
         raise ModelNotFoundError(job.model, principal.names(services.catalog))
-    whole = document = read_object(job.body)
+    whole = document = _read_fields(job.body)
     if job.key_id:
         # What it was given by the server.
         document = {name: value for name, value in whole.items() if name not in ceilings.OURS}

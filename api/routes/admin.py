@@ -135,7 +135,7 @@ def drain(path: schemas.WorkerPath) -> tuple[Document, int]:
 
 
 @blueprint.post(
-    "/v1/admin/models/<path:model_id>/pause",
+    "/v1/admin/models/<model:model_id>/pause",
     tags=ADMIN,
     summary="Pause a model",
     openapi_extensions=_operation({200: given("It is paused", replies.Paused)}, *MODEL_ERRORS),
@@ -149,7 +149,7 @@ def pause(path: schemas.ModelPath) -> Document:
 
 
 @blueprint.post(
-    "/v1/admin/models/<path:model_id>/resume",
+    "/v1/admin/models/<model:model_id>/resume",
     tags=ADMIN,
     summary="Resume a model",
     openapi_extensions=_operation({200: given("It is served", replies.Paused)}, *MODEL_ERRORS),

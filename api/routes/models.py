@@ -31,7 +31,7 @@ def list_entries() -> Document:
 
 
 @blueprint.put(
-    "/v1/admin/models/<path:model_id>",
+    "/v1/admin/models/<model:model_id>",
     tags=ADMIN,
     summary="Add or change a model",
     openapi_extensions=operation(
@@ -50,7 +50,7 @@ def put(path: schemas.ModelPath) -> Document:
 
 
 @blueprint.delete(
-    "/v1/admin/models/<path:model_id>",
+    "/v1/admin/models/<model:model_id>",
     tags=ADMIN,
     summary="Remove a model",
     openapi_extensions=operation(
