@@ -30,6 +30,7 @@ OLD_RECORD_S = 60.0
 LITTLE_DISK_BYTES = 2**30
 NO_DISK_BYTES = 100 * 2**20
 FEW_OPEN_FILES = 4096
+SHORT_KEY_LENGTH = 16
 
 
 def check_settings(settings: Settings) -> Iterator[Remark]:
@@ -41,6 +42,8 @@ def check_settings(settings: Settings) -> Iterator[Remark]:
     yield ok(found)
     if settings.home.exists() and settings.home.stat().st_mode & 0o077:
         yield warning(f"other users can look into {settings.home}", f"`chmod 700 {settings.home}`")
+    if 0 < len(settings.admin_key) < SHORT_KEY_LENGTH:
+        yield warning("SLUICE_ADMIN_KEY is short enough to guess", "`openssl rand -base64 32`")
 
 
 def check_models(settings: Settings) -> Iterator[Remark]:

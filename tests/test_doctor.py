@@ -235,6 +235,14 @@ def test_a_state_directory_that_others_can_look_into(stack: Stack, home: Path) -
     assert f"`chmod 700 {home}`" in diagnose(stack, SLUICE_HOME=str(home)).of("settings", "warning")
 
 
+@pytest.mark.parametrize(("key", "is_short"), [("a" * 15, True), ("a" * 16, False), ("", False)])
+def test_an_admin_key_that_can_be_guessed_is_a_warning(
+    stack: Stack, key: str, *, is_short: bool
+) -> None:
+    found = diagnose(stack, SLUICE_ADMIN_KEY=key).of("settings", "warning")
+    assert ("SLUICE_ADMIN_KEY is short enough to guess" in found) is is_short
+
+
 @contextmanager
 def altered(stack: Stack, original: bytes, instead: bytes) -> Iterator[str]:
     """The URL of a relay to the stack's Redis, in whose answers one string is replaced."""
