@@ -176,7 +176,7 @@ class Expected:
     def hand_on(self, job: QueuedJob, cause: str, delay_us: int, now_us: int) -> None:
         """Takes a running job from its worker."""
         self.count(f"requeues {cause}", job)
-        if cause != "handed_back":
+        if cause not in ("handed_back", "preempted"):
             job.failures += 1
             if job.failures >= job.max_failures:
                 return self.end(job, "failed", now_us, is_dead=True)
