@@ -78,9 +78,11 @@ def read_scripts(names: tuple[str, ...]) -> str:
         "RESERVE_S": RESERVE_S,
         "SOON_S": SOON_S,
     }
+    # With a line like that a Redis that is full refuses the script before it changes anything.
+    first = ["#!lua\n"] if names[-1] == "submit" else []
     lines = [f"local {name} = {value!r}\n" for name, value in constants.items()]
     files = [(LUA / f"{name}.lua").read_text() for name in ("clock", *names)]
-    return "".join(lines + files)
+    return "".join(first + lines + files)
 
 
 # In front of the scripts that change a job.
