@@ -28,14 +28,14 @@ def run(worker: "Worker", engine: Engine) -> None:
     batch jobs make way, of all workers together, and at the next look half of the rest. A job that
     needs several slots is waited for in the same way.
     """
-    before, steps = NONE_WAITS, engine.progress()
+    before, before_steps = NONE_WAITS, None
     while not worker.closing.wait(LOOK_S):
-        last_steps, steps = steps, engine.progress()
         waiting = _look(worker)
+        steps = engine.progress() if waiting.first else None
         # An engine that stands still may do so because of a job, which would carry that elsewhere.
-        if waiting.first and waiting.first == before.first and steps != last_steps:
+        if waiting.first and waiting.first == before.first and steps != before_steps:
             _make_way(worker, waiting.number)
-        before = waiting
+        before, before_steps = waiting, steps
 
 
 def _look(worker: "Worker") -> Waiting:
