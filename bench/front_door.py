@@ -56,11 +56,10 @@ class Client:
         asked = self.http.stream("POST", ENDPOINT, content=BODY, headers=self.headers)
         with asked as answer:
             answer.raise_for_status()
-            for part in answer.iter_raw():
-                if b'"content"' in part:
-                    break
+            parts = answer.iter_raw()
+            next(part for part in parts if b'"content"' in part)
             took_s = time.perf_counter() - begun_s
-            for _ in answer.iter_raw():
+            for _ in parts:
                 pass
         return took_s
 
