@@ -124,7 +124,7 @@ def run_door(rounds: int, requests: int, beside: Path | None) -> None:
 @main.command("batch")
 @click.option("--jobs", "job_count", default=200, show_default=True, type=click.IntRange(1))
 @click.option("--chats", default=60, show_default=True, type=click.IntRange(1))
-@click.option("--chats-per-s", default=1.0, show_default=True, help="They come at random.")
+@click.option("--chats-per-s", default=1.5, show_default=True, help="They come at random.")
 def run_batch(job_count: int, chats: int, chats_per_s: float) -> None:
     """Chats beside long batch jobs on vLLM: the wait for a first token, and the batch's answers."""
     console, model = _console(), get_catalog().default
