@@ -146,7 +146,8 @@ class Router:
 
 
 def rename(document: dict[str, Any], model: Model) -> dict[str, Any]:
-    """The request with a name that the model's engine knows."""
-    if document.get("model") in (None, "", model.name, *model.aliases):
+    """The request with a name that the model's engine knows; it refuses what is no name."""
+    asked = document.get("model")
+    if not isinstance(asked, str) or asked in ("", model.name, *model.aliases):
         return document
     return document | {"model": model.name}

@@ -217,7 +217,8 @@ def test_a_refusal_by_the_engine_fails_the_job_with_its_answer(sim_stack: Stack)
 
 def test_position_and_eta_count_down(slow_stack: Stack) -> None:
     wait(slow_stack, submit(slow_stack, CHAT)["id"])
-    running_job = submit(slow_stack, LONG)
+    # A batch job would make way for the interactive one that follows.
+    running_job = submit(slow_stack, LONG, priority="interactive")
     await_that(lambda: get(slow_stack, running_job["id"])["status"] == "in_progress")
     queued = [submit(slow_stack, STREAM) for _ in range(3)]
     first = submit(slow_stack, STREAM, priority="interactive")
