@@ -87,7 +87,7 @@ def test_a_breaker_opens_on_failures_and_closes_when_a_probe_succeeds() -> None:
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    main = SIM | {"aliases": ["gpt-*"], "fallbacks": ["spare"]}
+    main = SIM | {"aliases": ["gpt-*"], "fallbacks": ["spare"], "fallback_age_s": 3}
     home = tmp_path_factory.mktemp("routing")
     with running(Stack(home, [main, SIM | {"name": "spare", "aliases": []}], lease_s=3)) as stack:
         yield stack
@@ -112,6 +112,32 @@ def test_a_model_without_workers_is_stood_in_for(stack: Stack) -> None:
     assert seen.total("sluice_fallbacks_total", fallback="spare", reason="no_worker") >= 1
     stack.start_worker("sim")
     await_that(lambda: served() == "sim", 30)
+
+
+def test_a_model_whose_oldest_chat_has_waited_for_too_long_is_stood_in_for(stack: Stack) -> None:
+    body = CHAT | {"model": "gpt-5", "max_tokens": 1}
+    job = {"endpoint": ENDPOINT, "body": body, "priority": "interactive"}
+    ask = lambda: call(stack, "POST", "/v1/jobs", json=job)
+    stack.redis.sadd(keys.PAUSED, "sim")
+    try:
+        assert ask().json()["model"] == "sim"
+        await_that(lambda: ask().headers.get("x-sluice-fallback") == "queue_age", 60)
+        answer = call(stack, "POST", ENDPOINT, json=body)
+        assert answer.headers["x-sluice-model"] == answer.json()["model"] == "spare"
+    finally:
+        stack.redis.srem(keys.PAUSED, "sim")
+    await_that(lambda: ask().json()["model"] == "sim", 60)
+
+
+def test_a_model_whose_jobs_fail_is_stood_in_for_until_one_succeeds(stack: Stack) -> None:
+    body = CHAT | {"model": "gpt-5", "max_tokens": 1}
+
+    def reason(**more: Any) -> str | None:
+        job = {"endpoint": ENDPOINT, "body": body | more}
+        return call(stack, "POST", "/v1/jobs", json=job).headers.get("x-sluice-fallback")
+
+    await_that(lambda: reason(sim={"failure": "error"}) == "breaker_open", 60)
+    await_that(lambda: reason() is None, 60)
 
 
 def test_a_request_that_is_too_long_for_the_model_goes_to_one_with_more_context(
