@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import orjson
@@ -25,6 +26,14 @@ def chat(number: int = 0, **options: Any) -> dict[str, Any]:
     message = {"role": "user", "content": f"Question {number}"}
     usage = {"stream_options": {"include_usage": True}} if options.get("stream") else {}
     return {"messages": [message], "max_tokens": 100, "temperature": 0} | usage | options
+
+
+@contextmanager
+def paused(stack: Stack) -> Iterator[None]:
+    """What is submitted in the block to the first model begins together, after it."""
+    stack.redis.sadd(keys.PAUSED, stack.models[0])
+    yield
+    stack.redis.srem(keys.PAUSED, stack.models[0])
 
 
 class Client(threading.Thread):

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from bench.stack import Stack, await_that, running
+from tasks.contract import keys
 from tasks.contract.events import Kind
 from tasks.queue.token_log import TokenLog
-from tests.faults.clients import ENDPOINT, Client, ask, chat, compare
+from tests.faults.clients import ENDPOINT, Client, ask, chat, compare, paused
 from tests.faults.conftest import LEASE_S, SLOW_SIM, Fault
 from tests.test_jobs import call, get, submit
 from tests.test_metrics import Metrics
@@ -89,14 +90,17 @@ def test_while_chats_come_batch_jobs_leave_slots_free(home: Any, fault: Fault) -
 def test_a_batch_job_on_vllm_makes_way_and_is_answered_as_if_undisturbed(
     vllm_stack: Stack, fault: Fault, options: dict[str, Any]
 ) -> None:
-    body = chat(7, max_tokens=600, ignore_eos=True) | options
+    body = chat(7, max_tokens=1000, ignore_eos=True) | options
     (undisturbed,) = ask(vllm_stack, [body])
     job_id = submit(vllm_stack, body, priority="batch")["id"]
     await_that(lambda: _running(vllm_stack, [job_id]) == 1)
     fault.inflict("chats for all slots")
     each = DEMO_SLOTS // 4
-    others = [chat(n, n=each, temperature=1, max_tokens=40, ignore_eos=True) for n in range(4)]
-    chats = [Client(vllm_stack, body) for body in others]
+    others = [chat(n, n=each, temperature=1, max_tokens=100, ignore_eos=True) for n in range(4)]
+    lane = keys.backlog(vllm_stack.models[0], "interactive")
+    with paused(vllm_stack):
+        chats = [Client(vllm_stack, body) for body in others]
+        await_that(lambda: vllm_stack.redis.zcard(lane) == len(chats))
     for client in chats:
         assert len(client.answer()["choices"]) == each
     assert _answer(vllm_stack, job_id) == undisturbed

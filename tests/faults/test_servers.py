@@ -21,7 +21,16 @@ from bench.stack import Stack, await_that, running, send, slack
 from db import get_engine, reading
 from db.models import LedgerEntry
 from tasks.contract import keys
-from tests.faults.clients import ENDPOINT, LONGEST_S, Client, ask, await_tokens, chat, compare
+from tests.faults.clients import (
+    ENDPOINT,
+    LONGEST_S,
+    Client,
+    ask,
+    await_tokens,
+    chat,
+    compare,
+    paused,
+)
 from tests.faults.conftest import LEASE_S, SLOW_SIM, Fault
 from tests.test_jobs import call, events, get, ids, submit, wait
 
@@ -61,14 +70,6 @@ def _meanwhile(ask_once: Callable[[], requests.Response]) -> Iterator[list[reque
         asking.join()
 
 
-@contextmanager
-def _paused(stack: Stack) -> Iterator[None]:
-    """What is submitted in the block begins together, after it."""
-    stack.redis.sadd(keys.PAUSED, "sim")
-    yield
-    stack.redis.srem(keys.PAUSED, "sim")
-
-
 @pytest.mark.parametrize("fault_kind", ["read-only", "full"])
 def test_5_a_redis_that_takes_no_writes_for_a_while(
     stack: Stack, fault: Fault, fault_kind: str
@@ -103,7 +104,7 @@ def test_6_redis_is_killed_and_comes_back(
 ) -> None:
     bodies = [chat(n, max_tokens=200) for n in range(12)]
     streamed = [body | {"stream": True} for body in bodies]
-    with _paused(stack):
+    with paused(stack):
         accepted = [submit(stack, body)["id"] for body in streamed]
     await_that(lambda: stack.redis.zcard(keys.LEASES) == 12)
     await_that(lambda: stack.redis.xlen(keys.log(accepted[0])) > 10)
@@ -276,7 +277,7 @@ def test_13_a_reload_under_200_streams_loses_no_token(home: Path, fault: Fault) 
     with running(Stack(home, [model], lease_s=10, keep_alive_s=1)) as stack:
         tokens = 150
         bodies = [chat(n, stream=True, max_tokens=tokens) for n in range(200)]
-        with _paused(stack):
+        with paused(stack):
             jobs = [submit(stack, body)["id"] for body in bodies]
             followers = [Follower(stack, job_id) for job_id in jobs]
         await_that(lambda: all(len(f.seen) > 10 for f in followers))
