@@ -24,6 +24,8 @@ PROGRAM = Path(__file__).parent / "node/keys.mjs"
 def stack(home: Path) -> Iterator[Stack]:
     stack = Stack(home, [SIM, SIM | {"name": "other", "aliases": []}])
     migrate(stack.database_url)
+    # Without one the API would be open, until it knows of the first.
+    make(stack)
     with running(stack) as stack:
         yield stack
 
