@@ -28,6 +28,10 @@ LAST_RECORD = "model:last_record_ms"
 
 RESTART_US = 1_000_000
 
+# redis-py gives up on a reply after 5 s and sends the command again: on a machine that stood still
+# for so long, time would pass twice. Here a command is sent again only where a test wants it.
+_PATIENCE: dict[str, Any] = {"socket_timeout": None, "retry": Retry(NoBackoff(), 0)}
+
 # In front of every script: the clock, and ids of records that follow it as Redis's own would.
 _PRELUDE = f"""
 local function virtual_time()
@@ -114,7 +118,7 @@ class Server:
         command = [str(redis_server.find_server()), "--dir", str(home)]
         command += [part for name, value in options.items() for part in (f"--{name}", value)]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        self.raw = redis.Redis(unix_socket_path=str(self._socket), single_connection_client=False)
+        self.raw = redis.Redis(unix_socket_path=str(self._socket), **_PATIENCE)
         await_that(self._answers)
         self._shift = self.raw.register_script(_SHIFT)
         self._copy = self.raw.register_script(_COPY)
@@ -189,9 +193,7 @@ class Client(redis.Redis):
     def __init__(
         self, server: Server, socket: str, watch: Callable[[tuple[Any, ...], Any], None]
     ) -> None:
-        super().__init__(
-            unix_socket_path=socket, single_connection_client=True, retry=Retry(NoBackoff(), 0)
-        )
+        super().__init__(unix_socket_path=socket, single_connection_client=True, **_PATIENCE)
         self.server = server
         self.fault: Fault | None = None
         self.watch = watch
