@@ -163,8 +163,8 @@ HOLES = {
     ),
     "an accepted job that Redis lost has to find room again": Hole(
         (accepted, "enqueue"),
-        "backlog.queue(",
-        'backlog._put("submit" if dispatches else "queue", ',
+        "backlog.queue(job, ",
+        'backlog._put("submit" if dispatches else "queue", job, first_attempt=',
     ),
 }
 
