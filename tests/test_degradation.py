@@ -39,7 +39,8 @@ def submit_for_a_moment(stack: Stack, key: str, **options: Any) -> requests.Resp
     answer = submit(stack, key, priority="interactive", **options)
     if answer.status_code == 202:
         cancelled = ask(stack, key, "POST", f"/v1/jobs/{answer.json()['id']}/cancel")
-        assert cancelled.status_code == 200
+        # A worker may have answered it meanwhile.
+        assert cancelled.status_code == 200 or code(cancelled) == (409, "conflict")
     return answer
 
 
@@ -74,5 +75,6 @@ def test_a_model_gives_less_and_less_before_its_backlog_is_full(stack: Stack) ->
     stack.redis.srem(keys.PAUSED, "sim")
     # Then all is well again, and answers are as long as they were.
     await_that(lambda: answered(light) == 202, 60)
+    await_that(lambda: not is_told(), 60)
     whole = ask(stack, capped, "POST", ENDPOINT, json=CHAT | {"max_tokens": 50})
     assert whole.json()["usage"]["completion_tokens"] == 50
