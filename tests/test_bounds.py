@@ -285,16 +285,14 @@ def test_a_follower_that_does_not_read_costs_nothing(stack: Stack) -> None:
     request = f"GET /v1/jobs/{job_id}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     api = psutil.Process(stack.api_processes[0].popen.pid).children()[0]
     await_that(lambda: get(stack, job_id)["status"] == "completed", timeout_s=240)
-    alone_s = _cpu_s(api, 2)
     with socket.socket() as idle:
         # Its kernel takes a few kilobytes for it, ours some megabytes.
         idle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         idle.connect(("127.0.0.1", stack.api_ports[0]))
         idle.sendall(request)
         await_that(lambda: len(idle.recv(4096, socket.MSG_PEEK)) > 1000)
-        await_that(lambda: _cpu_s(api, 0.5) < 0.4)
-        used_s = _cpu_s(api, 2)
-    assert used_s < alone_s + 0.2, f"{used_s} s of processor in 2 s; without it {alone_s} s"
+        # When all is full that is kept for it, it waits.
+        await_that(lambda: _cpu_s(api, 2) < 0.2, timeout_s=60)
 
 
 def _cpu_s(process: psutil.Process, during_s: float) -> float:
