@@ -75,37 +75,43 @@ class Secrets:
         self.write("redis_url", url)
         self.write("redis_exporter", json.dumps({"rediss://redis:6379": password}))
 
-    def write_certificates(self, domain: str) -> None:
+    def write_certificates(self, domain: str, days: int = CERTIFICATE_DAYS) -> None:
         """An authority of our own; what it signs for Redis, and for nginx until there is better."""
         if not (self.directory / "ca").exists():
-            self._certify("ca", "ca_key", "Sluice", sign=[])
+            self._certify("ca", "ca_key", "Sluice", CA_DAYS)
         for name, host in (("redis", "redis"), ("tls", domain)):
             if not (self.directory / f"{name}_certificate").exists():
-                authority = ["-CA", "ca", "-CAkey", "ca_key"]
-                self._certify(f"{name}_certificate", f"{name}_key", host, sign=authority)
+                self._certify(f"{name}_certificate", f"{name}_key", host, days, is_signed=True)
 
-    def _certify(self, certificate: str, key: str, host: str, sign: list[str]) -> None:
+    def _certify(
+        self, certificate: str, key: str, host: str, days: int, *, is_signed: bool = False
+    ) -> None:
+        """A new key and its certificate, signed by `ca` or by itself."""
         with tempfile.TemporaryDirectory(dir=self.directory) as place:
             config, request = Path(place) / "config", Path(place) / "request"
             names = ", ".join(f"DNS:{name}" for name in dict.fromkeys((host, "localhost")))
             config.write_text(REQUEST.format(name=host, names=f"{names}, IP:127.0.0.1"))
-            new = ["openssl", "req", "-new", *NEW_KEY, "-keyout", key, "-config", str(config)]
-            if not sign:
-                self._run([*new, "-x509", "-days", str(CA_DAYS), "-out", certificate])
+            new = ["req", "-new", *NEW_KEY, "-keyout", key, "-config", str(config)]
+            ends = ["-days", str(days), "-out", certificate]
+            if not is_signed:
+                self._openssl(*new, "-x509", *ends)
             else:
-                self._run([*new, "-out", str(request)])
-                serial = ["-set_serial", f"0x{secrets.token_hex(16)}"]
-                extensions = ["-extfile", str(config), "-extensions", "server"]
-                signed = ["openssl", "x509", "-req", "-in", str(request), *sign, *serial]
-                days = ["-days", str(CERTIFICATE_DAYS)]
-                self._run([*signed, *extensions, *days, "-out", certificate])
+                self._openssl(*new, "-out", str(request))
+                signed = ["x509", "-req", "-in", str(request), "-CA", "ca", "-CAkey", "ca_key"]
+                signed += ["-set_serial", f"0x{secrets.token_hex(16)}"]
+                self._openssl(*signed, "-extfile", str(config), "-extensions", "server", *ends)
         for name in (certificate, key):
             (self.directory / name).chmod(0o600)
             self.new.append(name)
 
-    def _run(self, command: list[str]) -> None:
+    def _openssl(self, *arguments: str) -> None:
         subprocess.run(
-            command, cwd=self.directory, check=True, capture_output=True, text=True, umask=0o077
+            ["openssl", *arguments],
+            cwd=self.directory,
+            check=True,
+            capture_output=True,
+            text=True,
+            umask=0o077,
         )
 
 
