@@ -15,7 +15,7 @@ import click
 import httpx
 from rich.console import Console
 
-from bench import beside_batch, behind_nginx, cost, front_door, jobs, memory, overload, report
+from bench import behind_nginx, beside_batch, cost, front_door, jobs, memory, overload, report
 from bench.processes import largest_rss_mb, niceness
 from bench.rounds import Round, compare
 from bench.stacks import Stack, StackError, sluice, vllm_server

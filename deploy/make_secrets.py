@@ -1,7 +1,7 @@
 """Writes the secrets of docker-compose.yml, once: `make secrets DOMAIN=llm.example.com`.
 
-Each is a file of its own in `secrets/`, which only its owner can read. What is there stays: delete a
-file (and those made of it) to have it written anew. Standard library and `openssl` only.
+Each is a file of its own in `secrets/`, which only its owner can read. What is there stays; delete
+a file (and those made of it) to have it written anew. Standard library and `openssl` only.
 """
 
 from __future__ import annotations
