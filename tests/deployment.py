@@ -9,7 +9,7 @@ import redis
 from sqlalchemy import make_url
 
 from bench.stack import Process, Stack, await_that
-from deploy import make_secrets, redis_server
+from deploy import make_secrets
 from tests.conftest import SIM
 from tests.prometheus import DEPLOY, program
 
