@@ -18,6 +18,7 @@ from websockets.sync.client import connect
 from bench.nginx import Nginx
 from bench.stack import Process, Stack, await_that, running
 from deploy import make_secrets
+from tasks.contract.response import fold
 from tests.conftest import SIM
 from tests.faults.clients import ENDPOINT, Client, await_tokens, chat, paused
 
@@ -158,13 +159,14 @@ def _listens(port: int) -> bool:
 
 
 def _ask(nginx: Nginx, body: dict[str, Any] | None = None) -> int:
-    body = body or chat(max_tokens=1)
+    # The slots of the other model may be in use.
+    body = body or chat(model="fast", max_tokens=1)
     return requests.post(f"{nginx.url}{ENDPOINT}", json=body, timeout=60).status_code
 
 
 def _serves(nginx: Nginx, port: int) -> bool:
     _ask(nginx)
-    return nginx.access_log()[-1]["api"] == f"127.0.0.1:{port}"
+    return f"127.0.0.1:{port}" in {line["api"] for line in nginx.access_log()[-4:]}
 
 
 def test_an_api_that_is_killed_takes_no_new_request_along(stack: Stack, nginx: Nginx) -> None:
@@ -203,7 +205,8 @@ def test_who_reads_slowly_gets_all_of_it_and_holds_up_nobody(stack: Stack, nginx
             assert _ask(nginx, chat(number, model="fast")) == 200
         events = answer.read()
     assert events.endswith(b"data: [DONE]\n\n")
-    assert events.count(b"data: ") >= whole["usage"]["completion_tokens"]
+    chunks = [line[6:] for line in events.splitlines() if line.startswith(b"data: {")]
+    assert fold([orjson.loads(chunk) for chunk in chunks])["choices"] == whole["choices"]
 
 
 def _request(body: bytes, length: int | None = None) -> bytes:
@@ -302,7 +305,7 @@ def test_too_many_requests_of_one_address_are_refused(limited: Callable[..., Any
         answers = [requests.get(f"{nginx.url}/health/live", timeout=60) for _ in range(10)]
     refused = [answer for answer in answers if answer.status_code == 429]
     assert refused
-    assert {answer.json()["error"]["code"] for answer in refused} == {"too_many_requests"}
+    assert {answer.json()["error"]["code"] for answer in refused} == {"rate_limit_exceeded"}
     assert {answer.headers["retry-after"] for answer in refused} == {"1"}
     assert {answer.headers["content-type"] for answer in refused} == {"application/json"}
 
@@ -313,7 +316,7 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_sent(nginx: Nginx) -> 
         answer = HTTPResponse(client)
         answer.begin()
         error = orjson.loads(answer.read())["error"]
-    assert (answer.status, error["code"]) == (413, "body_too_large")
+    assert (answer.status, error["code"]) == (413, "request_entity_too_large")
 
 
 def test_refusals_of_the_api_pass_as_they_are(stack: Stack, nginx: Nginx) -> None:
