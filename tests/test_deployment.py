@@ -1,11 +1,13 @@
 """The files of docker-compose.yml run without containers: all parts, from a client to an alert."""
 
 import json
+import re
 import ssl
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import openai
 import psutil
@@ -15,6 +17,7 @@ import requests
 from bench.nginx import Nginx
 from bench.postgres import Postgres
 from bench.stack import await_that, running
+from tasks.contract import keys
 from tests.deployment import Deployment
 from tests.prometheus import Alertmanager, Prometheus, alertmanager_config, prometheus_config
 from tests.test_dashboards import BOARDS, queries
@@ -23,6 +26,7 @@ from tests.test_webhooks import Receiver, receiving
 
 pytestmark = pytest.mark.timeout(600)
 
+ROOT = Path(__file__).parents[1]
 WORKERS = 2
 QUESTION = [{"role": "user", "content": "Hello"}]
 REQUESTS = 8
@@ -124,6 +128,7 @@ def test_no_secret_is_in_an_environment_a_command_line_or_a_log(deployment: Runn
 
 
 def test_doctor_finds_nothing_wrong(deployment: Running) -> None:
+    await_that(lambda: deployment.parts.redis.exists(keys.MAINTENANCE))
     env = {"SLUICE_API_URL": deployment.nginx.url, "SSL_CERT_FILE": str(deployment.nginx.authority)}
     done = deployment.parts.sluice("doctor", "--json", **env)
     seen = Diagnosis(done.returncode, done.stdout)
@@ -147,6 +152,25 @@ def test_every_query_of_a_dashboard_answers(deployment: Running, board: str) -> 
     assert answers.keys() == asked.keys()
     # Another engine's panels are empty.
     assert any(answers.values())
+
+
+COMMANDS = re.findall(
+    r"^docker compose (?:run --rm migrate|exec api) sluice ([^>\n]+)",
+    (ROOT / "docs" / "deploy.md").read_text().replace("`docker", "\ndocker").replace("`", "\n"),
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_page_works(deployment: Running, command: str) -> None:
+    api = {"SLUICE_API_URL": deployment.parts.url}
+    done = deployment.parts.sluice(*command.split(), **api)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_the_commands_of_the_page_are_found() -> None:
+    assert {command.split()[0] for command in COMMANDS} == {"keys", "doctor", "status"}
 
 
 def test_an_alert_arrives(deployment: Running) -> None:
