@@ -35,6 +35,7 @@ SERVERS = [
     ("prometheus", ["promtool"]),
     ("prometheus-alertmanager", ["prometheus-alertmanager"]),
     ("nginx", ["nginx"]),
+    ("openssl", ["openssl"]),
 ]
 
 

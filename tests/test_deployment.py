@@ -155,7 +155,7 @@ def test_every_query_of_a_dashboard_answers(deployment: Running, board: str) -> 
 
 
 COMMANDS = re.findall(
-    r"^docker compose (?:run --rm migrate|exec api) sluice ([^>\n]+)",
+    r"^docker compose (?:run --rm -T migrate|exec api) sluice ([^>\n]+)",
     (ROOT / "docs" / "deploy.md").read_text().replace("`docker", "\ndocker").replace("`", "\n"),
     re.MULTILINE,
 )
