@@ -115,11 +115,12 @@ def test_a_service_is_confined_watched_and_started_again(name: str) -> None:
     assert service["healthcheck"]["test"]
 
 
-def test_two_of_what_must_not_end_and_a_gpu_for_each_worker() -> None:
+def test_two_of_what_must_not_end_and_a_gpu_for_the_worker() -> None:
     replicas = {name: of["deploy"].get("replicas") for name, of in SERVICES.items()}
     assert (replicas["api"], replicas["maintenance"]) == (2, 2)
     (gpu,) = SERVICES["worker"]["deploy"]["resources"]["reservations"]["devices"]
     assert (gpu["driver"], gpu["capabilities"]) == ("nvidia", ["gpu"])
+    assert gpu["device_ids"] == ["${GPU:-0}"]
     assert SERVICES["worker"]["profiles"] == ["gpu"]
     assert SERVICES["worker-cpu"]["profiles"] == ["cpu"]
 

@@ -401,8 +401,9 @@ def get_settings() -> Settings:
         names = ", ".join(sorted(known))
         raise ConfigurationError(f"unknown setting {', '.join(unknown)}; there are: {names}")
     from_files = setting_files.read_all(IN_FILES)
+    given: dict[str, Any] = {IN_FILES[name]: value for name, value in from_files.items()}
     try:
-        return Settings(**{IN_FILES[name]: value for name, value in from_files.items()})
+        return Settings(**given)
     except ValidationError as refused:
         lines = [
             f"{PREFIX}{name.upper()}={_show(name, value)}: {message.removeprefix('Value error, ')}"
