@@ -22,10 +22,10 @@ UP_NEEDS := $(if $(filter sim http://% https://%,$(SLUICE_MODEL)),core,cpu)
 up: .venv/installed-$(UP_NEEDS)  ## runs everything on this machine, until Ctrl-C
 	@exec $(BIN)/sluice up
 
-## DOMAIN: secrets: the name under which clients reach nginx; default: localhost
+## DOMAIN: secrets: how clients call this machine; default: localhost
 DOMAIN ?= localhost
 
-secrets:  ## writes what docker-compose.yml needs, once; nobody else can read it
+secrets:  ## writes passwords and certificates of docker-compose.yml, once
 	@$(PYTHON) deploy/make_secrets.py $(DOMAIN)
 
 # Otherwise each of the hundreds of processes that tests start would compile Sluice again.
