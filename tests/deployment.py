@@ -21,9 +21,8 @@ class Deployment(Stack):
         super().__init__(home, [SIM], keep_alive_s=1, **settings)
         make_secrets.main("localhost", home)
         self.secrets = home / "secrets"
-        self.secret("database_url").write_text(
-            with_password(database_url, self.read("postgres_password"))
-        )
+        self._sql = with_password(database_url, self.read("postgres_password"))
+        self.secret("database_url").write_text(self._sql)
         # What is a name in the network of the containers is a port here.
         url = self.read("redis_url").replace("redis:6379", f"127.0.0.1:{self.redis_port}")
         self.redis_url = url.replace("/run/secrets", str(self.secrets))
@@ -32,6 +31,10 @@ class Deployment(Stack):
         del self.env["SLUICE_REDIS_URL"]
         for name in ("redis_url", "database_url", "admin_key", "webhook_secrets"):
             self.env[f"SLUICE_{name.upper()}_FILE"] = str(self.secret(name))
+
+    @property
+    def database_url(self) -> str:
+        return self._sql
 
     def secret(self, name: str) -> Path:
         return self.secrets / name

@@ -27,7 +27,7 @@ def deployment(home: Path, postgres: Postgres) -> Iterator[Deployment]:
     assert parts.sluice("migrate").returncode == 0
     yield parts
     parts.stop()
-    get_engine(parts.read("database_url")).dispose()
+    get_engine(parts.database_url).dispose()
 
 
 def sentence(parts: Deployment, *command: str, **env: str) -> str:
@@ -84,7 +84,7 @@ def test_a_certificate_of_an_authority_that_nobody_knows(deployment: Deployment)
 def test_a_wrong_password_of_the_database(deployment: Deployment) -> None:
     deployment.start_redis()
     right = deployment.read("postgres_password")
-    url = deployment.read("database_url").replace(right, "guessed")
+    url = deployment.database_url.replace(right, "guessed")
     deployment.secret("database_url").write_text(url)
     for command in (["migrate"], PARTS[0]):
         assert "refuses the user or the password" in sentence(deployment, *command)
@@ -94,8 +94,7 @@ def test_a_wrong_password_of_the_database(deployment: Deployment) -> None:
 def test_a_database_of_an_older_schema_is_found_and_brought_up_to_date(
     deployment: Deployment,
 ) -> None:
-    url = deployment.read("database_url")
-    go_back(url)
+    go_back(deployment.database_url)
     assert "and this version needs" in diagnose(deployment).of("database", "wrong")
     assert deployment.sluice("migrate").returncode == 0
     assert "answers, at migration" in diagnose(deployment).of("database", "ok")
@@ -103,7 +102,7 @@ def test_a_database_of_an_older_schema_is_found_and_brought_up_to_date(
 
 def test_a_database_of_a_newer_schema_stops_who_would_change_it(deployment: Deployment) -> None:
     deployment.start_redis()
-    go_beyond(deployment.read("database_url"))
+    go_beyond(deployment.database_url)
     for command in (["migrate"], PARTS[0]):
         said = sentence(deployment, *command)
         assert "are of a version that this one does not know" in said
@@ -159,4 +158,4 @@ def test_doctor_finds_that_the_certificate_of_nginx_has_expired(
         assert seen.wrong == {"api"}
         assert "certificate has expired" in seen.of("api", "wrong")
         assert "renew it if it has expired" in seen.of("api", "wrong")
-    get_engine(parts.read("database_url")).dispose()
+    get_engine(parts.database_url).dispose()
