@@ -1,5 +1,5 @@
 # Needs Python 3.11+ and make, nothing else; all that it installs goes to .venv.
-.PHONY: help up test checks lint faults model holes lock audit bench docs clean
+.PHONY: help up secrets test checks lint faults model holes lock audit bench docs clean
 
 # Both lists come from the comments with two #.
 help:  ## this list
@@ -21,6 +21,12 @@ UP_NEEDS := $(if $(filter sim http://% https://%,$(SLUICE_MODEL)),core,cpu)
 
 up: .venv/installed-$(UP_NEEDS)  ## runs everything on this machine, until Ctrl-C
 	@exec $(BIN)/sluice up
+
+## DOMAIN: secrets: how clients call this machine; default: localhost
+DOMAIN ?= localhost
+
+secrets:  ## writes passwords and certificates of docker-compose.yml, once
+	@$(PYTHON) deploy/make_secrets.py $(DOMAIN)
 
 # Otherwise each of the hundreds of processes that tests start would compile Sluice again.
 unexport PYTHONDONTWRITEBYTECODE

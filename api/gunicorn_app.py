@@ -13,13 +13,21 @@ from gunicorn.app.base import BaseApplication
 
 from api.connection_limits import MOST_STREAMS, OTHER_FILES
 
+# Of a drain, for streams that can be resumed: they get the last id, and end.
+ENDING_S = 3.5
+
 
 class Application(BaseApplication):  # type: ignore[misc]
-    """Serves the API on HOST:PORT with that many processes."""
+    """Serves the API on HOST:PORT with that many processes, which drain for that many seconds."""
 
-    def __init__(self, bind: str, processes: str) -> None:
+    def __init__(self, bind: str, processes: str, drain_s: str) -> None:
         self._bind = bind
-        self._own = {"bind": bind, "workers": int(processes)}
+        self._own = {
+            "bind": bind,
+            "workers": int(processes),
+            # Streams are cut at the end of it; clients resume them elsewhere.
+            "graceful_timeout": int(drain_s),
+        }
         super().__init__()
 
     def load_config(self) -> None:
@@ -44,8 +52,6 @@ def _settings() -> dict[str, Any]:
         if is_unbounded
         else min(MOST_STREAMS, files - OTHER_FILES),
         "keepalive": 75,
-        # Streams are cut at the end of it; clients resume them elsewhere.
-        "graceful_timeout": 5,
         "timeout": 60,
         "accesslog": None,
         "errorlog": "-",
@@ -65,7 +71,7 @@ def _end_streams_in_time(worker: Any) -> None:
         while worker.alive:
             gevent.sleep(0.2)
         # Not before this process has stopped accepting: clients come back at once.
-        gevent.sleep(1.5)
+        gevent.sleep(worker.cfg.graceful_timeout - ENDING_S)
         worker.wsgi.extensions["sluice"].relay.stop()
 
     gevent.spawn(watch)

@@ -48,7 +48,8 @@ def serve(bind: str) -> NoReturn:
         os.environ["SLUICE_ALLOWED_HOSTS"] = LOOPBACK_NAMES
     processes = str(settings.api_processes)
     # -P: what lies in the working directory is not ours.
-    os.execv(sys.executable, [sys.executable, "-P", "-m", "api.gunicorn_app", bind, processes])
+    arguments = [bind, processes, str(settings.api_drain_s)]
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "api.gunicorn_app", *arguments])
 
 
 def is_open(bind: str, settings: Settings) -> bool:

@@ -15,7 +15,7 @@ import click
 import httpx
 from rich.console import Console
 
-from bench import beside_batch, cost, front_door, jobs, memory, overload, report
+from bench import behind_nginx, beside_batch, cost, front_door, jobs, memory, overload, report
 from bench.processes import largest_rss_mb, niceness
 from bench.rounds import Round, compare
 from bench.stacks import Stack, StackError, sluice, vllm_server
@@ -133,6 +133,16 @@ def run_batch(job_count: int, chats: int, chats_per_s: float) -> None:
     except (AssertionError, StackError, httpx.HTTPError) as wrong:
         raise click.ClickException(str(wrong)) from None
     _end(console, None, {}, errors)
+
+
+@main.command("nginx")
+@click.option("--rounds", default=7, show_default=True, type=click.IntRange(1))
+@click.option("--streams", default=32, show_default=True, type=click.IntRange(1))
+@click.option("--requests", default=128, show_default=True, help="Of each round.")
+def run_nginx(rounds: int, streams: int, requests: int) -> None:
+    """What nginx with TLS adds to the time between tokens."""
+    console = _console()
+    _end(console, None, {}, behind_nginx.run(console, rounds, streams, requests))
 
 
 def _console() -> Console:

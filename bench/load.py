@@ -36,7 +36,7 @@ QUESTIONS = (
 class Load:
     """A closed loop: `streams` connections, each sending its next request on completion."""
 
-    url: str  # of the server: http://HOST:PORT, and what comes before /v1
+    url: str  # of the server: http(s)://HOST:PORT, and what comes before /v1
     model: str
     streams: int
     requests: int
@@ -58,7 +58,7 @@ class Load:
     def address(self) -> tuple[str, int]:
         """Host and port."""
         target = urlsplit(self.url)
-        return target.hostname or "", target.port or 80
+        return target.hostname or "", target.port or (443 if target.scheme == "https" else 80)
 
     def http_requests(self) -> list[bytes]:
         """The requests as bytes on the wire; the same for the same fields."""

@@ -103,6 +103,17 @@ def maintenance() -> None:
     sys.exit(run())
 
 
+@main.command("migrate")
+def migrate_database() -> None:
+    """Bring the database's tables to this version; the API and maintenance do it, too."""
+    from db import migrate
+    from tasks.contract.settings import get_settings, without_password
+
+    url = get_settings().database_url
+    migrate(url)
+    click.echo(f"{without_password(url)} is at this version")
+
+
 URL = click.option("--url", help="The API; default: SLUICE_API_URL.")
 
 

@@ -151,10 +151,7 @@ def check_api(settings: Settings) -> Iterator[Remark]:
         ready = httpx.get(f"{url}/health/ready", timeout=API_TIMEOUT_S)
         is_ours, state = "streams" in live.json(), ready.json()
     except (httpx.ConnectError, httpx.ConnectTimeout) as away:
-        yield wrong(
-            f"no API answers at {shown} ({explain(away, settings)})",
-            "start one with `sluice api`, or set SLUICE_API_URL to where it runs",
-        )
+        yield _judge_unreachable(shown, explain(away, settings))
         return
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, TypeError):
         is_ours, state = False, {}
@@ -167,6 +164,18 @@ def check_api(settings: Settings) -> Iterator[Remark]:
         yield ok(f"{shown} answers, and is ready")
     else:
         yield _judge_unready(shown, state)
+
+
+def _judge_unreachable(url: str, reason: str) -> Remark:
+    if "CERTIFICATE_VERIFY_FAILED" in reason:
+        return wrong(
+            f"the certificate at {url} is refused ({reason})",
+            "renew it if it has expired; if its authority is your own, set SSL_CERT_FILE to that",
+        )
+    return wrong(
+        f"no API answers at {url} ({reason})",
+        "start one with `sluice api`, or set SLUICE_API_URL to where it runs",
+    )
 
 
 def _listener(url: str) -> str:

@@ -34,6 +34,8 @@ SERVERS = [
     ("prometheus", ["prometheus"]),
     ("prometheus", ["promtool"]),
     ("prometheus-alertmanager", ["prometheus-alertmanager"]),
+    ("nginx", ["nginx"]),
+    ("openssl", ["openssl"]),
 ]
 
 
@@ -80,8 +82,8 @@ def check_vllm_builds() -> None:
 
 def install_servers() -> None:
     """Installs the servers that the tests run against, where they are missing and available."""
-    # Where Debian puts PostgreSQL's programs.
-    debian = map(str, Path("/usr/lib/postgresql").glob("*/bin"))
+    # Where Debian puts PostgreSQL's programs, and nginx.
+    debian = [*map(str, Path("/usr/lib/postgresql").glob("*/bin")), "/usr/sbin"]
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), *debian])
     packages: list[str] = []
     for package, programs in SERVERS:

@@ -23,11 +23,11 @@ from api.server import is_open, refuse_open
 from deploy import checks, log_files, redis_server
 from deploy.process import Part, stop_all
 from deploy.screen import welcome
-from tasks.contract import keys, running
+from tasks.contract import keys, running, setting_files
 from tasks.contract.connections import connect
 from tasks.contract.errors import SluiceError
 from tasks.contract.models import Catalog, Model, get_catalog
-from tasks.contract.settings import PREFIX, SECRET_FIELDS, Settings, get_settings
+from tasks.contract.settings import IN_FILES, PREFIX, SECRET_FIELDS, Settings, get_settings
 from tasks.queue import entries
 
 LOG_LINES_SHOWN = 15
@@ -57,6 +57,7 @@ def run(model: str | None, host: str | None, port: int | None, flags: tuple[str,
     What is given goes before the environment, and is what all parts find there.
     """
     chosen = {"MODEL": model, "HOST": host, "PORT": port, "MODEL_ARGS": shlex.join(flags) or None}
+    setting_files.replace_in_environment(IN_FILES)
     os.environ |= {f"{PREFIX}{name}": str(value) for name, value in chosen.items() if value}
     settings, catalog = get_settings(), get_catalog()
     try:

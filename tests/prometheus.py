@@ -12,6 +12,8 @@ from bench.stack import Process, Stack, await_that
 from deploy.redis_server import free_port
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
+# Hurried, as `ship` leaves it.
+API_DISCOVERY = "dns_sd_configs: [{names: [api], type: A, port: 8000, refresh_interval: 1s}]"
 
 
 class Sample(NamedTuple):
@@ -104,12 +106,17 @@ def prometheus_config(
     Without the address of an Alertmanager alerts reach nobody.
     """
     (directory / "admin_key").write_text(admin_key)
-    addresses = {
-        "127.0.0.1:8000": f"127.0.0.1:{stack.api_ports[0]}",
-        "127.0.0.1:9093": alertmanager or f"127.0.0.1:{free_port()}",
+    apis = ", ".join(f'"127.0.0.1:{port}"' for port in stack.api_ports)
+    places = {
+        API_DISCOVERY: f"static_configs: [{{targets: [{apis}]}}]",
+        "api:8000": f"127.0.0.1:{stack.api_ports[0]}",
+        "alertmanager:9093": alertmanager or f"127.0.0.1:{free_port()}",
+        "redis-exporter:9121": f"127.0.0.1:{free_port()}",
+        "postgres-exporter:9187": f"127.0.0.1:{free_port()}",
+        "/run/secrets/prometheus_key": "admin_key",
     }
     ship(DEPLOY / "prometheus" / "alerts.yml", directory, {})
-    return ship(DEPLOY / "prometheus" / "prometheus.yml", directory, addresses)
+    return ship(DEPLOY / "prometheus" / "prometheus.yml", directory, places)
 
 
 def alertmanager_config(directory: Path, receiver: str) -> Path:
@@ -118,10 +125,10 @@ def alertmanager_config(directory: Path, receiver: str) -> Path:
     return ship(shipped, directory, {"127.0.0.1:9099": receiver})
 
 
-def ship(file: Path, directory: Path, addresses: dict[str, str]) -> Path:
-    """A copy of a shipped file: other addresses, and minutes have become seconds."""
+def ship(file: Path, directory: Path, places: dict[str, str]) -> Path:
+    """A copy of a shipped file: other addresses and paths; minutes have become seconds."""
     text = re.sub(r"\b(\d+)([smh])\b", _hurried, file.read_text())
-    for shipped, real in addresses.items():
+    for shipped, real in places.items():
         text = text.replace(shipped, real)
     copy = directory / file.name
     copy.write_text(text)

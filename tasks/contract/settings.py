@@ -1,6 +1,7 @@
 """Every setting of Sluice: one frozen object, read from the environment in one place.
 
 `SLUICE_REDIS_URL=redis://queue:6379/0 sluice api` and so on; docs/configuration.md has the table.
+What is secret may be in a file instead, which `SLUICE_<FIELD>_FILE` names.
 """
 
 import base64
@@ -13,13 +14,19 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from tasks.contract import running
+from tasks.contract import running, setting_files
 from tasks.contract.errors import ConfigurationError
 
 PREFIX = "SLUICE_"
 
 # Values that no error or log may show.
 SECRET_FIELDS = frozenset({"webhook_secrets", "alert_webhook", "api_key", "admin_key"})
+# Those, and URLs with passwords in them.
+IN_FILES = {
+    PREFIX + name.upper(): name
+    for name in (*sorted(SECRET_FIELDS), "redis_url", "bus_url", "database_url")
+}
+FILE_VARIABLES = frozenset(name + setting_files.SUFFIX for name in IN_FILES)
 
 HOME = Path("~/.sluice")
 # A server bound to these is reached here.
@@ -77,6 +84,11 @@ class Settings(BaseSettings):
     )
     api_key: str = Field("", description="bearer token that these commands send", repr=False)
     api_processes: int = Field(1, ge=1, description="gunicorn processes of one API")
+    api_drain_s: int = Field(
+        5,
+        ge=5,
+        description="how long a stopping API, which takes no new ones, lets streams go on",
+    )
 
     allowed_hosts: str = Field(
         "",
@@ -383,13 +395,15 @@ def get_settings() -> Settings:
     Raises:
         ConfigurationError: a `SLUICE_` variable is unknown or its value is refused.
     """
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | FILE_VARIABLES
     unknown = sorted(key for key in os.environ if key.startswith(PREFIX) and key not in known)
     if unknown:
         names = ", ".join(sorted(known))
         raise ConfigurationError(f"unknown setting {', '.join(unknown)}; there are: {names}")
+    from_files = setting_files.read_all(IN_FILES)
+    given: dict[str, Any] = {IN_FILES[name]: value for name, value in from_files.items()}
     try:
-        return Settings()
+        return Settings(**given)
     except ValidationError as refused:
         lines = [
             f"{PREFIX}{name.upper()}={_show(name, value)}: {message.removeprefix('Value error, ')}"

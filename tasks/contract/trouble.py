@@ -82,6 +82,13 @@ REDIS = (
         ConfigurationError,
     ),
     Case(
+        "CERTIFICATE_VERIFY_FAILED",
+        "the certificate that Redis shows at {url} is refused ({reason})",
+        "renew it if it has expired; if its authority is your own, end {variable} with "
+        "?ssl_ca_certs=/PATH of that",
+        ConfigurationError,
+    ),
+    Case(
         "DB index",
         "Redis at {url} has no database of that number ({reason})",
         "end {variable} with another one, as /0",

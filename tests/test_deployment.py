@@ -1,0 +1,197 @@
+"""The files of docker-compose.yml run without containers: all parts, from a client to an alert."""
+
+import json
+import re
+import ssl
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+import requests
+
+from bench.nginx import Nginx
+from bench.postgres import Postgres
+from bench.stack import await_that, running
+from tasks.contract import keys
+from tests.deployment import Deployment
+from tests.prometheus import Alertmanager, Prometheus, alertmanager_config, prometheus_config
+from tests.test_dashboards import BOARDS, queries
+from tests.test_doctor import Diagnosis
+from tests.test_webhooks import Receiver, receiving
+
+pytestmark = pytest.mark.timeout(600)
+
+ROOT = Path(__file__).parents[1]
+WORKERS = 2
+QUESTION = [{"role": "user", "content": "Hello"}]
+REQUESTS = 8
+
+
+@dataclass(frozen=True)
+class Running:
+    """All that compose starts."""
+
+    parts: Deployment
+    nginx: Nginx
+    prometheus: Prometheus
+    receiver: Receiver
+    key: str
+
+    def client(self) -> openai.OpenAI:
+        """OpenAI's own, of a user."""
+        trusted = ssl.create_default_context(cafile=self.nginx.authority)
+        http = openai.DefaultHttpxClient(verify=trusted)
+        return openai.OpenAI(
+            base_url=f"{self.nginx.url}/v1", api_key=self.key, max_retries=0, http_client=http
+        )
+
+    def get(self, path: str) -> requests.Response:
+        return requests.get(self.nginx.url + path, verify=str(self.nginx.authority), timeout=60)
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory, postgres: Postgres) -> Iterator[Running]:
+    """Two APIs, two workers and two maintenance processes between the servers that they need."""
+    home, for_prometheus, for_alertmanager = map(
+        tmp_path_factory.mktemp, ("deployment", "prometheus", "alertmanager")
+    )
+    parts = Deployment(home, postgres.create_database())
+    migrated = parts.sluice("migrate")
+    assert migrated.returncode == 0, migrated.stderr
+    with ExitStack() as up:
+        up.enter_context(running(parts, workers=WORKERS))
+        parts.start_api()
+        parts.start_maintenance()
+        receiver = up.enter_context(receiving())
+        address = f"127.0.0.1:{receiver.server_port}"
+        alertmanager = up.enter_context(
+            Alertmanager(alertmanager_config(for_alertmanager, address))
+        )
+        key = parts.create_key("prometheus", "operator")
+        config = prometheus_config(for_prometheus, parts, key, alertmanager.address)
+        yield Running(
+            parts,
+            up.enter_context(Nginx(home, parts.secrets, parts.api_ports)),
+            up.enter_context(Prometheus(config)),
+            receiver,
+            parts.create_key("app"),
+        )
+
+
+def test_openais_client_streams_through_tls(deployment: Running) -> None:
+    with deployment.client() as client:
+        whole = client.chat.completions.create(model="sim", messages=QUESTION, max_tokens=20)
+        stream = client.chat.completions.create(
+            model="sim", messages=QUESTION, max_tokens=20, stream=True
+        )
+        pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    assert len(pieces) >= 20
+    assert "".join(pieces) == whole.choices[0].message.content
+
+
+def test_both_apis_have_their_share(deployment: Running) -> None:
+    with deployment.client() as client, ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: client.models.list(), range(REQUESTS)))
+
+    def served() -> set[object]:
+        return {line["api"] for line in deployment.nginx.access_log() if line["status"] == 200}
+
+    await_that(lambda: served() >= {f"127.0.0.1:{port}" for port in deployment.parts.api_ports})
+
+
+def test_nobody_gets_in_without_a_key_or_without_tls(deployment: Running) -> None:
+    assert deployment.get("/v1/models").status_code == 401
+    plain = f"http://127.0.0.1:{deployment.nginx.plain_port}/v1/models?limit=1"
+    moved = requests.get(plain, allow_redirects=False, timeout=60)
+    assert (moved.status_code, moved.headers["location"]) == (
+        308,
+        "https://127.0.0.1/v1/models?limit=1",
+    )
+    answer = deployment.get("/health/live")
+    assert answer.headers["strict-transport-security"] == "max-age=63072000"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_no_secret_is_in_an_environment_a_command_line_or_a_log(deployment: Running) -> None:
+    parts = deployment.parts
+    names = ("admin_key", "redis_password", "postgres_password", "webhook_secrets")
+    secrets = [parts.read(name) for name in names]
+    for part in parts.processes:
+        process = psutil.Process(part.pid)
+        shown = [*process.environ().values(), *process.cmdline(), part.log.read_text()]
+        assert [secret for secret in secrets if any(secret in text for text in shown)] == []
+
+
+def test_doctor_finds_nothing_wrong(deployment: Running) -> None:
+    await_that(lambda: deployment.parts.redis.exists(keys.MAINTENANCE))
+    env = {"SLUICE_API_URL": deployment.nginx.url, "SSL_CERT_FILE": str(deployment.nginx.authority)}
+    done = deployment.parts.sluice("doctor", "--json", **env)
+    seen = Diagnosis(done.returncode, done.stdout)
+    assert (seen.code, seen.wrong) == (0, set())
+    assert f"{deployment.nginx.url} answers, and is ready" in seen.of("api", "ok")
+    assert "rediss://" in seen.of("redis", "ok")
+
+
+def test_prometheus_sees_every_api_and_every_worker(deployment: Running) -> None:
+    def healthy() -> dict[str, int]:
+        found = {job: deployment.prometheus.targets(job) for job in ("sluice-api", "sluice-worker")}
+        return {job: sum(one["health"] == "up" for one in seen) for job, seen in found.items()}
+
+    await_that(lambda: healthy() == {"sluice-api": 2, "sluice-worker": WORKERS}, explain=healthy)
+
+
+@pytest.mark.parametrize("board", BOARDS)
+def test_every_query_of_a_dashboard_answers(deployment: Running, board: str) -> None:
+    asked = queries(board)
+    answers = {panel: deployment.prometheus.query(query) for panel, query in asked.items()}
+    assert answers.keys() == asked.keys()
+    # Another engine's panels are empty.
+    assert any(answers.values())
+
+
+COMMANDS = re.findall(
+    r"^docker compose (?:run --rm -T migrate|exec api) sluice ([^>\n]+)",
+    (ROOT / "docs" / "deploy.md").read_text().replace("`docker", "\ndocker").replace("`", "\n"),
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_page_works(deployment: Running, command: str) -> None:
+    api = {"SLUICE_API_URL": deployment.parts.url}
+    done = deployment.parts.sluice(*command.split(), **api)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_the_commands_of_the_page_are_found() -> None:
+    assert {command.split()[0] for command in COMMANDS} == {"keys", "doctor", "status"}
+
+
+def test_an_alert_arrives(deployment: Running) -> None:
+    """As the last: workers are stopped for it."""
+    for worker in deployment.parts.workers:
+        worker.stop()
+    job = {"endpoint": "/v1/chat/completions", "body": {"messages": QUESTION}}
+    accepted = requests.post(
+        f"{deployment.nginx.url}/v1/jobs",
+        json=job,
+        headers={"Authorization": f"Bearer {deployment.key}"},
+        verify=str(deployment.nginx.authority),
+        timeout=60,
+    )
+    assert accepted.status_code == 202, accepted.text
+
+    def received() -> set[tuple[str, str]]:
+        return {
+            (path, alert["labels"]["alertname"])
+            for path, _, body in list(deployment.receiver.requests)
+            for alert in json.loads(body)["alerts"]
+        }
+
+    await_that(lambda: ("/critical", "SluiceNoWorker") in received(), explain=received)
