@@ -138,11 +138,15 @@ def find_licence(name: str, version: str) -> str:
         return UNKNOWN
     if about.version != version:
         return UNKNOWN
-    stated = about.metadata.get("License-Expression") or about.metadata.get("License") or ""
+    stated = [
+        line
+        for field in ("License-Expression", "License", "Classifier")
+        for line in about.metadata.get_all(field) or []
+    ]
     try:
-        expression = str(canonicalize_license_expression(stated))
+        expression = str(canonicalize_license_expression(stated[0] if stated else ""))
     except InvalidLicenseExpression:
-        return _by_classifier(about.metadata.get_all("Classifier") or [])
+        return _by_classifier(stated)
     # A licence of its own, whose text SPDX wants in the document.
     return UNKNOWN if "LicenseRef-" in expression else expression
 
