@@ -120,9 +120,8 @@ class Images:
     def _make_base(self) -> None:
         files = self._directory / "base"
         _make_files(files)
-        uv = ["--no-deps", "--require-hashes", "--requirement", ROOT / "deploy" / "uv.txt"]
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", self._wheels, *uv]
-        subprocess.run(pip, check=True)
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", self._wheels]
+        _output([*pip, "--require-hashes", "--requirement", ROOT / "deploy" / "uv.txt"])
         environment = {
             "PATH": PATH,
             "PIP_NO_INDEX": "1",
