@@ -64,6 +64,7 @@ class Images:
         self._command = [*AS_ROOT, "buildah", *storage]
         # What this machine has downloaded already; its hashes are checked all the same.
         self._uv_cache = _output([UV, "cache", "dir"])
+        Path(self._uv_cache).mkdir(parents=True, exist_ok=True)
         self._wheels = directory / "wheels"
         self._make_base()
 

@@ -36,11 +36,14 @@ from importlib import metadata
 ours = [path for path in sys.path if path.startswith("/opt/sluice/")]
 print(*(f"{each.metadata['Name']}=={each.version}" for each in metadata.distributions(path=ours)))
 """
+# What Python compiles while it loads the API, as it finds no bytecode that matches.
 COMPILED = """
-from importlib.util import find_spec
-from pathlib import Path
-names = ("api.app", "flask.app", "sqlalchemy.orm.session", "tasks.maintenance.main")
-print([name for name in names if not Path(find_spec(name).cached).exists()])
+import os, re, subprocess, sys
+load = [sys.executable, "-v", "-c", "import api.app, tasks.maintenance.main"]
+env = os.environ | {"PROMETHEUS_MULTIPROC_DIR": "/tmp"}
+shown = subprocess.run(load, env=env, capture_output=True, text=True, check=True).stderr
+assert "code object from '/opt/sluice/" in shown
+print(re.findall("code object from (/opt/sluice/.*)", shown))
 """
 
 pytestmark = pytest.mark.timeout(900)
