@@ -1,5 +1,5 @@
 # Needs Python 3.11+ and make, nothing else; all that it installs goes to .venv.
-.PHONY: help up secrets test checks lint faults model holes lock audit bench docs clean
+.PHONY: help up secrets test checks lint faults model holes lock audit sbom bench docs clean
 
 # Both lists come from the comments with two #.
 help:  ## this list
@@ -80,6 +80,12 @@ lock: .venv/installed-test  ## pins what is installed to the newest, with hashes
 
 audit: .venv/installed-test  ## looks the pinned packages up among known vulnerabilities
 	@$(BIN)/python deploy/audit.py
+
+# The time in it is that of what it describes: the same lock gives the same file.
+sbom: .venv/installed-test  ## writes what the images are made of to build/sluice.spdx.json
+	@mkdir -p build
+	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct -- deploy/lock.txt)} \
+	$(BIN)/python -m deploy.sbom > build/sluice.spdx.json
 
 bench: .venv/installed-test  ## Sluice against vLLM's own server, on this machine
 	$(BIN)/python -m bench
