@@ -6,6 +6,7 @@ import platform
 import signal
 import sys
 from contextlib import ExitStack
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +16,7 @@ import click
 import httpx
 from rich.console import Console
 
-from bench import beside_batch, cost, front_door, jobs, memory, overload, report
+from bench import beside_batch, cost, fleet, front_door, jobs, memory, overload, report
 from bench.processes import largest_rss_mb, niceness
 from bench.rounds import Round, compare
 from bench.stacks import Stack, StackError, sluice, vllm_server
@@ -133,6 +134,17 @@ def run_batch(job_count: int, chats: int, chats_per_s: float) -> None:
     except (AssertionError, StackError, httpx.HTTPError) as wrong:
         raise click.ClickException(str(wrong)) from None
     _end(console, None, {}, errors)
+
+
+@main.command("fleet")
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here."
+)
+def run_fleet(json_path: Path | None) -> None:
+    """A day's arrivals, replayed against ways to size fleets of 10, 1,000 and 10,000 GPUs."""
+    console = _console()
+    document = {"fleets": [asdict(outcome) for outcome in fleet.run(console)]}
+    _end(console, json_path, document, [])
 
 
 def _console() -> Console:
