@@ -37,8 +37,8 @@ FLEETS = {10: 0.0, 1_000: 0.2, 10_000: 0.3}
 LEGEND = f"""\
 A job holds one of a worker's {SLOTS} slots for {JOB_S:g} s in the mean; loading a worker takes
 {COLD_START_S} s. wait: from acceptance to the claim. GPU-hours: loading and draining workers, too.
-changes: of the size. flaps: growth within {FLAP_S // 60} minutes after shrinking. GPU use is taken as
-the share of slots in use, which is kind to it: a real GPU reads nearly full with a few streams."""
+changes: of the size. flaps: growth {FLAP_S // 60} minutes or less after shrinking. GPU use is
+taken as the share of slots in use; of a real GPU it is nearly 100 % with a few streams."""
 
 
 @dataclass(frozen=True)
