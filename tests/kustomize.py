@@ -1,7 +1,7 @@
 """What `kubectl kustomize` makes of deploy/kubernetes, in the part of its language in use there.
 
-Anything else is refused, so that nothing is checked that would come out otherwise. Names of generated
-ConfigMaps are left without the hash of their content.
+Anything else is refused, so that nothing is checked that would come out otherwise. Names of
+generated ConfigMaps are left without the hash of their content.
 """
 
 from copy import deepcopy

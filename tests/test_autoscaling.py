@@ -1,13 +1,12 @@
-"""How many workers there should be: the decision, `sluice autoscale`, KEDA's queries, a day of it."""
+"""How many workers there should be: the decision, `sluice autoscale`, KEDA's queries, a day."""
 
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from bench import fleet
 from bench.stack import Stack, await_that, running
@@ -20,7 +19,7 @@ from tests.test_jobs import submit
 from tests.test_metrics import Metrics
 
 POLICY = Policy(jobs_per_worker=10, min_workers=0, max_workers=8, hold_s=300)
-LONG = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4000}
+LONG = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2000}
 SLOW = SIM | {"slots": 4, "args": {"tokens-per-s": 20, "first-token-s": 0.05}}
 OVERLAYS = DEPLOY / "kubernetes" / "overlays"
 
@@ -137,7 +136,9 @@ def following(stack: Stack, hook: str) -> Iterator[subprocess.Popen[str]]:
     """`sluice autoscale --exec`, in a hurry."""
     hurried = "--interval-s=0.2", "--hold-s=1", "--jobs-per-worker=2"
     start = command(stack, "autoscale", "--exec", hook, *hurried)
-    with subprocess.Popen(**start, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        **start, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             yield process
         finally:
@@ -155,7 +156,8 @@ def test_the_hook_is_called_for_each_change(idle_stack: Stack, tmp_path: Path) -
         await_that(lambda: "sim:2" in calls(file), explain=lambda: calls(file))
         sluice(idle_stack, "cancel", *ids)
         await_that(lambda: calls(file)[-1] == "sim:0", explain=lambda: calls(file))
-    assert len(calls(file)) == len(set(calls(file)))
+    seen = calls(file)
+    assert all(one != other for one, other in pairwise(seen))
 
 
 def test_a_hook_that_fails_is_called_again(idle_stack: Stack, tmp_path: Path) -> None:
@@ -216,7 +218,7 @@ def test_a_fleet_that_follows_the_work_is_cheap_and_quick(
 
 def test_a_fleet_that_follows_the_queue_alone_flaps(outcomes: dict[str, fleet.Outcome]) -> None:
     ours, queue_alone = outcomes["running + queued"], outcomes["HPA on the queue alone"]
-    assert ours.flaps < 5 < 50 < queue_alone.flaps
+    assert ours.flaps * 10 < queue_alone.flaps
     assert ours.gpu_hours < queue_alone.gpu_hours
 
 

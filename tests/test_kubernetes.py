@@ -1,4 +1,4 @@
-"""deploy/kubernetes: valid, and such that the parts find each other and work under its restrictions."""
+"""deploy/kubernetes: valid, and such that the parts find each other and work as they are bound."""
 
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -54,8 +54,8 @@ def many(items: dict[str, Any]) -> dict[str, Any]:
 TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
 POLICY = fields("type value periodSeconds", value={"type": "integer", "minimum": 1})
 BEHAVIOR = fields("", "stabilizationWindowSeconds", policies=many(POLICY))
-# From the documents of KEDA and of the Prometheus operator, as far as they are used here: no package
-# has the schemas of their resources.
+# From the references of KEDA and of the Prometheus operator, as far as they are used here: no
+# package has the schemas of their resources.
 SPECS: dict[str, dict[str, Any]] = {
     "ScaledObject": fields(
         "scaleTargetRef triggers",
@@ -260,7 +260,7 @@ def test_a_worker_has_time_to_drain(resources: list[Resource]) -> None:
     worker = part(resources, "worker")
     # Ten seconds to hand back what is left, and as much for the hook.
     assert worker.pod["terminationGracePeriodSeconds"] >= float(worker.env["SLUICE_DRAIN_S"]) + 20
-    assert Settings().drain_s == float(worker.env["SLUICE_DRAIN_S"])
+    assert Settings.model_fields["drain_s"].default == float(worker.env["SLUICE_DRAIN_S"])
     *_, hook = worker.container["lifecycle"]["preStop"]["exec"]["command"]
     assert hook.startswith("sluice drain")
     assert named(resources, "Deployment", "sluice-worker")["spec"]["strategy"] == {
@@ -348,7 +348,7 @@ def test_a_worker_is_ready_until_it_drains(home: Path, resources: list[Resource]
         url = f"http://{worker.metrics_address}"
         status = lambda path: requests.get(url + path, timeout=10).status_code
         assert (status(ready), status(alive)) == (200, 200)
-        body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 400}
+        body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2000}
         job = {"endpoint": "/v1/chat/completions", "body": body}
         posted = requests.post(f"{stack.url}/v1/jobs", json=job, timeout=10).json()
         await_that(lambda: stack.jobs_of(stack.workers[0]) == [posted["id"]])
