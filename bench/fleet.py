@@ -57,8 +57,8 @@ class Outcome:
 class Fleet:
     """Workers, their jobs, and the queue, of which only numbers are known."""
 
-    def __init__(self, ready: int) -> None:
-        self.ready = ready
+    def __init__(self, gpus: int, ready: int) -> None:
+        self.gpus, self.ready = gpus, ready
         self.running = self.queued = 0.0
         self.leaving = 0.0
         """Jobs that end on workers which take no more."""
@@ -76,13 +76,17 @@ class Fleet:
         """Workers that serve or load."""
         return self.ready + sum(count for _, count in self._starting)
 
+    @property
+    def _leaving_workers(self) -> int:
+        return sum(count for _, count in self._draining)
+
     def step(self, now_s: int, arriving: int) -> None:
         """One second: jobs end, come, and start in the order in which they came."""
         while self._starting and self._starting[0][0] <= now_s:
             self.ready += self._starting.popleft()[1]
         while self._draining and self._draining[0][0] <= now_s:
             self._draining.popleft()
-        self.gpu_s += self.size + sum(count for _, count in self._draining)
+        self.gpu_s += self.size + self._leaving_workers
         self.running -= self.running / JOB_S
         self.leaving -= self.leaving / JOB_S
         if arriving:
@@ -105,10 +109,10 @@ class Fleet:
         return count
 
     def scale(self, now_s: int, wanted: int) -> None:
-        """Starts workers, or stops some: those that still load first."""
-        change = wanted - self.size
+        """Starts workers as far as GPUs are free, or stops some: those that still load first."""
+        change = min(wanted, self.gpus - self._leaving_workers) - self.size
         if change:
-            self.sizes.append((now_s, wanted))
+            self.sizes.append((now_s, self.size + change))
         if change > 0:
             self._starting.append([now_s + COLD_START_S, change])
         while change < 0 and self._starting:
@@ -176,9 +180,9 @@ def _poisson(mean: float, chance: random.Random) -> int:
     return count
 
 
-def replay(day: Sequence[int], start: int, decide: Decide) -> Fleet:
+def replay(day: Sequence[int], gpus: int, start: int, decide: Decide) -> Fleet:
     """The day with a fleet that begins so large, and is decided on at every interval."""
-    fleet = Fleet(start)
+    fleet = Fleet(gpus, start)
     for second, arriving in enumerate(day):
         fleet.step(second, arriving)
         if second % INTERVAL_S == 0:
@@ -217,7 +221,7 @@ def simulate(gpus: int, night: float) -> Iterator[Outcome]:
     """The same day under each policy."""
     day = arrivals(gpus, night)
     for name, start, decide in policies(gpus, sum(day) / len(day)):
-        fleet = replay(day, start, decide)
+        fleet = replay(day, gpus, start, decide)
         yield Outcome(
             gpus,
             name,

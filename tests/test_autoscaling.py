@@ -225,14 +225,14 @@ def test_a_fleet_that_follows_the_queue_alone_flaps(outcomes: dict[str, fleet.Ou
 def test_each_job_of_the_day_is_counted_once() -> None:
     day = fleet.arrivals(10, 0.0)[: 12 * 3600]
     for name, start, decide in fleet.policies(10, sum(day) / len(day)):
-        counted = sum(fleet.replay(day, start, decide).waits.values())
+        counted = sum(fleet.replay(day, 10, start, decide).waits.values())
         assert counted == pytest.approx(sum(day)), name
 
 
 def test_the_first_job_waits_for_a_worker_to_load() -> None:
     day = [0] * 1000 + [1] + [0] * 1000
     (decide,) = (one for name, _, one in fleet.policies(10, 0.0) if name == "running + queued")
-    seen = fleet.replay(day, 0, decide)
+    seen = fleet.replay(day, 10, 0, decide)
     (wait_s,) = seen.waits
     # Two intervals at most until it is seen.
     assert fleet.COLD_START_S < wait_s <= fleet.COLD_START_S + 2 * fleet.INTERVAL_S
