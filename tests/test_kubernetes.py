@@ -200,6 +200,15 @@ def test_the_containers_may_do_next_to_nothing(resources: list[Resource]) -> Non
         assert "memory" in one.container["resources"]["limits"]
 
 
+def test_a_part_is_the_first_process_of_its_container(resources: list[Resource]) -> None:
+    """Whatever the image starts by itself; the hook that drains a worker names process 1."""
+    for one in parts(resources):
+        assert "args" not in one.container
+        assert "shareProcessNamespace" not in one.pod
+        if one.name != "redis":
+            assert one.container["command"][:2] == ["sluice", one.name]
+
+
 def test_what_is_written_has_a_volume(resources: list[Resource]) -> None:
     for one in parts(resources):
         mounts = {mount["mountPath"] for mount in one.container["volumeMounts"]}
