@@ -19,6 +19,7 @@ from tasks.contract.models import load_catalog
 from tasks.contract.settings import PREFIX, SECRET_FIELDS, Settings, get_settings
 from tasks.queue import control
 from tests.conftest import SIM
+from tests.custom_resources import OTHERS, SPECS
 from tests.kustomize import Resource, named, render
 
 OVERLAYS = Path(__file__).parents[1] / "deploy" / "kubernetes" / "overlays"
@@ -34,76 +35,6 @@ SECRETS = {
     "webhook-secrets": f"whsec_{'A' * 32}",
     "alert-webhook": "https://alerts.example.com/sluice",
     "hf-token": "hf_token",
-}
-
-
-def fields(required: str, optional: str = "", **nested: Any) -> dict[str, Any]:
-    """The schema of an object with these fields and no others."""
-    names = [*required.split(), *optional.split(), *nested]
-    properties = {name: nested.get(name, {}) for name in names}
-    needed = required.split()
-    return {"type": "object", "properties": properties, "required": needed} | {
-        "additionalProperties": False
-    }
-
-
-def many(items: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": items, "minItems": 1}
-
-
-TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
-POLICY = fields("type value periodSeconds", value={"type": "integer", "minimum": 1})
-BEHAVIOR = fields("", "stabilizationWindowSeconds", policies=many(POLICY))
-# From the references of KEDA and of the Prometheus operator, as far as they are used here: no
-# package has the schemas of their resources.
-SPECS: dict[str, dict[str, Any]] = {
-    "ScaledObject": fields(
-        "scaleTargetRef triggers",
-        "minReplicaCount maxReplicaCount pollingInterval cooldownPeriod",
-        scaleTargetRef=fields("name", "apiVersion kind"),
-        fallback=fields("failureThreshold replicas", "behavior"),
-        advanced=fields(
-            "",
-            horizontalPodAutoscalerConfig=fields(
-                "", behavior=fields("", scaleUp=BEHAVIOR, scaleDown=BEHAVIOR)
-            ),
-        ),
-        triggers=many(
-            # A fallback works with averages only.
-            fields(
-                "type metadata",
-                metricType={"const": "AverageValue"},
-                metadata=TEXTS | {"required": ["serverAddress", "query", "threshold"]},
-            )
-        ),
-    ),
-    "ServiceMonitor": fields(
-        "selector endpoints",
-        selector=fields("matchLabels", matchLabels=TEXTS),
-        endpoints=many(
-            fields(
-                "port",
-                "path interval",
-                authorization=fields("credentials", credentials=fields("name key")),
-                relabelings=many(fields("sourceLabels targetLabel")),
-            )
-        ),
-    ),
-    "PrometheusRule": fields(
-        "groups",
-        groups=many(
-            fields(
-                "name rules",
-                "interval",
-                rules=many(fields("expr", "alert record for", labels=TEXTS, annotations=TEXTS)),
-            )
-        ),
-    ),
-}
-OTHERS = {
-    "ScaledObject": "keda.sh/v1alpha1",
-    "ServiceMonitor": "monitoring.coreos.com/v1",
-    "PrometheusRule": "monitoring.coreos.com/v1",
 }
 
 
