@@ -58,7 +58,8 @@ class Autoscaler:
     def decide(self, now_s: float, demand: int, workers: int) -> int:
         """How many there should be; `workers` counts those that still load, too."""
         if not self._needed:
-            self._needed.append((now_s, workers))  # nothing is known of what was before
+            # Nothing is known of what was needed before.
+            self._needed.append((now_s, min(workers, self._policy.max_workers)))
         needed = workers_for(demand, workers, self._policy)
         self._needed.append((now_s, needed))
         while self._needed[0][0] < now_s - self._policy.hold_s:

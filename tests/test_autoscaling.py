@@ -63,6 +63,7 @@ def test_the_workers_that_are_found_are_kept_at_first() -> None:
     scaler = Autoscaler(POLICY)
     assert scaler.decide(0, 0, 5) == 5
     assert scaler.decide(301, 0, 5) == 0
+    assert Autoscaler(POLICY).decide(0, 0, 9) == POLICY.max_workers
 
 
 @pytest.fixture
