@@ -92,6 +92,7 @@ bench: .venv/installed-test  ## Sluice against vLLM's own server, on this machin
 
 docs: .venv/installed-test  ## tables and pictures in docs, from settings and figures
 	$(BIN)/python -m deploy.configuration
+	$(BIN)/python -m deploy.rules
 	$(BIN)/python -m docs.charts
 	$(BIN)/python -m docs.screens
 

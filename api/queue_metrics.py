@@ -44,8 +44,10 @@ def _backlog(stats: QueueStats) -> Iterator[Metric]:
             depth.add_metric([model.name, lane], waiting.jobs)
             oldest.add_metric([model.name, lane], waiting.oldest_age_s)
     paused = {model.name: model.is_paused for model in stats.models}
+    demand = {model.name: model.demand for model in stats.models}
     body_bytes = {model: stats.body_bytes.get(model, 0) for model in paused}
     yield from (depth, oldest)
+    yield _by_model("demand", "Jobs that run or wait, and need workers.", demand)
     yield _by_model("queue_paused", "1: the operator has paused the model.", paused)
     yield _by_model("backlog_bytes", "Requests of open jobs, in Redis.", body_bytes)
 

@@ -6,6 +6,7 @@ import platform
 import signal
 import sys
 from contextlib import ExitStack
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +16,17 @@ import click
 import httpx
 from rich.console import Console
 
-from bench import behind_nginx, beside_batch, cost, front_door, jobs, memory, overload, report
+from bench import (
+    behind_nginx,
+    beside_batch,
+    cost,
+    fleet,
+    front_door,
+    jobs,
+    memory,
+    overload,
+    report,
+)
 from bench.processes import largest_rss_mb, niceness
 from bench.rounds import Round, compare
 from bench.stacks import Stack, StackError, sluice, vllm_server
@@ -143,6 +154,17 @@ def run_nginx(rounds: int, streams: int, requests: int) -> None:
     """What nginx with TLS adds to the time between tokens."""
     console = _console()
     _end(console, None, {}, behind_nginx.run(console, rounds, streams, requests))
+
+
+@main.command("fleet")
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here."
+)
+def run_fleet(json_path: Path | None) -> None:
+    """A day's arrivals, replayed against ways to size fleets of 10, 1,000 and 10,000 GPUs."""
+    console = _console()
+    document = {"fleets": [asdict(outcome) for outcome in fleet.run(console)]}
+    _end(console, json_path, document, [])
 
 
 def _console() -> Console:

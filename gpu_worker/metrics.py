@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from http import HTTPStatus
 from statistics import quantiles
 from typing import Any, NamedTuple
 from wsgiref.simple_server import WSGIRequestHandler, make_server
@@ -52,6 +53,7 @@ DURATION = Histogram(
 TOKENS = Counter("sluice_tokens", "Tokens, by type: input or output.", [*_LABELS, "type"])
 
 _app: Callable[..., Iterable[bytes]] = make_wsgi_app()
+_ready = threading.Event()
 
 _RECENT = 200
 _recent_ttft_ms: deque[float] = deque(maxlen=_RECENT)
@@ -112,8 +114,16 @@ def recent_ttft() -> RecentTtft:
     return RecentTtft(cuts[9], cuts[18])
 
 
+def report_ready(is_ready: bool) -> None:
+    """Whether the worker takes jobs, for those that start one worker after the other."""
+    if is_ready:
+        _ready.set()
+    else:
+        _ready.clear()
+
+
 def serve(bind: str, redis_host: str, model: str) -> str:
-    """Serves /metrics on HOST:PORT, in a thread; returns the address where others find it.
+    """Serves /metrics and /ready on HOST:PORT, in a thread; returns where others find them.
 
     All series of the model exist from the start: else no rate would see their first increase.
 
@@ -126,7 +136,7 @@ def serve(bind: str, redis_host: str, model: str) -> str:
         for kind in ("input", "output"):
             TOKENS.labels(model, lane, kind)
     host, _, port = bind.rpartition(":")
-    server = make_server(host, int(port), _plain_text, ThreadingWSGIServer, _QuietHandler)
+    server = make_server(host, int(port), _respond, ThreadingWSGIServer, _QuietHandler)
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     if host in ("0.0.0.0", "::"):  # noqa: S104 (compared)
         host = _own_address(redis_host)
@@ -138,11 +148,16 @@ class _QuietHandler(WSGIRequestHandler):
         """Does not log scrapes."""
 
 
-def _plain_text(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-    """Prometheus's text format, whatever was asked for.
+def _respond(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    """Metrics in Prometheus's text format, whatever was asked for; /ready: 200 or 503.
 
     In OpenMetrics the library writes vLLM's `vllm:…` as `vllm_…`, which no query expects.
     """
+    if environ["PATH_INFO"] == "/ready":
+        is_ready = _ready.is_set()
+        status = HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE
+        start_response(f"{status} {status.phrase}", [("Content-Type", "text/plain")])
+        return [b"ready" if is_ready else b"loading or draining"]
     environ.pop("HTTP_ACCEPT", None)
     return _app(environ, start_response)
 

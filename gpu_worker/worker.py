@@ -279,6 +279,7 @@ class Worker:
         """Takes no more jobs, lets running ones finish up to the limit, and ends the worker."""
         if self.state is WorkerState.SERVING:
             self.state = WorkerState.DRAINING
+            metrics.report_ready(False)
             self._start_part("the drain", lambda: shutdown.drain(self))
 
     def stop_consuming(self) -> None:
@@ -296,6 +297,7 @@ class Worker:
         """Works on tickets, in the main thread, until a shutdown is asked for."""
         self._consumer = TicketConsumer(self.model.name, self.model.slots, self.serve_ticket)
         log.info("worker %s serves %s with %d slots", self.id, self.model.name, self.model.slots)
+        metrics.report_ready(True)
         self._consumer.run()
 
     def _run_engine(self) -> None:

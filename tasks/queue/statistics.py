@@ -79,6 +79,11 @@ class ModelStats:
         return Depth.total(self.depth.values())
 
     @property
+    def demand(self) -> int:
+        """Jobs that need workers: those that run, and, unless the model is paused, that wait."""
+        return self.slots_used + (0 if self.is_paused else self.waiting.jobs)
+
+    @property
     def has_workers(self) -> bool:
         return self.serving + self.draining > 0
 
