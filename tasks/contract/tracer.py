@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 
-from tasks.contract.tracing import Context, Span
+from tasks.contract.tracing import Attributes, Context, Span
 
 TRACES_PATH = "/v1/traces"
 # What is not sent by then when a process ends is lost: the receiver may be away.
@@ -43,11 +43,19 @@ class Tracer:
         self._tracer = provider.get_tracer("sluice")
         atexit.register(self._flush)
 
-    def begin(self, name: str, traceparent: str, begun_ns: int) -> trace.Span:
-        """The span of a request that came with that header; its caller ends it."""
-        parent = _carrier(Context.parse(traceparent))
-        kind = trace.SpanKind.SERVER
-        return self._tracer.start_span(name, context=parent, kind=kind, start_time=begun_ns)
+    def begin(
+        self, name: str, parent: Context | None, begun_ns: int, attributes: Attributes
+    ) -> "Open":
+        """The span of a request, under its client's if there is one."""
+        return Open(
+            self._tracer.start_span(
+                name,
+                context=_carrier(parent),
+                kind=trace.SpanKind.SERVER,
+                attributes=attributes,
+                start_time=begun_ns,
+            )
+        )
 
     def record(self, traceparent: str, span: Span) -> None:
         """Records a span under that one."""
@@ -65,7 +73,7 @@ class Tracer:
             start_time=span.begun_ns,
         )
         _wanted_id.reset(token)
-        end(recorded, span.error, span.ended_ns)
+        Open(recorded).end({}, span.error, span.ended_ns)
 
     def _flush(self) -> None:
         flushing = threading.Thread(target=self._processor.force_flush, daemon=True)
@@ -73,18 +81,25 @@ class Tracer:
         flushing.join(LAST_S)
 
 
-def context_of(span: trace.Span) -> Context:
-    """The span as others are recorded under it."""
-    own = span.get_span_context()
-    return Context(own.trace_id, own.span_id, int(own.trace_flags))
+class Open:
+    """A span that has begun."""
 
+    def __init__(self, span: trace.Span) -> None:
+        self._span = span
 
-def end(span: trace.Span, error: str, ended_ns: int | None = None) -> None:
-    """Ends a span, with that error unless it is empty; now, unless it was at another time."""
-    if error:
-        span.set_attribute("error.type", error)
-        span.set_status(trace.StatusCode.ERROR)
-    span.end(ended_ns)
+    @property
+    def context(self) -> Context:
+        """For what is recorded under it."""
+        own = self._span.get_span_context()
+        return Context(own.trace_id, own.span_id, int(own.trace_flags))
+
+    def end(self, attributes: Attributes, error: str, ended_ns: int | None = None) -> None:
+        """Ends it now, or at that time; it has failed unless `error` is empty."""
+        self._span.set_attributes(attributes)
+        if error:
+            self._span.set_attribute("error.type", error)
+            self._span.set_status(trace.StatusCode.ERROR)
+        self._span.end(ended_ns)
 
 
 def _carrier(parent: Context | None) -> Carrier:

@@ -32,6 +32,7 @@ _TRACEPARENT = re.compile(
 )
 
 Attribute = str | int | float | bool
+Attributes = Mapping[str, Attribute]
 
 
 class Context(NamedTuple):
@@ -45,7 +46,7 @@ class Context(NamedTuple):
     def parse(cls, traceparent: str) -> Self | None:
         """Reads W3C's form; None: it is something else, and says nothing."""
         match = _TRACEPARENT.fullmatch(traceparent)
-        return match and cls(*(int(part, 16) for part in match.groups()[:3]))
+        return cls(*(int(part, 16) for part in match.groups()[:3])) if match else None
 
     @property
     def is_sampled(self) -> bool:
@@ -63,7 +64,7 @@ class Span:
     begun_ns: int
     """Since the epoch."""
     ended_ns: int
-    attributes: Mapping[str, Attribute] = field(default_factory=dict)
+    attributes: Attributes = field(default_factory=dict)
     error: str = ""
     """Why it failed: a word that few others share; empty: it did not."""
     id: int = 0
