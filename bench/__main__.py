@@ -15,7 +15,7 @@ import click
 import httpx
 from rich.console import Console
 
-from bench import beside_batch, cost, front_door, jobs, memory, overload, report
+from bench import beside_batch, cost, front_door, jobs, memory, overload, report, tracing
 from bench.processes import largest_rss_mb, niceness
 from bench.rounds import Round, compare
 from bench.stacks import Stack, StackError, sluice, vllm_server
@@ -133,6 +133,15 @@ def run_batch(job_count: int, chats: int, chats_per_s: float) -> None:
     except (AssertionError, StackError, httpx.HTTPError) as wrong:
         raise click.ClickException(str(wrong)) from None
     _end(console, None, {}, errors)
+
+
+@main.command("tracing")
+@click.option("--rounds", default=10, show_default=True, type=click.IntRange(1))
+@click.option("--requests", default=1000, show_default=True, type=click.IntRange(1))
+def run_tracing(rounds: int, requests: int) -> None:
+    """What it costs to trace a tenth of all requests, with a simulated engine."""
+    console = _console()
+    _end(console, None, {}, tracing.run(console, rounds, requests))
 
 
 def _console() -> Console:
