@@ -17,6 +17,7 @@ from bench.otlp import Received, Receiver
 from bench.stack import Stack, await_that, running, serving
 from deploy.redis_server import free_port
 from tasks.contract import keys
+from tasks.contract.tracing import Context
 from tests.conftest import SIM
 from tests.faults.clients import ENDPOINT, Client, await_tokens, chat
 from tests.faults.conftest import LEASE_S, SLOW_SIM
@@ -77,8 +78,10 @@ def named(spans: list[Received], name: str) -> Received:
 
 def traced_lines(stack: Stack, part: str) -> set[str]:
     """The events that the part has logged with the client's trace."""
-    lines = map(orjson.loads, stack.part(part).log.read_text().splitlines())
-    return {line["event"] for line in lines if line.get("trace_id") == TRACE}
+    # The last line may not be whole yet.
+    *lines, _ = stack.part(part).log.read_text().split("\n")
+    events = [orjson.loads(line) for line in lines if line.startswith("{")]
+    return {event["event"] for event in events if event.get("trace_id") == TRACE}
 
 
 def test_a_stream_is_one_trace(home: Path, collector: Receiver) -> None:
@@ -114,7 +117,7 @@ def test_a_stream_is_one_trace(home: Path, collector: Receiver) -> None:
                 "gen_ai.request.model": "sim",
                 "gen_ai.request.stream": True,
                 "gen_ai.usage.input_tokens": answer["usage"]["prompt_tokens"],
-                "gen_ai.usage.output_tokens": 20,
+                "gen_ai.usage.output_tokens": answer["usage"]["completion_tokens"],
                 "sluice.job.attempt": 1,
             }
             == attempt.attributes
@@ -128,8 +131,8 @@ def test_a_stream_is_one_trace(home: Path, collector: Receiver) -> None:
             assert path == "/v1/traces"
             assert SECRET.encode() not in export
             assert text not in export
-        assert "job accepted" in traced_lines(stack, "api")
-        assert {"job claimed", "job completed"} <= traced_lines(stack, "worker")
+        await_that(lambda: "job accepted" in traced_lines(stack, "api"))
+        await_that(lambda: {"job claimed", "job completed"} <= traced_lines(stack, "worker"))
 
 
 def test_each_request_on_a_websocket_is_a_span(home: Path, collector: Receiver) -> None:
@@ -154,8 +157,8 @@ def test_attempts_are_linked(home: Path, collector: Receiver) -> None:
         await_tokens([client], 10)
         (victim,) = [worker for worker in stack.workers if stack.jobs_of(worker)]
         victim.kill()
-        client.answer()
-        spans = await_spans(collector, API, "relay", "chat sim", "chat sim")
+        usage = client.answer()["usage"]
+        spans = await_spans(collector, API, "relay", "chat sim", "chat sim", "decode")
         first, second = [span for span in spans if span.name == "chat sim"]
         assert tree(spans)["chat sim"] == API
         assert [span.attributes["sluice.job.attempt"] for span in (first, second)] == [1, 2]
@@ -164,9 +167,8 @@ def test_attempts_are_linked(home: Path, collector: Receiver) -> None:
         assert (first.has_failed, first.attributes["error.type"]) == (True, "lease_expired")
         assert first.begun_ns < first.ended_ns
         assert not second.has_failed
-        assert second.attributes["gen_ai.usage.output_tokens"] == 100
-        decode = named(spans, "decode")
-        assert decode.parent_id == second.id
+        assert second.attributes["gen_ai.usage.output_tokens"] == usage["completion_tokens"]
+        assert named(spans, "decode").parent_id == second.id
 
 
 def test_a_webhook_and_a_retry_belong_to_their_requests(home: Path, collector: Receiver) -> None:
@@ -214,8 +216,9 @@ def test_a_receiver_that_is_away_hurts_nobody(home: Path, is_hanging: bool) -> N
                 assert client.answer()
             job = submit(stack, CHAT)
             assert wait(stack, job["id"]).json()["status"] == "completed"
-            for part in ("worker", "maintenance", "api"):
-                assert stack.part(part).stop() == 0
+            stack.stop()
+            codes = {process.log.name: process.popen.returncode for process in stack.processes}
+            assert not any(codes.values()), codes
 
 
 def test_without_an_endpoint_nothing_is_sent_or_kept(home: Path, collector: Receiver) -> None:
@@ -230,12 +233,14 @@ def test_without_an_endpoint_nothing_is_sent_or_kept(home: Path, collector: Rece
 
 
 def test_without_an_endpoint_nothing_is_imported(home: Path) -> None:
+    """But what redis-py imports by itself, where it is installed: OpenTelemetry's metrics."""
     program = """
 import sys
 import api.app, gpu_worker.worker, tasks.maintenance.main
 from tasks.contract import tracing
 assert tracing.get_tracer("sluice-api") is None
-print([name for name in sys.modules if name.startswith("opentelemetry")])
+ours = ("opentelemetry.exporter", "opentelemetry.sdk.trace", "tasks.contract.tracer")
+print([name for name in sys.modules if name.startswith(ours)])
 """
     env = {"PROMETHEUS_MULTIPROC_DIR": str(home), "SLUICE_HOME": str(home)}
     done = run(program, **env)
@@ -269,8 +274,6 @@ tracing.refuse_missing(get_settings())
     ],
 )
 def test_what_is_no_traceparent_says_nothing(header: str) -> None:
-    from tasks.contract.tracing import Context
-
     assert Context.parse(header) is None
 
 
