@@ -31,6 +31,8 @@ class Answer:
 
     def __init__(self, services: Services, stream: JobStream, model: str, is_own: bool) -> None:
         self.head: Start | None = None
+        self.answered_ns = 0
+        """When the head came, since the epoch; 0: it has not."""
         self.end: End | None = None
         self.is_whole = False
         """Whether nothing more comes for the client: of a stream that is so before the job ends."""
@@ -51,6 +53,12 @@ class Answer:
         response = self._respond(wants_stream)
         response.headers.extend(self._headers())
         return response
+
+    @property
+    def error_code(self) -> str:
+        """Of the error that the job has ended with; empty: it has not."""
+        error = self.end.error.get("error") if self.end else None
+        return str(error.get("code") or error.get("type")) if error else ""
 
     def chunks(self) -> Iterator[bytes]:
         """Each chunk's JSON, or the body's when it is not streamed; an error is one more.
@@ -184,7 +192,7 @@ class Answer:
             elif isinstance(part, Finish):
                 self.end = part.end
             elif self.head is None:
-                self.head = part.start
+                self.head, self.answered_ns = part.start, time.time_ns()
             else:
                 # Redis has lost what this client has.
                 self.end = End.failed(StreamBrokenError())

@@ -12,7 +12,7 @@ from flask.json.provider import JSONProvider
 from flask_openapi3 import Info, OpenAPI
 from werkzeug.routing import PathConverter
 
-from api import access, errors, instruments, sites, told
+from api import access, errors, instruments, sites, told, traces
 from api import openapi as document
 from api.encoders import websocket
 from api.routes import admin, health, jobs, metrics, usage
@@ -21,7 +21,7 @@ from api.routes import models as model_routes
 from api.routes import openai as routes
 from api.server import is_loopback
 from api.services import Services
-from tasks.contract import logs
+from tasks.contract import logs, tracing
 from tasks.contract.settings import get_settings
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ def create_app(bind: str) -> OpenAPI:
     app.json = Json(app)
     app.url_map.converters["model"] = ModelName
     logs.configure(get_settings())
+    tracing.get_tracer(traces.PART)
     gevent.get_hub().print_exception = _log_lost  # type: ignore[assignment,method-assign]
     services = Services.start(may_be_open=is_loopback(bind.rpartition(":")[0]))
     # Otherwise /docs would first ask which page it shall show.

@@ -18,19 +18,20 @@ from gevent.socket import wait_read
 from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
-from api import told
+from api import told, traces
 from api.answer import Answer
 from api.ends import is_kept
 from api.intake import Call
 from api.relay import ClientDisconnectedError, JobStream
 from api.services import Services
 from db import jobs as records
-from tasks.contract.errors import KeyRevokedError
+from tasks.contract.errors import KeyRevokedError, SluiceError
 from tasks.contract.job import State
 from tasks.contract.job_errors import JobCancelledError
 
 log = logging.getLogger(__name__)
 
+SWITCHING_PROTOCOLS = 101
 CLIENT_CLOSED_REQUEST = 499
 # Between tries of a cancellation while Redis is away.
 CANCEL_RETRY_S = 1.0
@@ -57,7 +58,9 @@ class Generation:
         self._services = services
         self._resources = ExitStack()
         self._principal = call.principal
-        job = replace(call.job, listener=services.relay.process)
+        self._trace = traces.begin()
+        traceparent = self._trace.traceparent
+        job = replace(call.job, listener=services.relay.process, traceparent=traceparent)
         stream = self._open(services.relay.stream(job.id))
         with ExitStack() as undo:
             undo.callback(self._resources.close)
@@ -90,9 +93,14 @@ class Generation:
         self._resources.enter_context(keyring.watching(self._principal, cut_off))
         return stream
 
-    def close(self) -> None:
-        """Lets go of the job, and cancels it unless somebody else may want it."""
+    def close(self, status: int = SWITCHING_PROTOCOLS) -> None:
+        """Lets go of the job, and cancels it unless somebody else may want it.
+
+        `status`: what the client has got; another one than that of a WebSocket.
+        """
         self._resources.close()
+        error, answered_ns = self.answer.error_code, self.answer.answered_ns
+        self._trace.end(self.job_id, self._model, status, error, answered_ns)
         is_over = self.answer.is_whole or self.answer.end is not None
         if self._is_own and not (is_over or self._continues):
             self.cancel(unless_attached=True)
@@ -110,12 +118,12 @@ class Generation:
         try:
             response = self.answer.respond(wants_stream)
         except ClientDisconnectedError:
-            self.close()
+            self.close(CLIENT_CLOSED_REQUEST)
             return Response(status=CLIENT_CLOSED_REQUEST)
-        except BaseException:
-            self.close()
+        except BaseException as failure:
+            self.close(getattr(failure, "status", SluiceError.status))
             raise
-        response.call_on_close(self.close)
+        response.call_on_close(partial(self.close, response.status_code))
         return response
 
 

@@ -26,6 +26,7 @@ from bench import (
     memory,
     overload,
     report,
+    tracing,
 )
 from bench.processes import largest_rss_mb, niceness
 from bench.rounds import Round, compare
@@ -165,6 +166,15 @@ def run_fleet(json_path: Path | None) -> None:
     console = _console()
     document = {"fleets": [asdict(outcome) for outcome in fleet.run(console)]}
     _end(console, json_path, document, [])
+
+
+@main.command("tracing")
+@click.option("--rounds", default=10, show_default=True, type=click.IntRange(1))
+@click.option("--requests", default=1000, show_default=True, type=click.IntRange(1))
+def run_tracing(rounds: int, requests: int) -> None:
+    """What it costs to trace a tenth of all requests, with a simulated engine."""
+    console = _console()
+    _end(console, None, {}, tracing.run(console, rounds, requests))
 
 
 def _console() -> Console:

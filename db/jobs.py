@@ -121,6 +121,13 @@ def open_among(url: str, job_ids: Sequence[str]) -> list[str]:
         return list(session.scalars(query))
 
 
+def traceparents(url: str, job_ids: Sequence[str]) -> dict[str, str]:
+    """The traces of these jobs, by id; without those that have none."""
+    query = select(JobRecord.id, JobRecord.traceparent).where(JobRecord.id.in_(job_ids))
+    with reading(url) as session:
+        return dict(session.execute(query.where(JobRecord.traceparent != "")).all())
+
+
 def load(url: str, job_id: str) -> JobRecord | None:
     """The job, of any tenant."""
     with reading(url) as session:
@@ -184,7 +191,7 @@ def _update(session: Session, job: JobRecord) -> None:
     dead: dict[str, Any] = {}
     if job.died_at and job.request:
         kept = ("died_at", "request", "sequences", "weight", "max_tokens", "timeout_s", "key_id")
-        dead = {name: getattr(job, name) for name in kept}
+        dead = {name: getattr(job, name) for name in (*kept, "traceparent")}
     newer = update(JobRecord).where(JobRecord.id == job.id, JobRecord.completed_at.is_(None))
     # An end counts, even if Redis has lost attempts that were recorded here.
     if job.completed_at is None:

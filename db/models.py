@@ -113,6 +113,8 @@ class JobRecord(Base):
     """From its creation; one that has not ended by then fails."""
     key_id: Mapped[str] = mapped_column(default="", server_default=text("''"))
     """The API key that it came with; empty: none was needed."""
+    traceparent: Mapped[str] = mapped_column(default="", server_default=text("''"))
+    """The trace and span of its request; empty: tracing is off."""
     started_at: Mapped[datetime | None] = mapped_column(default=None)
     completed_at: Mapped[datetime | None] = mapped_column(default=None)
     died_at: Mapped[datetime | None] = mapped_column(default=None)

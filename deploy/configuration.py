@@ -17,7 +17,7 @@ SECTIONS = {
     "redis_url": "Where the parts are",
     "allowed_hosts": "What the API takes",
     "lease_s": "Jobs and workers",
-    "log_format": "Logs and metrics",
+    "log_format": "Logs, metrics and traces",
     "alert_webhook": "Alerts without Prometheus",
     "admin_key": "Keys and webhooks",
 }

@@ -71,9 +71,11 @@ class Meter:
 
     def __init__(self, claim: Claim) -> None:
         self._labels = claim.job.model, claim.job.lane
-        self._accepted_s = time.monotonic() - claim.queue_ms / 1000
+        self.begun_s = time.monotonic()
+        self.accepted_s = self.begun_s - claim.queue_ms / 1000
+        self.first_s = self.last_s = 0.0
+        """When a stream's first and latest output of this attempt went out; 0: none did."""
         self._is_continued = claim.attempt > 1
-        self._first_s = self._last_s = 0.0
         self._tokens = 0
         self._gaps = INTER_TOKEN.labels(*self._labels)
         if not self._is_continued:
@@ -87,19 +89,23 @@ class Meter:
         if tokens and tokens == self._tokens:
             return
         now_s, self._tokens = time.monotonic(), tokens
-        if self._last_s:
-            self._gaps.observe(now_s - self._last_s)
-        elif not self._is_continued:
-            self._first_s = now_s
-            TTFT.labels(*self._labels).observe(now_s - self._accepted_s)
-            _recent_ttft_ms.append((now_s - self._accepted_s) * 1000)
-        self._last_s = now_s
+        if self.last_s:
+            self._gaps.observe(now_s - self.last_s)
+        else:
+            self._note_first(now_s)
+        self.last_s = now_s
+
+    def _note_first(self, now_s: float) -> None:
+        self.first_s = now_s
+        if not self._is_continued:
+            TTFT.labels(*self._labels).observe(now_s - self.accepted_s)
+            _recent_ttft_ms.append((now_s - self.accepted_s) * 1000)
 
     def end(self, input_tokens: int, output_tokens: int) -> None:
         """The job has ended, with so many tokens in all its attempts."""
-        DURATION.labels(*self._labels).observe(time.monotonic() - self._accepted_s)
-        if self._first_s and output_tokens > 1:
-            spent_s = self._last_s - self._first_s
+        DURATION.labels(*self._labels).observe(time.monotonic() - self.accepted_s)
+        if self.first_s and not self._is_continued and output_tokens > 1:
+            spent_s = self.last_s - self.first_s
             TPOT.labels(*self._labels).observe(spent_s / (output_tokens - 1))
         TOKENS.labels(*self._labels, "input").inc(input_tokens)
         TOKENS.labels(*self._labels, "output").inc(output_tokens)

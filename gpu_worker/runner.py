@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
+from gpu_worker import traces
 from gpu_worker.engines.engine import Engine, Message, current_job
 from gpu_worker.publisher import Publisher, Refusal
 from gpu_worker.replay_log import current_replay_log
@@ -64,11 +65,16 @@ class Runner:
             AnswerRefusedError: the job is to be tried again, and has failed.
         """
         running = Running(claim, self._publisher, self._engine, history)
-        self._running[Attempt.of(claim)] = running
+        with traces.recorded(running):
+            return await self._run_to_end(running)
+
+    async def _run_to_end(self, running: Running) -> Ended:
+        attempt = Attempt.of(running.claim)
+        self._running[attempt] = running
         try:
             state = await self._run(running)
         finally:
-            del self._running[Attempt.of(claim)]
+            del self._running[attempt]
         if running.is_paused and await running.feed.written():
             raise PausedError(running.usage)
         if running.feed.refusal is Refusal.GAP:

@@ -31,6 +31,8 @@ MOST_LEAVING_S = 5.0
 class EngineDiedError(Exception):
     """The engine is dead; its jobs must run elsewhere."""
 
+    cause = Cause.ENGINE_DIED
+
 
 class EngineFailedError(Exception):
     """The engine answered 5xx, and nothing of it was sent: the job is to be tried again."""
@@ -47,9 +49,13 @@ class AnswerRefusedError(Exception):
 class LogLostError(Exception):
     """The log has lost entries that only another attempt can restore."""
 
+    cause = Cause.HANDED_BACK
+
 
 class PausedError(Exception):
     """The job is to go on later, or elsewhere."""
+
+    cause = Cause.PREEMPTED
 
     def __init__(self, usage: Usage | None) -> None:
         """`usage`: what it has cost so far."""
@@ -104,6 +110,7 @@ class Running:
     task: "asyncio.Task[None] | None" = None
     head: Start | None = None
     is_stopped: bool = False
+    ended: End | None = None
     is_paused: bool = False
     early_end: SluiceError | None = None
     """Why the app is stopped, which is how the job ends."""
@@ -249,6 +256,7 @@ class Running:
 
         `whole`: the answer, if it is not streamed; it is written together with the end.
         """
+        self.ended = end
         self.meter.end(*self.replay_log.total())
         self._put(*whole, (Kind.END, end.encode()))
         await self.feed.written()

@@ -24,7 +24,7 @@ from uuid import uuid4
 import uvloop
 from redis.exceptions import RedisError
 
-from gpu_worker import heartbeat, metrics, orphans, preemption, shutdown
+from gpu_worker import heartbeat, metrics, orphans, preemption, shutdown, traces
 from gpu_worker.claims import Claims
 from gpu_worker.engines.engine import Engine, open_engine
 from gpu_worker.publisher import Publisher
@@ -37,7 +37,7 @@ from gpu_worker.running import (
     LogLostError,
     PausedError,
 )
-from tasks.contract import logs
+from tasks.contract import logs, tracing
 from tasks.contract.connections import connect, connect_async
 from tasks.contract.errors import ConfigurationError, ModelNotFoundError, SluiceError
 from tasks.contract.events import Attempt
@@ -73,6 +73,7 @@ def run(model_name: str | None) -> int:
     """
     logs.configure(get_settings())
     refuse_unusable(get_settings())
+    tracing.get_tracer(traces.PART)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     orphans.refuse_orphans()
     return Worker(_find(model_name)).run()

@@ -12,7 +12,7 @@ from flask import Response, make_response, request
 from flask_openapi3 import APIBlueprint, Tag
 from werkzeug.datastructures import Headers
 
-from api import replies, schemas
+from api import replies, schemas, traces
 from api.access import get_principal
 from api.encoders.sse import event_stream
 from api.ends import is_kept
@@ -112,10 +112,15 @@ def accept_call(services: Services, call: Call) -> Response:
 
 def _accept(services: Services, job: JobRecord) -> Response:
     prefer = Preference.read(request.headers)
+    trace = traces.begin()
+    job.traceparent = trace.traceparent
     job_id = services.acceptance.accept(job, get_principal().limits)
     if job_id != job.id or prefer.wait_s:
-        return _answer(services, job_id, prefer.wait_s)
-    return _respond(of_record(job, None), 202)
+        response = _answer(services, job_id, prefer.wait_s)
+    else:
+        response = _respond(of_record(job, None), 202)
+    trace.end(job_id, job.model, response.status_code)
+    return response
 
 
 @blueprint.get(

@@ -1,5 +1,6 @@
 """A job as the API submits it and as a worker claims it."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -7,6 +8,7 @@ from typing import NamedTuple, Self
 
 from uuid_utils import uuid7
 
+from tasks.contract import tracing
 from tasks.contract.errors import DecodeError
 
 
@@ -101,12 +103,14 @@ class Job:
     """From its acceptance to its end."""
     key_id: str = ""
     """The API key that it came with, for limits; empty: none was needed."""
+    traceparent: str = ""
+    """The trace and span of its request (W3C's form); empty: tracing is off."""
     options: EnqueueOptions = field(default_factory=EnqueueOptions, compare=False)
 
     # What `decode` reads; the body comes separately, as it may be megabytes.
     FIELDS = (
         *("model", "endpoint", "lane", "tenant", "listener", "metadata"),
-        *("sequences", "weight", "max_tokens", "order", "timeout_s", "key_id"),
+        *("sequences", "weight", "max_tokens", "order", "timeout_s", "key_id", "traceparent"),
     )
 
     @classmethod
@@ -130,17 +134,18 @@ class Job:
             *("max_tokens", "" if self.max_tokens is None else str(self.max_tokens)),
             *("timeout_s", "" if self.timeout_s is None else repr(self.timeout_s)),
             *("key_id", self.key_id),
+            *("traceparent", self.traceparent),
         ]
 
     @classmethod
     def decode(cls, job_id: str, values: Sequence[bytes | None], body: bytes = b"") -> Self:
-        """Reads FIELDS of a job's hash; the last six may be missing.
+        """Reads FIELDS of a job's hash; the last seven may be missing.
 
         Raises:
             DecodeError: they have another shape.
         """
         try:
-            *texts, sequences, weight, max_tokens, order, timeout_s, key_id = values
+            *texts, sequences, weight, max_tokens, order, timeout_s, key_id, trace = values
             # None has no decode: an AttributeError.
             text = [value.decode() for value in texts]  # type: ignore[union-attr]
             model, endpoint, lane, tenant, listener, metadata = text
@@ -151,6 +156,7 @@ class Job:
                 max_tokens=int(max_tokens) if max_tokens else None,
                 timeout_s=float(timeout_s) if timeout_s else None,
                 key_id=(key_id or b"").decode(),
+                traceparent=(trace or b"").decode(),
                 options=EnqueueOptions(priority=int(float(order or 0) // ONE_PRIORITY)),
             )
         except (ValueError, AttributeError) as broken:
@@ -159,7 +165,8 @@ class Job:
     @property
     def log_fields(self) -> dict[str, object]:
         """What each log line about the job has in `extra`."""
-        return {"job": self.id, "tenant": self.tenant, "model": self.model}
+        fields: dict[str, object] = {"job": self.id, "tenant": self.tenant, "model": self.model}
+        return fields | tracing.log_fields(self.traceparent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +211,8 @@ class Claim:
     """How often it has failed before: its worker died, or the engine could not answer."""
     max_failures: int
     worker: str = ""
+    claimed_s: float = field(default_factory=time.monotonic, compare=False)
+    """When the worker got it, by its own clock."""
 
     # The order in which claim.lua returns the fields of the hash.
     FIELDS = (*Job.FIELDS, "body", "failures", "max_failures", "worker")

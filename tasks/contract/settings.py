@@ -177,6 +177,12 @@ class Settings(BaseSettings):
         pattern=r"^\S+:\d+$",
         description="`HOST:PORT` of a worker's `/metrics`; port 0: any free one",
     )
+    otlp_endpoint: str = Field(
+        "",
+        pattern=r"^(https?://\S+)?$",
+        description="base URL of an OpenTelemetry receiver (OTLP over HTTP) that gets traces, as "
+        "`http://collector:4318`; needs the extra `tracing`; empty: off",
+    )
 
     alert_webhook: str = Field(
         "",

@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 from redis.exceptions import RedisError
 
+from tasks.contract import tracing
 from tasks.contract.connections import connect_once
 from tasks.contract.errors import (
     ConfigurationError,
@@ -325,6 +326,7 @@ def refuse_unusable(settings: Settings) -> None:
         SluiceError: the part could never work like that.
     """
     refuse_unwritable(settings.home)
+    tracing.refuse_missing(settings)
     if trouble := ask_redis(settings):
         refuse_lasting(trouble)
 

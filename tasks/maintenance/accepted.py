@@ -32,6 +32,7 @@ def to_record(job: Job, webhook: str | None = None) -> JobRecord:
         max_tokens=job.max_tokens,
         timeout_s=job.timeout_s,
         key_id=job.key_id,
+        traceparent=job.traceparent,
         priority=job.options.priority,
         deadline_s=job.options.deadline_s,
         idempotency_key=job.options.idempotency_key or None,
@@ -56,6 +57,7 @@ def to_job(record: JobRecord) -> Job:
         max_tokens=record.max_tokens,
         timeout_s=record.timeout_s,
         key_id=record.key_id,
+        traceparent=record.traceparent,
         options=EnqueueOptions(
             priority=record.priority,
             deadline_s=record.deadline_s,

@@ -23,6 +23,7 @@ from db.models import WebhookAttempt, WebhookDelivery
 from db.webhooks import Due, Noted, claim, due, give_back, note_attempts
 from tasks.contract import open_files
 from tasks.contract.settings import Settings
+from tasks.maintenance.traces import record_calls
 from tasks.maintenance.webhooks import Sender, decide, make_event
 from tasks.queue import counts
 from tasks.queue.counts import Counted
@@ -137,6 +138,7 @@ class Deliverer:
             for state in list(self._uncounted):
                 counts.add(self._redis, Counted.WEBHOOKS, state, times=self._uncounted[state])
                 del self._uncounted[state]
+        record_calls(self._url, ended)
 
     async def _call(self, delivery: WebhookDelivery) -> None:
         at = datetime.now(UTC)

@@ -215,15 +215,16 @@ class Recorder:
 
     def _keep_request(self, job: JobRecord) -> None:
         """Adds its request to a dead letter, so that it can be retried."""
-        fields = ("body", "sequences", "weight", "max_tokens", "timeout_s", "key_id")
+        fields = ("body", "sequences", "weight", "max_tokens", "timeout_s", "key_id", "traceparent")
         found: Any = self._redis.hmget(keys.job(job.id), fields)
-        body, sequences, weight, max_tokens, timeout_s, key_id = found
+        body, sequences, weight, max_tokens, timeout_s, key_id, traceparent = found
         job.request = None if body is None else bytes(body)
         job.sequences = int(sequences or 1)
         job.weight = float(weight or 1)
         job.max_tokens = int(max_tokens) if max_tokens else None
         job.timeout_s = float(timeout_s) if timeout_s else None
         job.key_id = (key_id or b"").decode()
+        job.traceparent = (traceparent or b"").decode()
 
     def _outcome(self, fields: dict[bytes, bytes]) -> Outcome | None:
         """The outcome in the log of a job that has ended; None when it has none, or not yet."""

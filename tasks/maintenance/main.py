@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from db import reach
 from db.jobs import delete_old
-from tasks.contract import keys, logs
+from tasks.contract import keys, logs, tracing
 from tasks.contract.connections import connect
 from tasks.contract.models import get_catalog
 from tasks.contract.settings import Settings, get_settings
@@ -27,7 +27,7 @@ from tasks.maintenance.ledger import Recorder
 from tasks.maintenance.reconciler import Reconciler
 from tasks.maintenance.sweeper import Sweeper
 from tasks.queue.celery_app import Periodic, run_periodically
-from tasks.queue.jobs import Jobs
+from tasks.queue.jobs import TRACED_AS, Jobs
 
 log = logging.getLogger(__name__)
 
@@ -160,6 +160,7 @@ def run() -> int:
     settings = get_settings()
     logs.configure(settings)
     refuse_unusable(settings)
+    tracing.get_tracer(TRACED_AS)
     try:
         reach(settings.database_url)
     except SQLAlchemyError as failure:

@@ -98,6 +98,10 @@ class Reaped(NamedTuple):
     attempt: int
     listener: str
     state: State
+    endpoint: str = ""
+    started_us: int | None = None
+    """When the attempt that has ended by this did; None: none has."""
+    traceparent: str = ""
 
 
 class Finished(IntEnum):
@@ -331,9 +335,14 @@ class Backlog:
         And has those wait again whose delay is over. A bounded number at once.
         """
         return [
-            Reaped(job_id, model, tenant, int(attempt), listener, State(state))
+            Reaped(
+                *(job_id, model, tenant, int(attempt), listener, State(state), endpoint),
+                *(int(started) if started else None, trace),
+            )
             for row in self._reap(args=[REAPED_AT_ONCE])
-            for job_id, model, tenant, attempt, listener, state in [map(bytes.decode, row)]
+            for job_id, model, tenant, attempt, listener, state, endpoint, started, trace in [
+                map(bytes.decode, row)
+            ]
         ]
 
     def settle(self, tokens: Mapping[str, int | None]) -> list[str]:

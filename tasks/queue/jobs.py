@@ -1,15 +1,17 @@
 """What the API and maintenance do with jobs: cancel, report how they ended, hand on lost ones."""
 
 import logging
+import time
+from dataclasses import replace
 from typing import Any
 
 from redis import Redis
 from redis.exceptions import RedisError
 
-from tasks.contract import keys
+from tasks.contract import keys, tracing
 from tasks.contract.errors import SluiceError
 from tasks.contract.events import End, Kind
-from tasks.contract.job import State
+from tasks.contract.job import Cause, State
 from tasks.contract.job_errors import (
     JobCancelledError,
     JobExpiredError,
@@ -27,6 +29,8 @@ log = logging.getLogger(__name__)
 
 # A job this young has its ticket still on the way.
 OLD_ENOUGH_S = 2.0
+# The service that its spans show as: it is maintenance that reaps.
+TRACED_AS = "sluice-maintenance"
 
 REASONS: dict[State, type[SluiceError]] = {
     State.FAILED: JobFailedError,
@@ -102,8 +106,10 @@ class Jobs:
                 "model": job.model,
                 "attempt": job.attempt,
                 "state": job.state,
+                **tracing.log_fields(job.traceparent),
             },
         )
+        _record_lost(job)
         if job.state is State.QUEUED:
             self.backlog.send_tickets(job.model)
         else:
@@ -126,3 +132,11 @@ class Jobs:
                 issued += missing
                 counts.add(self.backlog.redis, Counted.TICKETS, "reissued", model, missing)
         return issued
+
+
+def _record_lost(job: Reaped) -> None:
+    """The span of an attempt whose worker cannot record it any more."""
+    if job.started_us is not None and job.traceparent:
+        times_ns = job.started_us * 1000, time.time_ns()
+        span = tracing.attempt_span(job.job_id, job.attempt, job.model, job.endpoint, times_ns)
+        tracing.record(TRACED_AS, job.traceparent, replace(span, error=Cause.LEASE_EXPIRED))

@@ -2,7 +2,8 @@
 -- last failure, to their end. Ends the jobs that have not started by their deadline. And puts those
 -- back in the backlog whose delay is over. Gives up the reservations of jobs that were not accepted.
 -- ARGV: 1 at most, of each kind
--- Returns a list of {id, model, tenant, attempt, listener, 'queued', 'failed' or 'expired'}.
+-- Returns a list of {id, model, tenant, attempt, listener, 'queued', 'failed' or 'expired', endpoint, when
+-- the attempt started in us ('': none has ended here), traceparent}.
 local at_us = now_us()
 local reaped = {}
 
@@ -10,7 +11,8 @@ local function each_due(zset, reap)
     for _, id in ipairs(redis.call('ZRANGEBYSCORE', zset, '-inf', whole(at_us), 'LIMIT', 0, ARGV[1])) do
         local job = read_job(id)
         if reap(job) then
-            reaped[#reaped + 1] = {id, job.model, job.tenant, job.attempt, job.listener or '', job.state}
+            reaped[#reaped + 1] = {id, job.model, job.tenant, job.attempt, job.listener or '', job.state,
+                job.endpoint or '', zset == LEASES and job.started_us or '', job.traceparent or ''}
         else
             redis.call('ZREM', zset, id)
         end

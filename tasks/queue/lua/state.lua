@@ -3,7 +3,7 @@
 -- place change together, in `move` alone.
 local FIELDS = {'state', 'place', 'attempt', 'model', 'lane', 'tenant', 'endpoint', 'metadata', 'order',
     'failures', 'max_failures', 'cleared', 'sequences', 'weight', 'max_tokens', 'charged', 'body_bytes', 'key_id',
-    'listener', 'attached', 'worker', 'queued_us', 'started_us', 'deadline_us', 'is_dead'}
+    'listener', 'attached', 'worker', 'queued_us', 'started_us', 'deadline_us', 'is_dead', 'traceparent'}
 
 -- The job as a table; without a state when there is no such job.
 local function read_job(id)
