@@ -12,7 +12,7 @@ from typing import Any, Self
 import orjson
 from pydantic import AwareDatetime, BaseModel, Field, ValidationError
 
-from bench.load import Load, Measurement
+from bench.measurement import Load, Measurement
 from bench.spread import Spread
 from tasks.contract.errors import SluiceError
 from tasks.contract.settings import without_password

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import cast
 
-from bench.load import Load, Measurement, Percentiles
+from bench.measurement import Load, Measurement, Percentiles
 from bench.reply import Reply
 
 PROGRESS_S = 0.5

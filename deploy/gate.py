@@ -13,7 +13,7 @@ from rich.table import Table
 
 from bench.baseline import PERCENTILES, TIMES, Change, Run, compare
 from bench.drive import run_client
-from bench.load import Load, Measurement
+from bench.measurement import Load, Measurement
 from deploy.client import Api, RequestRefusedError
 from deploy.job_text import make_console
 from tasks.contract.errors import ConfigurationError
