@@ -94,6 +94,7 @@ class Run(BaseModel):
         """The run, with the figures of all its rounds."""
         return self.model_dump(mode="json") | {
             "requests_per_s": self.spread(lambda seen: seen.requests_per_s),
+            "goodput": self.spread(lambda seen: seen.goodput),
             "tokens_per_s": self.spread(lambda seen: seen.tokens_per_s),
             "latency": {
                 field: {percentile: self.latency_ms(time, percentile) for percentile in PERCENTILES}
