@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 import requests
 
 from bench.load.streamed import WrongAnswerError, read_answer
-from bench.stack import Process, Stack, await_that
+from bench.stack import Process, Stack, await_that, running
 from deploy.redis_server import free_port
+from tests.conftest import SIM
 
 ROOT = Path(__file__).parent.parent
 LOAD = ROOT / "bench" / "load"
@@ -52,7 +54,7 @@ def test_each_scenario_has_times_of_its_own(sim_stack: Stack, tmp_path: Path) ->
     for name in STREAMED:
         assert entries[name, "TTFT"]["min_response_time"] >= 10
         assert entries[name, "TPOT"]["max_response_time"] >= 4
-        assert entries[name, "answer"]["min_response_time"] >= 40
+        assert entries[name, "answer"]["min_response_time"] >= 30
 
 
 @pytest.mark.parametrize(
@@ -71,18 +73,21 @@ def test_a_run_that_misses_the_sla_fails(sim_stack: Stack, option: str, sentence
     assert line.endswith(f" ms; {most} ms are allowed ({name})")
 
 
-def test_failures_fail_a_run_unless_the_sla_allows_them(sim_stack: Stack) -> None:
-    unknown = ("--model=unknown", *SLOW_IS_FINE)
-    refused = locust(sim_stack.url, *unknown, "Chat", users=1)
+def test_failures_fail_a_run(sim_stack: Stack) -> None:
+    refused = locust(sim_stack.url, "--model=unknown", *SLOW_IS_FINE, "Chat", users=1)
     assert refused.returncode == 1
     assert "SLA missed: nothing was answered, and " in refused.stderr
-    assert "status 404" in refused.stdout
-    # Half of these users want a model that there is.
-    some = ("Chat", "LongPrompts", "--prompt-words=140000", *SLOW_IS_FINE)
-    partly = locust(sim_stack.url, *some, "--equal-weights", users=2)
-    assert partly.returncode == 1
-    assert "requests failed; 0 % are allowed (--sla-failed-percent)" in partly.stderr
-    allowed = locust(sim_stack.url, *some, "--equal-weights", "--sla-failed-percent=99", users=2)
+    assert "status 404" in refused.stderr
+
+
+def test_failures_that_the_sla_allows_do_not(home: Path) -> None:
+    options = ("--prompt-words=2000", "--equal-weights", *SLOW_IS_FINE, "Chat", "LongPrompts")
+    with running(Stack(home, [SIM], max_body_bytes=4000)) as stack:
+        failed = locust(stack.url, *options, users=2)
+        allowed = locust(stack.url, "--sla-failed-percent=99", *options, users=2)
+    assert failed.returncode == 1
+    assert "requests failed; 0 % are allowed (--sla-failed-percent)" in failed.stderr
+    assert "status 413" in failed.stderr
     assert (allowed.returncode, "SLA missed" in allowed.stderr) == (0, False)
 
 
@@ -102,7 +107,7 @@ def test_a_wait_in_the_queue_is_known_after_the_headers_were_sent(
     try:
         await_that(lambda: b"queued" in queued(idle_stack), 60, run.log.read_text)
         # The stack sends its headers after a second without a worker.
-        await_that(lambda: waited_s(idle_stack) >= 2)
+        await_that(lambda: waited_s(idle_stack) >= 3)
         worker = idle_stack.start_worker("sim")
         assert run.popen.wait(200) == 0, run.log.read_text()
         worker.stop()
@@ -119,10 +124,9 @@ def queued(stack: Stack) -> bytes:
 
 
 def waited_s(stack: Stack) -> float:
-    """How long ago the newest job came, by the clock that its times are of."""
+    """How long the job that is queued has been there."""
     (job,) = orjson.loads(queued(stack))["data"]
-    seconds, _ = stack.redis.time()  # type: ignore[misc]
-    return float(seconds - job["created_at"])
+    return time.time() - float(job["created_at"])
 
 
 def test_the_page_shows_the_same_figures(sim_stack: Stack, tmp_path: Path) -> None:
@@ -197,8 +201,14 @@ def test_wrk_posts_chats(sim_stack: Stack) -> None:
     figures = done.stdout.splitlines()[-1]
     assert figures.startswith("answers/s ")
     assert figures.endswith(", failed 0")
-    jobs = requests.get(f"{sim_stack.url}/v1/jobs?limit=1", timeout=10).json()["data"]
-    assert (jobs[0]["model"], jobs[0]["usage"]["completion_tokens"]) == ("sim", 4)
+    await_that(lambda: newest_answer(sim_stack) == ("sim", 4))
+
+
+def newest_answer(stack: Stack) -> tuple[str, int]:
+    """Its model and its tokens."""
+    url = f"{stack.url}/v1/jobs?limit=1&status=completed"
+    (job,) = requests.get(url, timeout=10).json()["data"]
+    return job["model"], job["usage"]["completion_tokens"]
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(("4", "unknown"), 1), (("many",), 2)])
