@@ -88,4 +88,5 @@ def _text(chunk: dict[str, Any]) -> str:
         return ""
     delta = chunk["choices"][0]["delta"]
     names = ("content", "reasoning", "reasoning_content")
-    return next((delta[name] for name in names if delta.get(name)), "")
+    text: str = next((delta[name] for name in names if delta.get(name)), "")
+    return text
