@@ -44,6 +44,7 @@ def picture(sweep: Sweep, baseline: Sweep | None) -> bytes:
     waits.set_xscale("log", base=2)
     streams = [level.streams for level in sweep.levels]
     waits.set_xticks(streams, [str(number) for number in streams])
+    waits.set_xticks([], minor=True)
     file = BytesIO()
     figure.savefig(file, format="png", dpi=120)
     return file.getvalue()

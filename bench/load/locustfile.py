@@ -1,7 +1,9 @@
 """Simulated users for Locust, and an SLA that decides its exit code.
 
-locust -f bench/load/locustfile.py              a page on port 8089 to start and watch from
-locust -f bench/load/locustfile.py --headless -u 50 -r 5 -t 5m Chat Batch
+    locust -f bench/load/locustfile.py --web-host 127.0.0.1     a page to start and watch from
+    locust -f bench/load/locustfile.py --headless -u 50 -r 5 -t 5m Chat Batch
+
+What the scenarios do and what is reported of them is in `docs/load-testing.md`.
 """
 
 import logging
@@ -12,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import requests
-from locust import User, events, task
+from locust import User, constant, events, task
 from locust.env import Environment
 from locust.runners import WorkerRunner
 from locust.stats import RequestStats
@@ -50,6 +52,16 @@ def add_options(parser: ArgumentParser) -> None:
     add("--sla-failed-percent", type=float, default=0, help="Of answers and jobs, at most")
 
 
+def think(user: User) -> float:
+    """Seconds that a person takes."""
+    return random.uniform(0.5, 1.5) * float(user.environment.parsed_options.think_s)
+
+
+def until_burst(_user: User) -> float:
+    """Seconds to the moment at which all bursts begin."""
+    return BURST_EVERY_S - time.time() % BURST_EVERY_S
+
+
 class Client(User):
     """One who sends requests; the classes below say which, and when."""
 
@@ -59,13 +71,10 @@ class Client(User):
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
         self.options: Any = environment.parsed_options
+        self.url = str(self.host).rstrip("/")
         self.http = requests.Session()
         if key := get_settings().api_key:
             self.http.headers["Authorization"] = f"Bearer {key}"
-
-    def think(self) -> float:
-        """Seconds that a person takes."""
-        return random.uniform(0.5, 1.5) * float(self.options.think_s)
 
     def compose(self, messages: list[Message]) -> dict[str, Any]:
         """The body of a request."""
@@ -78,7 +87,7 @@ class Client(User):
         asked_at_s = time.perf_counter()
         try:
             with self.http.post(
-                f"{self.host}/v1/chat/completions",
+                f"{self.url}/v1/chat/completions",
                 json=self.compose(messages) | streamed,
                 stream=True,
                 timeout=TIMEOUT_S,
@@ -111,7 +120,7 @@ class Client(User):
 
     def call(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         """The JSON that the API answers."""
-        response = self.http.request(method, f"{self.host}{path}", timeout=TIMEOUT_S, **options)
+        response = self.http.request(method, f"{self.url}{path}", timeout=TIMEOUT_S, **options)
         _refuse_status(response)
         answer: dict[str, Any] = response.json()
         return answer
@@ -134,12 +143,10 @@ class Chat(Client):
     """A person: reads the answer, thinks, and goes on with the conversation."""
 
     weight = 10
+    wait_time = think
 
     def on_start(self) -> None:
         self.messages: list[Message] = []
-
-    def wait_time(self) -> float:
-        return self.think()
 
     @task
     def say(self) -> None:
@@ -155,9 +162,7 @@ class Bursts(Client):
     """A script that runs everywhere by the clock: all of these users send at the same moment."""
 
     weight = 5
-
-    def wait_time(self) -> float:
-        return BURST_EVERY_S - time.time() % BURST_EVERY_S
+    wait_time = until_burst
 
     @task
     def ask(self) -> None:
@@ -169,9 +174,7 @@ class LongPrompts(Client):
     """A person with documents, none of them like another, so that no prefix cache helps."""
 
     weight = 2
-
-    def wait_time(self) -> float:
-        return self.think()
+    wait_time = think
 
     @task
     def ask(self) -> None:
@@ -184,6 +187,7 @@ class Batch(Client):
     """A program in the background: one job after the other in the lane `batch`."""
 
     weight = 1
+    wait_time = constant(1)
 
     @task
     def run_job(self) -> None:
