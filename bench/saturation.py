@@ -76,9 +76,9 @@ def page(sweep: Sweep, changes: Sequence[Change], png: bytes) -> str:
 </style></head>
 <body>
 <h1>{title}</h1>
-<p>{first.date:%d %B %Y}, Sluice {escape(first.sluice_version)}, {len(first.rounds)} rounds of each
-level, {first.max_tokens} tokens an answer. SLA: TTFT {sweep.sla_ttft_ms:g} ms, TPOT
-{sweep.sla_tpot_ms:g} ms.</p>
+<p>{first.date:%d %B %Y}, Sluice {escape(first.sluice_version)}; rounds of each level:
+{len(first.rounds)}; tokens of each answer: {first.max_tokens}.
+SLA: TTFT {sweep.sla_ttft_ms:g} ms, TPOT {sweep.sla_tpot_ms:g} ms.</p>
 <img alt="The saturation curve" src="data:image/png;base64,{b64encode(png).decode()}">
 <ul>
 {items}
