@@ -7,7 +7,8 @@
 
 It prints; it never passes or fails on speed. It needs vLLM and a checkout, with its `tests`. What
 does pass or fail is `sluice bench` (`deploy/gate.py`): the same load on a server that runs already,
-beside a run kept earlier (`baseline.py`).
+beside a run kept earlier (`baseline.py`); with `--sweep` (`deploy/sweep.py`) more and more of it,
+beside a sweep kept earlier (`sweep.py`, drawn by `saturation.py`). `load/` is for Locust and wrk.
 
 Open `__main__.py` first, then `client.py` (the load) with `drive.py` (which starts it),
 `stacks.py` (what is started), `processes.py` (CPU and memory by role) and `report.py` (the tables);

@@ -12,7 +12,7 @@ from typing import Any, Self
 import orjson
 from pydantic import AwareDatetime, BaseModel, Field, ValidationError
 
-from bench.load import Load, Measurement
+from bench.measurement import Load, Measurement
 from bench.spread import Spread
 from tasks.contract.errors import SluiceError
 from tasks.contract.settings import without_password
@@ -94,6 +94,7 @@ class Run(BaseModel):
         """The run, with the figures of all its rounds."""
         return self.model_dump(mode="json") | {
             "requests_per_s": self.spread(lambda seen: seen.requests_per_s),
+            "goodput": self.spread(lambda seen: seen.goodput),
             "tokens_per_s": self.spread(lambda seen: seen.tokens_per_s),
             "latency": {
                 field: {percentile: self.latency_ms(time, percentile) for percentile in PERCENTILES}
@@ -110,26 +111,37 @@ class Change:
     """A figure of a run beside the baseline's."""
 
     figure: str
-    before_ms: Spread
-    now_ms: Spread
+    unit: str
+    before: Spread
+    now: Spread
+    is_rate: bool = False  # more is better; of a time, less is
 
     @property
     def percent(self) -> float:
         """By how much the median of the rounds is worse; negative if it is better."""
-        before_ms = self.before_ms.median
-        return 100 * (self.now_ms.median / before_ms - 1) if before_ms else math.inf
+        growth = self._growth_percent
+        return -growth if self.is_rate else growth
+
+    @property
+    def _growth_percent(self) -> float:
+        before, now = self.before.median, self.now.median
+        if before:
+            return 100 * (now / before - 1)
+        # A rate of nothing cannot fall.
+        return 0 if self.is_rate else math.inf
 
     def is_worse(self, most_percent: float) -> bool:
         """Whether by more than that; so is what could not be measured."""
         return not self.percent <= most_percent
 
     def __str__(self) -> str:
-        return f"{self.figure}: {self.before_ms} -> {self.now_ms} ms, {self.percent:+.1f} %"
+        growth = f"{self._growth_percent:+.1f} %"
+        return f"{self.figure}: {self.before} -> {self.now} {self.unit}, {growth}"
 
 
 def compare(baseline: Run, run: Run) -> list[Change]:
     """The p95 of what users feel: the wait for the first token, and the time of each other one."""
     return [
-        Change(f"{time} p95", baseline.latency_ms(time, "p95"), run.latency_ms(time, "p95"))
+        Change(f"{time} p95", "ms", baseline.latency_ms(time, "p95"), run.latency_ms(time, "p95"))
         for time in COMPARED
     ]

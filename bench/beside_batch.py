@@ -17,7 +17,7 @@ import orjson
 from rich.console import Console
 from rich.table import Table
 
-from bench.load import QUESTIONS, percentile_ms
+from bench.measurement import QUESTIONS, percentile_ms
 from bench.stack import Stack, await_that, running
 from bench.stacks import StackError
 from tasks.contract import keys

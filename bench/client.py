@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import cast
 
-from bench.load import Load, Measurement, Percentiles
+from bench.measurement import Load, Measurement, Percentiles
 from bench.reply import Reply
 
 PROGRESS_S = 0.5
@@ -155,22 +155,24 @@ def measure(load: Load) -> Measurement:
     good = [reply for reply in replies if not _error(reply, load)]
     streamed = [reply for reply in good if reply.is_stream]
     gaps_s = [later - at for reply in streamed for at, later in pairwise(reply.text_at_s)]
-    tpots_s = [
-        (reply.text_at_s[-1] - reply.text_at_s[0]) / (reply.tokens - 1)
-        for reply in streamed
-        if reply.tokens > 1
-    ]
+    tpots_s = [reply.tpot_s for reply in streamed if reply.tokens > 1]
     return Measurement(
         wall_s=wall_s,
         completed=len(good),
         tokens=sum(reply.tokens for reply in good),
-        ttft_ms=Percentiles.of_ms([reply.text_at_s[0] - reply.asked_at_s for reply in streamed]),
+        ttft_ms=Percentiles.of_ms([reply.ttft_s for reply in streamed]),
         tpot_ms=Percentiles.of_ms(tpots_s),
         gap_ms=Percentiles.of_ms(gaps_s),
         end_to_end_ms=Percentiles.of_ms([reply.ended_at_s - reply.asked_at_s for reply in good]),
         client_cpu_s=cpu_s,
         errors=dict(errors),
+        within_sla=sum(_is_within_sla(reply, load) for reply in streamed),
     )
+
+
+def _is_within_sla(reply: Reply, load: Load) -> bool:
+    ttft_ms, tpot_ms = reply.ttft_s * 1000, reply.tpot_s * 1000
+    return ttft_ms <= load.sla_ttft_ms and tpot_ms <= load.sla_tpot_ms
 
 
 def _new_runner() -> asyncio.Runner:

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 from rich.table import Table
 
-from bench.load import Load
+from bench.measurement import Load
 from bench.rounds import REQUESTS, Round, run_round
 from bench.stacks import Stack, StackError, sluice
 from tasks.contract.models import Model

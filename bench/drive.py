@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.load import Load, Measurement
+from bench.measurement import Load, Measurement
 
 # There is no other `bench` for the client to find.
 _HOME = Path(__file__).parent.parent

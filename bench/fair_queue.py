@@ -6,7 +6,7 @@ from typing import Any
 from redis import Redis
 
 from bench.figures import Report
-from bench.load import percentile_ms
+from bench.measurement import percentile_ms
 from bench.stack import Stack
 from bench.stacks import StackError
 from tasks.contract import keys

@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from bench.drive import run_client
-from bench.load import Load
+from bench.measurement import Load
 from bench.processes import largest_rss_mb
 from bench.stacks import Stack
 

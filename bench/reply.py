@@ -36,6 +36,16 @@ class Reply:
         except (ValueError, KeyError, TypeError):
             return 0
 
+    @property
+    def ttft_s(self) -> float:
+        """From sending the request to the first event with text."""
+        return self.text_at_s[0] - self.asked_at_s
+
+    @property
+    def tpot_s(self) -> float:
+        """Per token after the first one; 0 where there is no other."""
+        return (self.text_at_s[-1] - self.text_at_s[0]) / max(self.tokens - 1, 1)
+
     def feed(self, data: bytes, now_s: float) -> None:
         """Takes in what was just read from the socket."""
         if not self.status:

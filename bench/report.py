@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from bench.load import Measurement
+from bench.measurement import Measurement
 from bench.rounds import REQUESTS, Round, of, pairwise
 from bench.spread import Spread
 

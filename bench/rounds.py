@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bench.drive import run_client
-from bench.load import Load, Measurement
+from bench.measurement import Load, Measurement
 from bench.processes import cpu_between_s
 from bench.spread import Spread
 from bench.stacks import Stack, StackError

@@ -16,7 +16,7 @@ from typing import Self
 import uvloop
 
 from bench.client import Connection
-from bench.load import percentile_ms
+from bench.measurement import percentile_ms
 
 
 @dataclass(frozen=True)

@@ -275,7 +275,12 @@ OLD_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @main.command()
 @URL
 @click.option("--model", metavar="NAME", help="Default: the first that the server lists.")
-@click.option("--streams", type=click.IntRange(1), default=8, show_default=True)
+@click.option(
+    "--streams",
+    type=click.IntRange(1),
+    show_default="8; 256 with --sweep",
+    help="At once; with --sweep, at most.",
+)
 @click.option(
     "--requests", type=click.IntRange(1), default=100, show_default=True, help="Of each round."
 )
@@ -288,14 +293,32 @@ OLD_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     type=click.FloatRange(0),
     default=10,
     show_default=True,
-    help="How much worse than the baseline TTFT p95 and TPOT p95 may be.",
+    help="How much worse than the baseline the compared figures may be.",
+)
+@click.option(
+    "--sla-ttft-ms",
+    type=click.FloatRange(0),
+    default=1000,
+    show_default=True,
+    help="Slower answers are no goodput; nor are those with a TPOT over the next.",
+)
+@click.option("--sla-tpot-ms", type=click.FloatRange(0), default=100, show_default=True)
+@click.option(
+    "--sweep",
+    metavar="[PAGE]",
+    type=FILE,
+    is_flag=False,
+    flag_value="saturation.html",
+    help="Raise the streams to find the knee, and draw the curve here; default: saturation.html.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the run as JSON.")
 def bench(**options: Any) -> None:
     """Measure streamed chats; exit code 1 for errors, or when worse than the baseline."""
-    from deploy import gate
+    from deploy import gate, sweep
 
-    sys.exit(gate.run(gate.Options(**options)))
+    page = options.pop("sweep")
+    measured = gate.Options(**options)
+    sys.exit(sweep.run(measured, page) if page else gate.run(measured))
 
 
 @main.group()

