@@ -79,9 +79,8 @@ async def drive(load: Load) -> tuple[list[Reply], float]:
     gc.freeze()
     gc.disable()
     start_s = time.perf_counter()
-    due = iter(
-        [(start_s + n / load.per_s if load.per_s else 0.0, r) for n, r in enumerate(requests)]
-    )
+    apart_s = 1 / load.per_s if load.per_s else 0
+    due = iter([(start_s + number * apart_s, one) for number, one in enumerate(requests)])
     streams = [
         asyncio.create_task(_stream(load, connection, due, replies)) for connection in connections
     ]
@@ -116,7 +115,7 @@ async def _stream(
         if not connection.is_open:
             return  # what was not sent counts as not answered
         reply = await connection.ask(request)
-        if due_s and early_s <= 0:
+        if load.per_s and early_s <= 0:
             reply.asked_at_s = due_s
         replies.append(reply)
     if connection.is_open:
