@@ -1,6 +1,6 @@
 """The simulated engine as a server, for gateways to stand in front of: a process of its own.
 
-python -m bench.peers.sim_server PORT MODEL    (an entry of models.yaml, as JSON)
+`python -m bench.peers.sim_server PORT MODEL`, with MODEL an entry of models.yaml, as JSON.
 """
 
 import sys
@@ -27,7 +27,8 @@ class SimServer:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         body = self._others.get(scope["path"])
         if body is None:
-            return await self._engine.app(scope, receive, send)
+            await self._engine.app(scope, receive, send)
+            return
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
