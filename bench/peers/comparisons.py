@@ -80,12 +80,9 @@ def answer(report: Report, home: Path, rounds: int, scale: float) -> None:
             return replace(load, url=stack.url, seed=number)
 
         done = turns.take_turns(stacks, rounds, at_most, report.console.print)
-        halves = {
-            each.name: median(turns.values(done, each.name, turns.per_s)) / 2 for each in stacks
-        }
 
         def at_half(stack: Stack, number: int) -> Load:
-            rate = halves[stack.name]
+            rate = median(turns.values(done, stack.name, turns.per_s)) / 2
             count = max(round(rate * HALF_RATE_S * scale), CLIENTS)
             return replace(at_most(stack, number), requests=count, per_s=rate)
 
@@ -103,7 +100,7 @@ def answer(report: Report, home: Path, rounds: int, scale: float) -> None:
     aims = {LITELLM: None, ROUTER: None}
     _compare(report, "whole, per core", done, turns.requests_per_core_s, aims)
     report.notes.append(
-        "whole: CPU is of all processes but the engine's server; in Sluice the engine is one of them"
+        "whole: CPU is of all of a server's processes; Sluice's include the engine's own"
     )
 
 

@@ -49,5 +49,5 @@ def measure(report: Report, home: Path, scale: float) -> None:
     report.add(name + "TTFT p50", "ms", [seen.ttft_ms.p50])
     report.add(name + "CPU of the API", "% of a core", [100 * cpu_s / seen.wall_s])
     report.notes.append(
-        f"{name}the API used {rss_mb[0]:.0f} MB before they came; TPOT p50 {seen.tpot_ms.p50:.0f} ms"
+        f"{name}the API used {rss_mb[0]:.0f} MB before; TPOT p50 {seen.tpot_ms.p50:.0f} ms"
     )
