@@ -31,7 +31,7 @@ PANELS = (
     "TTFT p99, ms (less is better)",
 )
 
-# By server, a figure of each panel; None: it is not of that kind. Empty: not measured yet, no picture.
+# By server, a figure of each panel; None: there is none. Empty: not measured yet, and no picture.
 PEERS: dict[str, tuple[float | None, ...]] = {}
 PEER_PANELS = (
     "requests/s, 64 streams",
