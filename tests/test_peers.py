@@ -61,15 +61,15 @@ def test_a_request_that_no_connection_is_free_for_waits_from_its_time_on(home: P
 
 
 def test_without_a_gateway_all_streams_of_a_killed_engine_break_off(home: Path) -> None:
-    with failure.SETUPS[ALONE](home) as (url, kill):
-        streams, later = uvloop.run(failure._under_fire(url, kill))
+    with failure.SETUPS[ALONE](home) as target:
+        streams, later = uvloop.run(failure._under_fire(target))
     assert streams == Counter({"broken off": failure.STREAMS})
     assert later == Counter({"not connected": failure.STREAMS})
 
 
 def test_the_streams_of_a_killed_worker_come_whole(home: Path) -> None:
-    with failure.SETUPS[SLUICE](home) as (url, kill):
-        streams, later = uvloop.run(failure._under_fire(url, kill))
+    with failure.SETUPS[SLUICE](home) as target:
+        streams, later = uvloop.run(failure._under_fire(target))
     assert set(streams) <= set(failure.WHOLE)
     assert streams["resumed"] >= failure.STREAMS // 2
     assert set(later) <= set(failure.WHOLE)

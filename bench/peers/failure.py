@@ -1,7 +1,7 @@
-"""kill -9 of one of two engines under 32 streams: what the clients of each server see.
+"""kill -9 of an engine under 32 streams: what the clients of each server see.
 
-The engine is simulated and the same everywhere. Sluice has two workers of it, the gateways have two
-servers of it behind them, and the engine's server alone stands for any that nothing is in front of.
+Sluice has two workers of the simulated engine, and the gateways have two servers of it behind them.
+vLLM's own server has its only engine; the simulated one's server alone is there to compare.
 """
 
 import asyncio
@@ -10,24 +10,27 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import uvloop
 
 from bench.client import Connection
 from bench.figures import Report
 from bench.load import Load
-from bench.peers.servers import ALONE, LITELLM, ROUTER, SLUICE, Gateway, litellm, sim_server
-from bench.peers.servers import vllm_router as router
+from bench.peers import servers
+from bench.peers.servers import Gateway, sim_server
 from bench.reply import Reply
 from bench.stack import Stack, running
-from tasks.contract.models import Model
+from bench.stacks import vllm_server
+from tasks.contract.models import Model, get_catalog
 
 MODEL = Model(name="sim", engine="sim", args={"tokens-per-s": 20, "first-token-s": 0})
 STREAMS, TOKENS = 32, 200
-KILL_AFTER_S = 3.0
+KILL_AFTER_S = 1.5
 # What are asked for right after the kill.
 NEXT_TOKENS = 10
 # Without a word for so long, a stream has waited for something to be repaired.
@@ -35,8 +38,13 @@ PAUSE_S = 1.0
 HANG_S = 90.0
 WHOLE = ("undisturbed", "resumed")
 
-# Where clients ask, and what kills an engine.
-Target = tuple[str, Callable[[], None]]
+
+class Target(NamedTuple):
+    """Where clients ask, and what kills an engine behind it."""
+
+    url: str
+    model: str
+    kill: Callable[[], None]
 
 
 def measure(report: Report, home: Path) -> None:
@@ -44,10 +52,10 @@ def measure(report: Report, home: Path) -> None:
     for name, start in SETUPS.items():
         report.console.print(f"kill -9: {name}")
         (place := home / name).mkdir()
-        with start(place) as (url, kill):
-            before, after = uvloop.run(_under_fire(url, kill))
+        with start(place) as target:
+            before, after = uvloop.run(_under_fire(target))
         whole = sum(before[outcome] for outcome in WHOLE)
-        aim = {"at_least": STREAMS} if name == SLUICE else {}
+        aim = {"at_least": STREAMS} if name == servers.SLUICE else {}
         report.add(f"kill -9, {name}: whole answers", f"of {STREAMS}", [whole], **aim)
         report.notes.append(
             f"kill -9, {name}: {_told(before)}; {STREAMS} new requests right after: {_told(after)}"
@@ -58,12 +66,13 @@ def _told(outcomes: Counter[str]) -> str:
     return ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
 
 
-async def _under_fire(url: str, kill: Callable[[], None]) -> tuple[Counter[str], Counter[str]]:
+async def _under_fire(target: Target) -> tuple[Counter[str], Counter[str]]:
     """How the streams end that an engine is killed under, and those that are asked for then."""
-    streaming = asyncio.create_task(_ask_all(Load(url, MODEL.name, STREAMS, STREAMS, TOKENS)))
+    load = Load(target.url, target.model, STREAMS, STREAMS, TOKENS)
+    streaming = asyncio.create_task(_ask_all(load))
     await asyncio.sleep(KILL_AFTER_S)
-    kill()
-    after = await _ask_all(Load(url, MODEL.name, STREAMS, STREAMS, NEXT_TOKENS, seed=2))
+    target.kill()
+    after = await _ask_all(replace(load, max_tokens=NEXT_TOKENS, seed=2))
     return await streaming, after
 
 
@@ -113,7 +122,7 @@ def _sluice(home: Path) -> Iterator[Target]:
         max(stack.workers, key=lambda worker: len(stack.jobs_of(worker))).kill()
 
     with running(stack, workers=2):
-        yield stack.url, kill
+        yield Target(stack.url, MODEL.name, kill)
 
 
 @contextmanager
@@ -124,18 +133,31 @@ def _behind(gateway: Gateway, home: Path) -> Iterator[Target]:
             (place := home / str(number)).mkdir()
             engines.append(up.enter_context(sim_server(MODEL, place)))
         front = up.enter_context(gateway(MODEL.name, [each.url for each in engines], home))
-        yield front.url, partial(os.kill, engines[0].root_pid, signal.SIGKILL)
+        yield Target(front.url, MODEL.name, _killing(engines[0].root_pid))
+
+
+@contextmanager
+def _vllm(home: Path) -> Iterator[Target]:
+    model = get_catalog().default
+    with vllm_server(model, home) as server:
+        roles = {usage.role: pid for pid, usage in server.snapshot().items()}
+        yield Target(server.url, model.name, _killing(roles["EngineCore"]))
 
 
 @contextmanager
 def _alone(home: Path) -> Iterator[Target]:
     with sim_server(MODEL, home) as engine:
-        yield engine.url, partial(os.kill, engine.root_pid, signal.SIGKILL)
+        yield Target(engine.url, MODEL.name, _killing(engine.root_pid))
+
+
+def _killing(pid: int) -> Callable[[], None]:
+    return partial(os.kill, pid, signal.SIGKILL)
 
 
 SETUPS: dict[str, Callable[[Path], AbstractContextManager[Target]]] = {
-    SLUICE: _sluice,
-    LITELLM: partial(_behind, litellm),
-    ROUTER: partial(_behind, router),
-    ALONE: _alone,
+    servers.SLUICE: _sluice,
+    servers.LITELLM: partial(_behind, servers.litellm),
+    servers.ROUTER: partial(_behind, servers.vllm_router),
+    servers.VLLM: _vllm,
+    servers.ALONE: _alone,
 }
