@@ -117,7 +117,7 @@ def _compare(
 ) -> None:
     """Sluice's figure over that of each of the others, and how much it is meant to be."""
     for other, least in aims.items():
-        aim = {} if least is None else {"at_least": least}
+        aim: dict[str, float] = {} if least is None else {"at_least": least}
         found = turns.ratios(done, SLUICE, other, figure)
         report.add(f"{what}, {SLUICE} / {other}", "x", found, **aim)
 

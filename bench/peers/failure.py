@@ -55,7 +55,7 @@ def measure(report: Report, home: Path) -> None:
         with start(place) as target:
             before, after = uvloop.run(_under_fire(target))
         whole = sum(before[outcome] for outcome in WHOLE)
-        aim = {"at_least": STREAMS} if name == servers.SLUICE else {}
+        aim: dict[str, float] = {"at_least": STREAMS} if name == servers.SLUICE else {}
         report.add(f"kill -9, {name}: whole answers", f"of {STREAMS}", [whole], **aim)
         report.notes.append(
             f"kill -9, {name}: {_told(before)}; {STREAMS} new requests right after: {_told(after)}"

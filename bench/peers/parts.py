@@ -17,7 +17,11 @@ from tasks.contract.errors import SluiceError
 
 # A part that does not start or answer; the others go on.
 FAILURES = (
-    *(AssertionError, OSError, RedisError, SluiceError, StackError),
+    AssertionError,
+    OSError,
+    RedisError,
+    SluiceError,
+    StackError,
     subprocess.SubprocessError,
 )
 

@@ -55,7 +55,7 @@ def vllm_router(_model: str, engines: Sequence[str], home: Path) -> Iterator[Sta
     command += ["--prometheus-port", str(free_port()), "--log-level", "warning"]
     command += ["--policy", "round_robin", "--worker-startup-check-interval", "1"]
     command += ["--worker-urls", *engines]
-    with started(ROUTER, command, _bare(home), port, "/health", home) as stack:
+    with started(ROUTER, command, _bare(home), port, "/readiness", home) as stack:
         yield stack
 
 
