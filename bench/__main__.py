@@ -28,6 +28,7 @@ from bench import (
     report,
     tracing,
 )
+from bench.peers import parts
 from bench.processes import largest_rss_mb, niceness
 from bench.rounds import Round, compare
 from bench.stacks import Stack, StackError, sluice, vllm_server
@@ -109,6 +110,24 @@ def run_jobs(scale: float, json_path: Path | None) -> None:
     console = _console()
     document = {"machine": _machine()}
     errors = jobs.run(console, scale, document)
+    _end(console, json_path, document, errors)
+
+
+@main.command("peers")
+@click.argument("names", metavar="[PART]...", nargs=-1, type=click.Choice(list(parts.PARTS)))
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1))
+@click.option("--scale", default=1.0, show_default=True, help="Multiplies requests and streams.")
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here."
+)
+def run_peers(names: tuple[str, ...], rounds: int, scale: float, json_path: Path | None) -> None:
+    """Sluice beside vLLM's server, LiteLLM and vLLM's router; all parts, or those named.
+
+    Installs the last two from PyPI on first use, in environments of their own.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are ended too
+    console, document = _console(), {"machine": _machine()}
+    errors = parts.run(console, names or tuple(parts.PARTS), rounds, scale, document)
     _end(console, json_path, document, errors)
 
 

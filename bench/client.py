@@ -74,16 +74,17 @@ class Connection(asyncio.Protocol):
 
 async def drive(load: Load) -> tuple[list[Reply], float]:
     """All replies, and the seconds from the first request to the last reply."""
-    requests = iter(load.http_requests())
+    requests = load.http_requests()
     replies: list[Reply] = []
     connections = [await _connect(load) for _ in range(load.streams)]
     gc.collect()
     gc.freeze()
     gc.disable()
     start_s = time.perf_counter()
+    apart_s = 1 / load.per_s if load.per_s else 0
+    due = iter([(start_s + number * apart_s, one) for number, one in enumerate(requests)])
     streams = [
-        asyncio.create_task(_stream(load, connection, requests, replies))
-        for connection in connections
+        asyncio.create_task(_stream(load, connection, due, replies)) for connection in connections
     ]
     reporting = asyncio.create_task(_report(replies))
     await _wait(streams, replies, load.stall_s)
@@ -108,14 +109,24 @@ def _trust(load: Load) -> ssl.SSLContext | None:
 
 
 async def _stream(
-    load: Load, connection: Connection, requests: Iterator[bytes], replies: list[Reply]
+    load: Load,
+    connection: Connection,
+    due: Iterator[tuple[float, bytes]],
+    replies: list[Reply],
 ) -> None:
-    for request in requests:
+    """One connection; a request that none was free for in time has waited since its time."""
+    for due_s, request in due:
+        early_s = due_s - time.perf_counter()
+        if early_s > 0:
+            await asyncio.sleep(early_s)
         if not connection.is_open:
             connection = await _connect(load)
         if not connection.is_open:
             return  # what was not sent counts as not answered
-        replies.append(await connection.ask(request))
+        reply = await connection.ask(request)
+        if load.per_s and early_s <= 0:
+            reply.asked_at_s = due_s
+        replies.append(reply)
     if connection.is_open:
         connection.close()
 

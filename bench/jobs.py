@@ -54,7 +54,7 @@ FAIR_JOBS = 100_000
 
 def run(console: Console, scale: float, document: dict[str, Any]) -> list[str]:
     """Runs and prints all parts, or those before one that fails; returns what went wrong."""
-    _allow_many_files()
+    allow_many_files()
     report = Report(console)
     try:
         with TemporaryDirectory(prefix="sluice-bench-jobs-") as home:
@@ -89,8 +89,8 @@ def _measure_all(report: Report, home: Path, scale: float) -> None:
     scrape.measure(report)
 
 
-def _allow_many_files() -> None:
-    """Each watcher is an open file here and one in the API, which inherits the limit."""
+def allow_many_files() -> None:
+    """Each connection is an open file here and one in the API, which inherits the limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

@@ -34,7 +34,10 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class Load:
-    """A closed loop: `streams` connections, each sending its next request on completion."""
+    """A closed loop: `streams` connections, each sending its next request on completion.
+
+    With `per_s` an open one: a request that no connection was free for waits from its time on.
+    """
 
     url: str  # of the server: http(s)://HOST:PORT, and what comes before /v1
     model: str
@@ -44,6 +47,8 @@ class Load:
     is_exact: bool = True  # an answer of fewer tokens is wrong: the server knows ignore_eos
     api_key: str = ""
     mixed: bool = False  # every second request does not stream
+    whole: bool = False  # no request streams
+    per_s: float = 0  # requests, evenly spread; 0: each as soon as a connection is free
     seed: int = 1
     stall_s: float = 60  # without any completion for so long, the rest counts as failed
     # The SLA, which decides what counts as goodput.
@@ -67,7 +72,7 @@ class Load:
         """The requests as bytes on the wire; the same for the same fields."""
         questions = random.Random(self.seed).choices(QUESTIONS, k=self.requests)
         return [
-            self._http_request(question, streaming=not (self.mixed and number % 2))
+            self._http_request(question, streaming=not (self.whole or (self.mixed and number % 2)))
             for number, question in enumerate(questions)
         ]
 

@@ -11,6 +11,7 @@ import psutil
 ROLES = (
     (re.compile(r"VLLM::EngineCore"), "EngineCore"),
     (re.compile(r"VLLM::Worker"), "EngineCore's worker"),
+    (re.compile(r"bin/litellm|bin/vllm-router|vllm::router"), "gateway"),
     (re.compile(r"gunicorn|deploy\.cli api"), "api"),
     (re.compile(r"deploy\.cli worker"), "worker"),
     (re.compile(r"deploy\.cli maintenance|celery"), "maintenance"),

@@ -6,6 +6,8 @@ import re
 _CONTENT_LENGTH = re.compile(rb"content-length: *(\d+)")
 _EMPTY_TEXT = b'"content":""'
 _TEXT = b'"content":"'
+_USAGE = b'"usage":{'
+_ERROR = b'data: {"error"'
 _REASONING = re.compile(rb'"reasoning(_content)?":"[^"]')
 
 
@@ -20,6 +22,7 @@ class Reply:
         self.is_stream = False
         self.is_complete = False
         self.has_done = False
+        self.has_error = False  # told in the middle of a stream
         self.closes_connection = False
         self.text = b""  # of the body, what is not taken apart into events yet
         self._usage = b""
@@ -93,12 +96,14 @@ class Reply:
         """
         *events, self.text = self.text.split(b"\n\n")
         for event in events:
+            if _USAGE in event:  # gateways give it a choice without text
+                self._usage = event[event.index(b"{") :]
             if _TEXT in event:
                 if _EMPTY_TEXT not in event:
                     self.text_at_s.append(now_s)
-            elif b'"choices":[]' in event:
-                self._usage = event[event.index(b"{") :]
             elif event.endswith(b"data: [DONE]"):
                 self.has_done = True
+            elif _ERROR in event:
+                self.has_error = True
             elif _REASONING.search(event):
                 self.text_at_s.append(now_s)

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import psutil
 import yaml
 
 from bench.processes import Snapshot, snapshot
+from deploy.redis_server import free_port
 from gpu_worker.engines.vllm_args import command_line as engine_arguments
 from tasks.contract.models import Model
 
@@ -52,10 +52,10 @@ class Stack:
 @contextmanager
 def vllm_server(model: Model, home: Path) -> Iterator[Stack]:
     """The server of vLLM, with the arguments and environment that Sluice gives the engine."""
-    port = _free_port()
+    port = free_port()
     server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command = [*server, *engine_arguments(model), "--host", "127.0.0.1", "--port", str(port)]
-    with _running("vLLM", command, model.env | os.environ, port, "/health", home) as stack:
+    with started("vLLM", command, model.env | os.environ, port, "/health", home) as stack:
         yield stack
 
 
@@ -67,7 +67,7 @@ def sluice(
 
     The packages in `source` are run, if that is given.
     """
-    port = _free_port()
+    port = free_port()
     models = home / "models.yaml"
     models.write_text(yaml.safe_dump({"models": [model.model_dump(mode="json")]}))
     inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
@@ -79,18 +79,12 @@ def sluice(
     if source:
         env["PYTHONPATH"] = str(source)
     command = [sys.executable, "-P", "-m", "deploy.cli", "up"]
-    with _running(name, command, env, port, "/health/ready", home) as stack:
+    with started(name, command, env, port, "/health/ready", home) as stack:
         yield stack
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
-def _running(
+def started(
     name: str,
     command: list[str],
     env: dict[str, str],
@@ -98,6 +92,11 @@ def _running(
     ready_path: str,
     home: Path,
 ) -> Iterator[Stack]:
+    """The server, from its first answer of 200 at that path on; its whole tree ends with the block.
+
+    Raises:
+        StackError: it does not start; with the end of its log.
+    """
     log = home / f"{name}.log"
     started_s = time.monotonic()
     with log.open("wb") as output:

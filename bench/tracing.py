@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.drive import run_client
-from bench.load import Load, Measurement
+from bench.measurement import Load, Measurement
 from bench.otlp import Receiver
 from bench.stack import Stack, running, serving
 
