@@ -11,7 +11,7 @@ from rich.console import Console
 
 from bench.drive import run_client
 from bench.figures import Report
-from bench.load import Load, Measurement
+from bench.measurement import Load, Measurement
 from bench.nginx import Nginx
 from bench.stack import Stack, running
 from deploy import make_secrets

@@ -54,8 +54,11 @@ def _start(up: ExitStack, home: Path, endpoint: str = "") -> Stack:
 def _take_turns(stacks: dict[str, Stack], number: int, requests: int) -> dict[str, Measurement]:
     """A round of each; another one begins every time."""
     names = list(stacks) if number % 2 else list(reversed(stacks))
-    load = lambda stack: Load(stack.url, "sim", STREAMS, requests, is_exact=False, seed=number)
-    return {name: run_client(load(stacks[name])) for name in names}
+    loads = {
+        name: Load(stacks[name].url, "sim", STREAMS, requests, is_exact=False, seed=number)
+        for name in names
+    }
+    return {name: run_client(load) for name, load in loads.items()}
 
 
 def _report(console: Console, done: list[dict[str, Measurement]]) -> list[str]:

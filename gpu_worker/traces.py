@@ -42,7 +42,10 @@ def _error(running: Running) -> str:
 def _record(running: Running, error: str) -> None:
     claim, job, meter = running.claim, running.claim.job, running.meter
     since_ns = time.time_ns() - time.monotonic_ns()
-    at_ns = lambda s: round(s * 1e9) + since_ns
+
+    def at_ns(monotonic_s: float) -> int:
+        return round(monotonic_s * 1e9) + since_ns
+
     claimed_ns, begun_ns = at_ns(claim.claimed_s), at_ns(meter.begun_s)
     times_ns = claimed_ns, time.time_ns()
     attempt = attempt_span(job.id, claim.attempt, job.model, job.endpoint, times_ns)

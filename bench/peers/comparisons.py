@@ -1,6 +1,6 @@
 """Sluice, vLLM's own server and the gateways under the same load, in interleaved rounds."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from bench.figures import Report
-from bench.load import Load
+from bench.measurement import Load
 from bench.peers import turns
 from bench.peers.servers import ALONE, GATEWAYS, LITELLM, ROUTER, SLUICE, VLLM, sim_server
 from bench.rounds import REQUESTS, Round
@@ -113,7 +113,7 @@ def _compare(
     what: str,
     done: Sequence[Round],
     figure: turns.Figure,
-    aims: dict[str, float | None],
+    aims: Mapping[str, float | None],
 ) -> None:
     """Sluice's figure over that of each of the others, and how much it is meant to be."""
     for other, least in aims.items():

@@ -20,7 +20,7 @@ import uvloop
 
 from bench.client import Connection
 from bench.figures import Report
-from bench.load import Load
+from bench.measurement import Load
 from bench.peers import servers
 from bench.peers.servers import Gateway, sim_server
 from bench.reply import Reply

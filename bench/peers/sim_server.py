@@ -9,7 +9,7 @@ import orjson
 import uvicorn
 import uvloop
 
-from gpu_worker.engines.engine import Engine, Message, Receive, Send
+from gpu_worker.engines.engine import AsgiApp, Message, Receive, Send
 from gpu_worker.engines.sim import open_engine
 from tasks.contract.models import Model
 
@@ -19,7 +19,7 @@ STOP_S = 1  # for streams that go on
 class SimServer:
     """The engine's endpoints, and those that gateways ask before they send anything."""
 
-    def __init__(self, engine: Engine, model: str) -> None:
+    def __init__(self, engine: AsgiApp, model: str) -> None:
         self._engine = engine
         models = {"object": "list", "data": [{"id": model, "object": "model", "owned_by": "sim"}]}
         self._others = {"/health": b"", "/v1/models": orjson.dumps(models)}
@@ -27,7 +27,7 @@ class SimServer:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         body = self._others.get(scope["path"])
         if body is None:
-            await self._engine.app(scope, receive, send)
+            await self._engine(scope, receive, send)
             return
         headers = [
             (b"content-type", b"application/json"),
@@ -40,7 +40,7 @@ class SimServer:
 async def _serve(port: int, model: Model) -> None:
     async with open_engine(model) as engine:
         config = uvicorn.Config(
-            SimServer(engine, model.name),
+            SimServer(engine.app, model.name),
             port=port,
             lifespan="off",
             log_level="warning",

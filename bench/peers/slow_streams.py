@@ -4,7 +4,7 @@ from pathlib import Path
 
 from bench.drive import run_client
 from bench.figures import Report
-from bench.load import Load
+from bench.measurement import Load
 from bench.processes import cpu_between_s, largest_rss_mb, snapshot
 from bench.stack import Stack, running
 

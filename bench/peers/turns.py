@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
-from bench.load import Load
+from bench.measurement import Load
 from bench.peers.servers import ROLES
 from bench.rounds import Round, run_round
 from bench.stacks import Stack, StackError
