@@ -64,7 +64,9 @@ def test_without_a_gateway_all_streams_of_a_killed_engine_break_off(home: Path) 
     with failure.SETUPS[ALONE](home) as target:
         streams, later = uvloop.run(failure._under_fire(target))
     assert streams == Counter({"broken off": failure.STREAMS})
-    assert later == Counter({"not connected": failure.STREAMS})
+    # The kernel may take a moment to close what it listened on.
+    assert later.keys() <= {"not connected", "closed without an answer"}
+    assert later.total() == failure.STREAMS
 
 
 def test_the_streams_of_a_killed_worker_come_whole(home: Path) -> None:
