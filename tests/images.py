@@ -170,7 +170,7 @@ def _make_files(root: Path) -> None:
     programs = [_find_program(name) for name in PROGRAMS]
     python, library = _copy_python(root)
     modules = [*library.rglob("*.so"), Path(greenlet._greenlet.__file__)]
-    for path in {*programs, *_libraries([*programs, python, *modules])}:
+    for path in {*programs, *_libraries([*programs, python, UV, *modules])}:
         _copy(path, root)
     for path in (Path("/etc/login.defs"), Path("/etc/nsswitch.conf"), _certificates()):
         _copy(path, root)

@@ -14,6 +14,7 @@ import requests
 from bench.load.streamed import WrongAnswerError, read_answer
 from bench.stack import Process, Stack, await_that, running
 from deploy.redis_server import free_port
+from tasks.contract import keys
 from tests.conftest import SIM
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +54,8 @@ def test_each_scenario_has_times_of_its_own(sim_stack: Stack, tmp_path: Path) ->
     # The engine waits 10 ms for the first token, and 5 ms for each of the other seven.
     for name in STREAMED:
         assert entries[name, "TTFT"]["min_response_time"] >= 10
-        assert entries[name, "TPOT"]["max_response_time"] >= 4
+        # A busy client may find several of them at once.
+        assert entries[name, "TPOT"]["max_response_time"] >= 1
         assert entries[name, "answer"]["min_response_time"] >= 30
 
 
@@ -105,7 +107,7 @@ def test_a_wait_in_the_queue_is_known_after_the_headers_were_sent(
     options = ("--headless", "--only-summary", *size, *SLOW_IS_FINE, "Chat")
     run = Process(command(idle_stack.url, *options), idle_stack.env, tmp_path / "locust.log")
     try:
-        await_that(lambda: b"queued" in queued(idle_stack), 60, run.log.read_text)
+        await_that(lambda: queued(idle_stack), 60, run.log.read_text)
         # The stack sends its headers after a second without a worker.
         await_that(lambda: waited_s(idle_stack) >= 3)
         worker = idle_stack.start_worker("sim")
@@ -119,14 +121,16 @@ def test_a_wait_in_the_queue_is_known_after_the_headers_were_sent(
     assert wait["max_response_time"] >= 1000
 
 
-def queued(stack: Stack) -> bytes:
-    return requests.get(f"{stack.url}/v1/jobs?status=queued", timeout=10).content
+def queued(stack: Stack) -> list[bytes]:
+    ids: Any = stack.redis.zrange(keys.backlog("sim", "interactive"), 0, -1)
+    return list(ids)
 
 
 def waited_s(stack: Stack) -> float:
     """How long the job that is queued has been there."""
-    (job,) = orjson.loads(queued(stack))["data"]
-    return time.time() - float(job["created_at"])
+    (job_id,) = queued(stack)
+    queued_us: Any = stack.redis.hget(keys.job(job_id.decode()), "queued_us")
+    return time.time() - int(queued_us) / 1e6
 
 
 def test_the_page_shows_the_same_figures(sim_stack: Stack, tmp_path: Path) -> None:
