@@ -172,7 +172,8 @@ def _make_files(root: Path) -> None:
     modules = [*library.rglob("*.so"), Path(greenlet._greenlet.__file__)]
     for path in {*programs, *_libraries([*programs, python, UV, *modules])}:
         _copy(path, root)
-    for path in (Path("/etc/login.defs"), Path("/etc/nsswitch.conf"), _certificates()):
+    files = ("/etc/login.defs", "/etc/nsswitch.conf", "/usr/share/zoneinfo/UTC")
+    for path in (*map(Path, files), _certificates()):
         _copy(path, root)
 
 
