@@ -3,7 +3,7 @@
 import json
 import re
 
-_CONTENT_LENGTH = re.compile(rb"content-length: *(\d+)")
+_CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)")
 _EMPTY_TEXT = b'"content":""'
 _TEXT = b'"content":"'
 _USAGE = b'"usage":{'
@@ -67,8 +67,9 @@ class Reply:
     def _read_head(self, head: bytes) -> None:
         self.status = int(head[9:12])
         self.is_stream = b"text/event-stream" in head
-        self.closes_connection = b"connection: close" in head
-        self._is_chunked = b"transfer-encoding: chunked" in head
+        # A gateway may repeat its server's headers under longer names.
+        self.closes_connection = b"\r\nconnection: close" in head
+        self._is_chunked = b"\r\ntransfer-encoding: chunked" in head
         if length := _CONTENT_LENGTH.search(head):
             self._length = int(length[1])
 

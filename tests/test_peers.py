@@ -107,6 +107,13 @@ def test_the_usage_of_a_gateway_counts_though_it_has_a_choice() -> None:
     assert (reply.tokens, reply.text_at_s) == (7, [])
 
 
+def test_a_header_that_a_gateway_repeats_under_a_longer_name_is_not_the_answers_own() -> None:
+    reply = Reply(0)
+    repeated = b"llm_provider-transfer-encoding: chunked\r\nllm_provider-content-length: 9\r\n"
+    reply.feed(b"HTTP/1.1 200 OK\r\n" + repeated + b"content-length: 2\r\n\r\n{}", 0)
+    assert (reply.is_complete, reply.text) == (True, b"{}")
+
+
 def test_jobs_go_through_the_queue_without_an_api(home: Path) -> None:
     stack = Stack(home, [queue_alone.MODEL], bus_url="", database_url="", model="")
     try:
