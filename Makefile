@@ -77,6 +77,9 @@ lock: .venv/installed-test  ## pins what is installed to the newest, with hashes
 	$(COMPILE) --universal --extra cpu --extra postgres --extra test $(TORCH_SOURCE) $(NOT_LOCKED) \
 	--override deploy/cpu-overrides.txt --output-file deploy/lock.txt pyproject.toml
 	echo uv | $(COMPILE) --output-file deploy/uv.txt -
+	for peer in litellm vllm-router; do \
+		$(COMPILE) --universal --output-file bench/peers/$$peer.txt bench/peers/$$peer.in || exit 1; \
+	done
 
 audit: .venv/installed-test  ## looks the pinned packages up among known vulnerabilities
 	@$(BIN)/python deploy/audit.py

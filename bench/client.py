@@ -177,6 +177,7 @@ def measure(load: Load) -> Measurement:
         end_to_end_ms=Percentiles.of_ms([reply.ended_at_s - reply.asked_at_s for reply in good]),
         client_cpu_s=cpu_s,
         errors=dict(errors),
+        events=sum(len(reply.text_at_s) for reply in streamed),
         within_sla=sum(_is_within_sla(reply, load) for reply in streamed),
     )
 

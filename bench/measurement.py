@@ -126,6 +126,7 @@ class Measurement:
     end_to_end_ms: Percentiles  # from sending the request to the end of the answer
     client_cpu_s: float
     errors: dict[str, int]  # what went wrong, how often
+    events: int = 0  # with text, of all streams
     within_sla: int = 0  # streams that completed and were as fast as the load's SLA wants
 
     def encode(self) -> str:

@@ -22,6 +22,7 @@ RELAYED_TOKENS, RELAYED_REQUESTS = 256, 192
 # The overhead: whole answers of one token.
 AT_ONCE = {"tokens-per-s": 0, "first-token-s": 0}
 CLIENTS, WHOLE_REQUESTS, HALF_RATE_S = 32, 2000, 20
+ALL_CPU = "CPU is of all of a server's processes; Sluice's include the engine's own"
 
 
 def serve(report: Report, home: Path, rounds: int, scale: float) -> None:
@@ -65,6 +66,11 @@ def relay(report: Report, home: Path, rounds: int, scale: float) -> None:
     for name in (SLUICE, LITELLM, ROUTER):
         per_core = turns.values(done, name, turns.chunks_per_core_s)
         report.add(f"relay, {name}: chunks per core", "/s", per_core)
+        per_1000 = turns.values(done, name, turns.cpu_ms_per_1000_chunks)
+        report.add(f"relay, {name}: CPU of 1,000 chunks", "ms", per_1000)
+        chunks = [one.events / one.tokens for one in _seen(done, name)]
+        report.add(f"relay, {name}: chunks per token", "", chunks)
+    report.notes.append(ALL_CPU)
     aims = {LITELLM: 10.0, ROUTER: None}
     _compare(report, "relay per core", done, turns.chunks_per_core_s, aims)
 
@@ -93,15 +99,13 @@ def answer(report: Report, home: Path, rounds: int, scale: float) -> None:
         if name != ALONE:
             per_core = turns.values(done, name, turns.requests_per_core_s)
             report.add(f"whole, {name}: requests per core", "/s", per_core)
-        report.add(f"whole, {name}: CPU", "ms", turns.values(done, name, turns.all_cpu_ms))
+        report.add(f"whole, {name}: CPU", "ms", turns.values(done, name, turns.cpu_ms_per_request))
         for percentile in ("p50", "p99"):
             took_ms = [getattr(one.end_to_end_ms, percentile) for one in _seen(calm, name)]
             report.add(f"whole, {name}: {percentile} at half the rate", "ms", took_ms)
     aims = {LITELLM: None, ROUTER: None}
     _compare(report, "whole, per core", done, turns.requests_per_core_s, aims)
-    report.notes.append(
-        "whole: CPU is of all of a server's processes; Sluice's include the engine's own"
-    )
+    report.notes.append(ALL_CPU)
 
 
 def _seen(done: Sequence[Round], name: str) -> list[Any]:

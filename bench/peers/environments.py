@@ -31,11 +31,9 @@ def _install(pins: Path, home: Path) -> None:
     uv = shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
     if not uv:
         raise StackError(f"{pins.stem} is installed with uv; `make test` brings it")
-    python = home / "bin" / "python"
-    for command in (
-        [uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(home)],
-        [uv, "pip", "install", "--quiet", "--python", str(python), "--requirement", str(pins)],
-    ):
+    make = [uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(home)]
+    fill = [uv, "pip", "install", "--quiet", "--python", str(home / "bin" / "python")]
+    for command in (make, [*fill, "--require-hashes", "--requirement", str(pins)]):
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             raise StackError(f"{pins.stem} cannot be installed:\n{done.stderr[-2000:]}")

@@ -70,11 +70,19 @@ def requests_per_core_s(one: Round) -> float:
 
 
 def chunks_per_core_s(one: Round) -> float:
-    """Tokens, each an event of its own, in each second of that process's processor time."""
-    return one.measurement.tokens / front_cpu_s(one)
+    """Events with text in each second of that process's processor time."""
+    return one.measurement.events / front_cpu_s(one)
 
 
-def all_cpu_ms(one: Round) -> float:
-    """Processor time of all its processes for a request, the engine's server not among them."""
-    used_s = sum(s for role, s in one.cpu_s.items() if role != "client")
-    return 1000 * used_s / one.measurement.completed
+def cpu_ms_per_request(one: Round) -> float:
+    """Processor time of all its processes, the engine's server not among them."""
+    return 1000 * _cpu_s(one) / one.measurement.completed
+
+
+def cpu_ms_per_1000_chunks(one: Round) -> float:
+    """The same for a thousand events with text."""
+    return 1_000_000 * _cpu_s(one) / one.measurement.events
+
+
+def _cpu_s(one: Round) -> float:
+    return sum(s for role, s in one.cpu_s.items() if role != "client")
