@@ -26,6 +26,7 @@ class Sweep(BaseModel):
     sla_ttft_ms: float
     sla_tpot_ms: float
     levels: list[Run] = Field(min_length=1)
+    failed: str = ""  # why the next level is missing
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -60,12 +61,17 @@ class Sweep(BaseModel):
         """
         return max(self.levels, key=lambda level: throughput(level).median ** 2 / level.streams)
 
+    @property
+    def best(self) -> Run:
+        """The level of the highest goodput."""
+        return max(self.levels, key=lambda level: goodput(level).median)
+
     def level(self, streams: int) -> Run:
         return next(level for level in self.levels if level.streams == streams)
 
     def describe(self) -> list[str]:
         """Where the knee is, and where the goodput is highest."""
-        knee, best = self.knee, max(self.levels, key=lambda level: goodput(level).median)
+        knee, best = self.knee, self.best
         within, most = short(goodput(knee).median), short(goodput(best).median)
         rate, ttft_ms = short(throughput(knee).median), short(ttft_p95_ms(knee).median)
         at_the_knee = f"{rate} requests/s, {within} within the SLA, TTFT p95 {ttft_ms} ms"
@@ -73,7 +79,9 @@ class Sweep(BaseModel):
             f"the knee is at {count(knee.streams)}: {at_the_knee}",
             f"the goodput is highest at {count(best.streams)}: {most} requests/s",
         ]
-        if knee is self.levels[-1]:
+        if self.failed:
+            sentences.append(f"the sweep ended early: {self.failed}")
+        elif knee is self.levels[-1]:
             sentences.append("the knee may be higher than this sweep goes; raise --streams")
         return sentences
 
@@ -116,7 +124,7 @@ def count(streams: int) -> str:
 
 
 def compare(baseline: Sweep, sweep: Sweep) -> list[Change]:
-    """What counts at the load that the baseline's knee is at."""
+    """What counts at the load that the baseline's knee is at, and the most that there is."""
     before = baseline.knee
     now, at = sweep.level(before.streams), f"at {count(before.streams)}"
     rate = "requests/s"
@@ -124,4 +132,5 @@ def compare(baseline: Sweep, sweep: Sweep) -> list[Change]:
         Change(f"throughput {at}", rate, throughput(before), throughput(now), is_rate=True),
         Change(f"goodput {at}", rate, goodput(before), goodput(now), is_rate=True),
         Change(f"TTFT p95 {at}", "ms", ttft_p95_ms(before), ttft_p95_ms(now)),
+        Change("highest goodput", rate, goodput(baseline.best), goodput(sweep.best), is_rate=True),
     ]

@@ -31,14 +31,13 @@ def run(options: gate.Options, page: Path) -> int:
     highest = gate.compose(options, MOST_STREAMS)
     if baseline:
         baseline.refuse_other(highest)
-    levels = []
-    for streams in ladder(highest.streams):
-        level = _measure(highest, streams, options.rounds)
-        if gate.complain([f"at {count(streams)}: {what}" for what in gate.errors(level)]):
-            return 1
-        levels.append(level)
-    sweep = Sweep(sla_ttft_ms=options.sla_ttft_ms, sla_tpot_ms=options.sla_tpot_ms, levels=levels)
-    changes = compare(baseline, sweep) if baseline else []
+    levels, wrong = _climb(highest, options.rounds)
+    if not levels:
+        gate.complain(wrong)
+        return 1
+    sla = {"sla_ttft_ms": options.sla_ttft_ms, "sla_tpot_ms": options.sla_tpot_ms}
+    sweep = Sweep(**sla, levels=levels, failed="; ".join(wrong))
+    changes = compare(baseline, sweep) if baseline and not wrong else []
     png = drawing.picture(sweep, baseline)
     page.with_suffix(".png").write_bytes(png)
     page.write_text(drawing.page(sweep, changes, png))
@@ -46,7 +45,7 @@ def run(options: gate.Options, page: Path) -> int:
         gate.print_json(sweep.as_json(), changes)
     else:
         _show(sweep, changes, page)
-    if gate.complain(gate.regressions(changes, options)):
+    if gate.complain(wrong or gate.regressions(changes, options)):
         return 1
     if options.save:
         sweep.save(options.save)
@@ -70,6 +69,17 @@ def _refuse_other_suffix(page: Path) -> None:
             f"--sweep: the name of the page must end with .html, and {page} does not; a picture "
             "of the same name with .png is put beside it"
         )
+
+
+def _climb(highest: Load, rounds: int) -> tuple[list[Run], list[str]]:
+    """The levels, up to the first one with a wrong answer, and what was wrong with that."""
+    levels = []
+    for streams in ladder(highest.streams):
+        level = _measure(highest, streams, rounds)
+        if wrong := [f"at {count(streams)}: {what}" for what in gate.errors(level)]:
+            return levels, wrong
+        levels.append(level)
+    return levels, []
 
 
 def _measure(highest: Load, streams: int, rounds: int) -> Run:

@@ -1,5 +1,6 @@
 """bench/load: Locust and wrk, as users run them, against a real deployment."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -99,6 +100,23 @@ def test_a_server_that_is_away_fails_the_run(sim_stack: Stack) -> None:
     assert "SLA missed: nothing was answered" in done.stderr
 
 
+def test_streams_that_hang_when_the_run_ends_fail_it(home: Path, tmp_path: Path) -> None:
+    size = ("--users=2", "--run-time=20s", "--sla-tpot-ms=600000", "--sla-queue-ms=600000")
+    with running(Stack(home, [SIM])) as stack:
+        options = ("--headless", "--only-summary", *size, "Chat")
+        run = Process(command(stack.url, *options), stack.env, tmp_path / "locust.log")
+        try:
+            await_that(lambda: newest_answers(stack), 60, run.log.read_text)
+            (worker,) = stack.workers
+            worker.signal(signal.SIGSTOP)
+            assert run.popen.wait(200) == 1, run.log.read_text()
+        finally:
+            run.kill_all()
+            worker.signal(signal.SIGCONT)
+    assert "requests failed; 0 % are allowed" in run.log.read_text()
+    assert "found silent for too long" in run.log.read_text()
+
+
 def test_a_wait_in_the_queue_is_known_after_the_headers_were_sent(
     idle_stack: Stack, tmp_path: Path
 ) -> None:
@@ -164,15 +182,18 @@ def text_event(text: str) -> bytes:
     return event(choices=[{"delta": {"content": text}}])
 
 
-def test_a_stream_is_read_however_it_is_cut() -> None:
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
+def test_a_stream_is_read_however_it_is_cut(line_end: bytes) -> None:
     role = event(choices=[{"delta": {"role": "assistant", "content": ""}}])
     usage = event(choices=[], usage={"completion_tokens": 3})
     parts = (b": keep-alive\n\n", role, text_event("Hello"), text_event(" you"), usage)
-    whole = b"".join((*parts, b"data: [DONE]\n\n"))
+    whole = b"".join((*parts, b"data: [DONE]\n\n")).replace(b"\n", line_end)
     for size in (1, 7, len(whole)):
+        heard: list[float] = []
         pieces: Iterable[bytes] = (whole[at : at + size] for at in range(0, len(whole), size))
-        answer = read_answer(pieces, asked_at_s=0)
+        answer = read_answer(pieces, 0, heard.append)
         assert (answer.text, answer.tokens) == ("Hello you", 3)
+        assert heard == [answer.ttft_s, answer.last_text_s]
         assert 0 < answer.ttft_s <= answer.last_text_s <= answer.end_s
         assert answer.tpot_s is not None
 
@@ -188,7 +209,7 @@ def test_a_stream_is_read_however_it_is_cut() -> None:
 )
 def test_half_an_answer_is_none(stream: bytes, message: str) -> None:
     with pytest.raises(WrongAnswerError) as wrong:
-        read_answer([stream], asked_at_s=0)
+        read_answer([stream], 0, print)
     assert message in str(wrong.value)
 
 
@@ -208,10 +229,16 @@ def test_wrk_posts_chats(sim_stack: Stack) -> None:
     await_that(lambda: newest_answer(sim_stack) == ("sim", 4))
 
 
+def newest_answers(stack: Stack) -> list[dict[str, Any]]:
+    """The job of the newest one, if there is any."""
+    url = f"{stack.url}/v1/jobs?limit=1&status=completed"
+    found: list[dict[str, Any]] = requests.get(url, timeout=10).json()["data"]
+    return found
+
+
 def newest_answer(stack: Stack) -> tuple[str, int]:
     """Its model and its tokens."""
-    url = f"{stack.url}/v1/jobs?limit=1&status=completed"
-    (job,) = requests.get(url, timeout=10).json()["data"]
+    (job,) = newest_answers(stack)
     return job["model"], job["usage"]["completion_tokens"]
 
 

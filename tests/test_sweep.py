@@ -96,6 +96,7 @@ def test_two_sweeps_are_compared_at_the_knee_of_the_first() -> None:
             "throughput at 4 streams": 50,
             "goodput at 4 streams": 100 * 28 / 38,
             "TTFT p95 at 4 streams": 100,
+            "highest goodput": 100 * 30 / 40,
         }
     )
     better = compare(sweep(slower), sweep(SATURATED))
@@ -202,7 +203,10 @@ def test_the_same_again_passes(slotted: Stack, swept: str, figures: Path) -> Non
     assert done.returncode == 0, done.stderr
     measured = orjson.loads(done.stdout)
     assert measured["knee_streams"] == SLOTS
-    assert [change["unit"] for change in measured["changes"]] == ["requests/s"] * 2 + ["ms"]
+    assert [change["unit"] for change in measured["changes"]] == [
+        *("requests/s", "requests/s"),
+        *("ms", "requests/s"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -227,7 +231,20 @@ def test_what_cannot_be_drawn_or_compared_is_refused_first(
     assert "Traceback" not in done.stderr
 
 
-def test_errors_end_a_sweep_and_nothing_is_drawn(slotted: Stack, home: Path) -> None:
+def test_what_was_measured_before_an_error_is_drawn_and_not_saved(home: Path) -> None:
+    page, saved = home / "curve.html", home / "after.json"
+    (place := home / "full").mkdir()
+    with running(Stack(place, [SLOTTED], max_backlog=4)) as stack:
+        done = bench(stack, "--sweep", page, "--save", saved)
+    assert done.returncode == 1
+    assert "the sweep ended early: at 16 streams: " in " ".join(done.stdout.split())
+    assert "sluice: at 16 streams: " in done.stderr
+    assert "<td>8</td>" in page.read_text()
+    assert "<td>16</td>" not in page.read_text()
+    assert not saved.exists()
+
+
+def test_an_error_at_once_ends_a_sweep_and_nothing_is_drawn(slotted: Stack, home: Path) -> None:
     page = home / "curve.html"
     done = bench(slotted, "--sweep", page, "--model=unknown")
     assert done.returncode == 1

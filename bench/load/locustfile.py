@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import requests
+from gevent import GreenletExit
 from locust import User, constant, events, task
 from locust.env import Environment
 from locust.runners import WorkerRunner
@@ -57,11 +58,6 @@ def think(user: User) -> float:
     return random.uniform(0.5, 1.5) * float(user.environment.parsed_options.think_s)
 
 
-def until_burst(_user: User) -> float:
-    """Seconds to the moment at which all bursts begin."""
-    return BURST_EVERY_S - time.time() % BURST_EVERY_S
-
-
 class Client(User):
     """One who sends requests; the classes below say which, and when."""
 
@@ -81,10 +77,19 @@ class Client(User):
         model = {"model": self.options.model} if self.options.model else {}
         return model | {"messages": messages, "max_tokens": self.options.max_tokens}
 
-    def stream(self, messages: list[Message]) -> str:
-        """The answer's text, its times reported; empty if it failed, which is reported too."""
+    def stream(self, messages: list[Message], late_s: float = 0) -> str:
+        """The answer's text, its times reported; empty if it failed, which is reported too.
+
+        It counts from `late_s` before now.
+        """
         streamed = {"stream": True, "stream_options": {"include_usage": True}}
-        asked_at_s = time.perf_counter()
+        self.heard_s = asked_at_s = time.perf_counter() - late_s
+
+        def hear(after_s: float) -> None:
+            if self.heard_s == asked_at_s:
+                self.report("TTFT", after_s)
+            self.heard_s = asked_at_s + after_s
+
         try:
             with self.http.post(
                 f"{self.url}/v1/chat/completions",
@@ -94,18 +99,27 @@ class Client(User):
             ) as response:
                 _refuse_status(response)
                 # A whole chunk at a time, as soon as it is there.
-                answer = read_answer(response.iter_content(None), asked_at_s)
+                answer = read_answer(response.iter_content(None), asked_at_s, hear)
                 waited_s = self._queue_wait_s(response)
+        except GreenletExit:
+            self._report_silence(asked_at_s)
+            raise
         except (requests.RequestException, WrongAnswerError) as failed:
             self.report("answer", time.perf_counter() - asked_at_s, failed=failed)
             return ""
         self.report("answer", answer.end_s, answer.size_bytes)
-        self.report("TTFT", answer.ttft_s)
         if answer.tpot_s is not None:
             self.report("TPOT", answer.tpot_s)
         if waited_s is not None:
             self.report("queue wait", waited_s)
         return answer.text
+
+    def _report_silence(self, asked_at_s: float) -> None:
+        """Where the run has ended: keep-alives alone may have come for longer than is allowed."""
+        now_s = time.perf_counter()
+        if 1000 * (now_s - self.heard_s) > self.options.sla_ttft_ms:
+            silent = WrongAnswerError("a stream that the run's end found silent for too long")
+            self.report("answer", now_s - asked_at_s, failed=silent)
 
     def _queue_wait_s(self, response: requests.Response) -> float | None:
         """None: the server is not Sluice."""
@@ -159,15 +173,25 @@ class Chat(Client):
 
 
 class Bursts(Client):
-    """A script that runs everywhere by the clock: all of these users send at the same moment."""
+    """A script that runs everywhere by the clock: all of these users send at the same moment.
+
+    One that still had to wait for its last answer then counts from that moment.
+    """
 
     weight = 5
-    wait_time = until_burst
+
+    def on_start(self) -> None:
+        self.due_s = time.time()
+
+    def wait_time(self) -> float:
+        return max(self.due_s - time.time(), 0)
 
     @task
     def ask(self) -> None:
         """One question, out of nothing."""
-        self.stream([_ask(random.choice(QUESTIONS))])
+        late_s = max(time.time() - self.due_s, 0)
+        self.due_s += BURST_EVERY_S - self.due_s % BURST_EVERY_S
+        self.stream([_ask(random.choice(QUESTIONS))], late_s)
 
 
 class LongPrompts(Client):

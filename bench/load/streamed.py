@@ -1,7 +1,7 @@
 """A streamed chat completion, read and timed while it arrives."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +33,12 @@ class Answer:
         return (self.last_text_s - self.ttft_s) / (self.tokens - 1)
 
 
-def read_answer(pieces: Iterable[bytes], asked_at_s: float) -> Answer:
+def read_answer(
+    pieces: Iterable[bytes], asked_at_s: float, on_text: Callable[[float], object]
+) -> Answer:
     """Reads to the end; `asked_at_s` is of `time.perf_counter`.
+
+    `on_text` gets the seconds from then to each event with text, as soon as that is there.
 
     Raises:
         WrongAnswerError: it has an error, no text, or no end.
@@ -53,6 +57,7 @@ def read_answer(pieces: Iterable[bytes], asked_at_s: float) -> Answer:
         if text := _text(chunk):
             texts.append(text)
             text_at_s.append(now_s)
+            on_text(now_s)
     if data != DONE:
         raise WrongAnswerError("a stream without [DONE]")
     if not texts:
@@ -65,7 +70,7 @@ def _read_events(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """The data of each server-sent event, once it is whole; a keep-alive has none."""
     rest = b""
     for piece in pieces:
-        *events, rest = (rest + piece).split(b"\n\n")
+        *events, rest = (rest + piece).replace(b"\r\n", b"\n").split(b"\n\n")
         for event in events:
             for line in event.splitlines():
                 if line.startswith(b"data:"):
