@@ -189,7 +189,7 @@ def test_without_redis_all_stays_as_it_is(home: Path, tmp_path: Path) -> None:
 def test_kedas_queries_answer_before_the_first_worker(idle_stack: Stack, home: Path) -> None:
     scaled = named(render(OVERLAYS / "gpu", OVERLAYS / "keda"), "ScaledObject", "sluice-worker")
     amount, recent = (
-        each["metadata"]["query"].replace('model="chat"', 'model="sim"')
+        each["metadata"]["query"].replace('model="chat", namespace="sluice"', 'model="sim"')
         for each in scaled["spec"]["triggers"]
     )
     with Prometheus(prometheus_config(home, idle_stack, "admin")) as server:
