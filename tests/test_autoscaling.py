@@ -133,10 +133,10 @@ def test_what_cannot_be_meant_is_refused(
 
 
 @contextmanager
-def following(stack: Stack, hook: str) -> Iterator[subprocess.Popen[str]]:
+def following(stack: Stack, hook: str, *options: str) -> Iterator[subprocess.Popen[str]]:
     """`sluice autoscale --exec`, in a hurry."""
     hurried = "--interval-s=0.2", "--hold-s=1", "--jobs-per-worker=2"
-    start = command(stack, "autoscale", "--exec", hook, *hurried)
+    start = command(stack, "autoscale", "--exec", hook, *hurried, *options)
     with subprocess.Popen(
         **start, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -168,6 +168,37 @@ def test_a_hook_that_fails_is_called_again(idle_stack: Stack, tmp_path: Path) ->
         await_that(lambda: len(calls(file)) >= 3)
         assert process.stderr
         assert "--exec ended with 3" in process.stderr.readline()
+    assert set(calls(file)) == {"1"}
+
+
+def test_a_hook_that_hangs_is_killed_and_called_again(idle_stack: Stack, tmp_path: Path) -> None:
+    file = tmp_path / "calls"
+    submit(idle_stack)
+    hook = f"sh -c 'echo {{workers}} >> {file}; exec sleep 1000'"
+    with following(idle_stack, hook, "--timeout-s=0.5") as process:
+        await_that(lambda: len(calls(file)) >= 3, explain=lambda: calls(file))
+        assert process.stderr
+        assert "--exec took longer than 0.5 s and was killed" in process.stderr.readline()
+    assert set(calls(file)) == {"1"}
+
+
+def test_the_hook_is_called_again_for_workers_that_do_not_come(
+    idle_stack: Stack, tmp_path: Path
+) -> None:
+    file = tmp_path / "calls"
+    submit(idle_stack)
+    with following(idle_stack, f"sh -c 'echo {{workers}} >> {file}'", "--settle-s=0.5"):
+        await_that(lambda: len(calls(file)) >= 3, explain=lambda: calls(file))
+    assert set(calls(file)) == {"1"}
+
+
+def test_a_worker_that_is_gone_is_asked_for_again(busy: Stack, tmp_path: Path) -> None:
+    """The number is the same, but fewer serve."""
+    file = tmp_path / "calls"
+    hook, options = f"sh -c 'echo {{workers}} >> {file}'", ("--settle-s=1", "--max=1")
+    with following(busy, hook, *options):
+        busy.workers[0].kill_all()
+        await_that(lambda: calls(file), explain=busy.logs)
     assert set(calls(file)) == {"1"}
 
 

@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 from bench.stack import Stack, await_that, running
 from deploy import rules
 from deploy.autoscale import USED_SHARE
-from deploy.cli import autoscale
+from deploy.operate import autoscale
 from tasks.contract.models import load_catalog
 from tasks.contract.settings import PREFIX, SECRET_FIELDS, Settings, get_settings
 from tasks.queue import control
