@@ -234,8 +234,8 @@ def test_kedas_queries_answer_before_the_first_worker(idle_stack: Stack, home: P
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, fleet.Outcome]:
-    """A day of ten GPUs, which has nights without any job."""
-    return {outcome.policy: outcome for outcome in fleet.simulate(10, 0.0)}
+    """A day of ten GPUs."""
+    return {outcome.policy: outcome for outcome in fleet.simulate(10)}
 
 
 def test_a_fleet_that_follows_the_work_is_cheap_and_quick(
@@ -254,8 +254,21 @@ def test_a_fleet_that_follows_the_queue_alone_flaps(outcomes: dict[str, fleet.Ou
     assert ours.gpu_hours < queue_alone.gpu_hours
 
 
+def by_hour(gpus: int) -> list[float]:
+    """The jobs of each hour, as shares of those of the busiest one without a burst."""
+    most = gpus * fleet.SLOTS * fleet.BUSIEST / fleet.JOB_S * 3600
+    day = fleet.arrivals(gpus)
+    return [sum(day[hour * 3600 :][:3600]) / most for hour in range(24)]
+
+
+def test_fleets_of_all_sizes_have_the_same_day() -> None:
+    few, many = by_hour(10), by_hour(1_000)
+    assert few == pytest.approx(many, rel=0.05)
+    assert min(many) == pytest.approx(fleet.NIGHT, rel=0.1)
+
+
 def test_each_job_of_the_day_is_counted_once() -> None:
-    day = fleet.arrivals(10, 0.0)[: 12 * 3600]
+    day = fleet.arrivals(10)[: 12 * 3600]
     for name, start, decide in fleet.policies(10, sum(day) / len(day)):
         counted = sum(fleet.replay(day, 10, start, decide).waits.values())
         assert counted == pytest.approx(sum(day)), name

@@ -1,13 +1,17 @@
 """docs/kubernetes.md: the files that it has one write, with the manifests that they name."""
 
+import os
 import re
+import shlex
 import shutil
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
 
+from deploy.operate import autoscale
 from tests.kustomize import Resource, named, render
 from tests.test_kubernetes import (
     DOCS,
@@ -92,3 +96,18 @@ def test_a_namespace_is_reached_by_its_label(example: Path) -> None:
         if reached in policy["spec"].get("egress", [])
     }
     assert allowed == {"api", "maintenance", "worker"}
+
+
+def test_the_command_for_systemd_asks_for_so_many_units(tmp_path: Path) -> None:
+    (script,) = re.findall(r"```\n(#!/bin/sh\n.*?)```", DOCS, re.DOTALL)
+    (line,) = re.findall(r"^sluice autoscale (.*--exec.*)$", DOCS, re.MULTILINE)
+    options = autoscale.make_context("autoscale", shlex.split(line)).params
+    assert "{workers}" in options["hook"]
+    asked = tmp_path / "systemctl"
+    asked.write_text("#!/bin/sh\necho $*\n")
+    asked.chmod(0o700)
+    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    command = ["sh", "-c", script, "sluice-fleet", "3"]
+    run = subprocess.run(command, env=path, capture_output=True, text=True, check=True)
+    changes = [text.split()[0] for text in run.stdout.splitlines()]
+    assert changes == ["start"] * 3 + ["stop"] * (options["max_workers"] - 3)
