@@ -92,11 +92,15 @@ def _transform(built: list[Resource], content: dict[str, Any]) -> None:
 
 def _label(part: Any, pairs: dict[str, str]) -> None:
     """Adds labels wherever there are labels, or a selector of them."""
-    for key, value in part.items() if isinstance(part, dict) else enumerate(part):
-        if key in ("labels", "matchLabels"):
-            value.update(pairs)
-        elif isinstance(value, dict | list):
-            _label(value, pairs)
+    if isinstance(part, list):
+        for each in part:
+            _label(each, pairs)
+    elif isinstance(part, dict):
+        for key, value in part.items():
+            if key in ("labels", "matchLabels"):
+                value.update(pairs)
+            else:
+                _label(value, pairs)
 
 
 def _rename_image(resource: Resource, renaming: dict[str, str]) -> None:
