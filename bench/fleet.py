@@ -32,8 +32,10 @@ BUSIEST = 0.5
 BURST, BURST_S, BURSTS = 2.0, 600, 8
 # One that grows again so soon after it has shrunk flaps.
 FLAP_S = 600
-# Each GPU runs one worker; the share of the busiest hour's arrivals that come at night.
-FLEETS = {10: 0.0, 1_000: 0.2, 10_000: 0.3}
+# Of the busiest hour's arrivals, so many come in the quietest.
+NIGHT = 0.1
+# Each GPU runs one worker. All have the same day, at their size.
+FLEETS = 10, 1_000, 10_000
 LEGEND = f"""\
 A job holds one of a worker's {SLOTS} slots for {JOB_S:g} s in the mean; loading a worker takes
 {COLD_START_S} s. wait: from acceptance to the claim. GPU-hours: loading and draining workers, too.
@@ -156,8 +158,11 @@ class Fleet:
 Decide = Callable[[int, Fleet], int]
 
 
-def arrivals(gpus: int, night: float, seed: int = 1) -> list[int]:
-    """Jobs of each second of a day: a bell over the day, bursts at random times, and chance."""
+def arrivals(gpus: int, seed: int = 1) -> list[int]:
+    """Jobs of each second of a day: a bell over the day, bursts at random times, and chance.
+
+    Shape and bursts are the seed's, whatever the number of GPUs.
+    """
     chance = random.Random(seed)
     peak_per_s = gpus * SLOTS * BUSIEST / JOB_S
     bursts = [chance.randrange(DAY_S) for _ in range(BURSTS)]
@@ -166,7 +171,7 @@ def arrivals(gpus: int, night: float, seed: int = 1) -> list[int]:
         # Least at 3 in the morning, most at 3 in the afternoon.
         bell = (1 - math.cos(2 * math.pi * (second / DAY_S - 0.125))) / 2
         in_burst = any(0 <= second - begun < BURST_S for begun in bursts)
-        share = max(0.0, night + (1.1 - night) * bell - 0.1) * (BURST if in_burst else 1)
+        share = (NIGHT + (1 - NIGHT) * bell) * (BURST if in_burst else 1)
         day.append(_poisson(peak_per_s * share, chance))
     return day
 
@@ -217,9 +222,9 @@ def _following(gpus: int, least: int, measure: Callable[[Fleet], float]) -> Deci
     return decide
 
 
-def simulate(gpus: int, night: float) -> Iterator[Outcome]:
+def simulate(gpus: int) -> Iterator[Outcome]:
     """The same day under each policy."""
-    day = arrivals(gpus, night)
+    day = arrivals(gpus)
     for name, start, decide in policies(gpus, sum(day) / len(day)):
         fleet = replay(day, gpus, start, decide)
         yield Outcome(
@@ -240,8 +245,8 @@ def run(console: Console) -> list[Outcome]:
     columns = "GPUs", "policy", "wait p50", "wait p99", "GPU-hours", "of all", "changes", "flaps"
     for column in columns:
         table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
-    for gpus, night in FLEETS.items():
-        for one in simulate(gpus, night):
+    for gpus in FLEETS:
+        for one in simulate(gpus):
             outcomes.append(one)
             table.add_row(*_cells(one))
         table.add_section()

@@ -78,6 +78,8 @@ class Options:
     jobs_per_worker: int | None
     hold_s: float
     interval_s: float
+    settle_s: float
+    timeout_s: float
     hook: str | None
 
 
@@ -91,7 +93,7 @@ class Reading(NamedTuple):
 
 
 def run(options: Options) -> None:
-    """Prints the wanted number; with a hook whenever it changes, until Ctrl-C.
+    """Prints the wanted number; with a hook calls it for each change, until Ctrl-C.
 
     Raises:
         RedisError: Redis does not answer; with a hook only at the start.
@@ -114,7 +116,7 @@ def run(options: Options) -> None:
         click.echo(workers_for(seen.demand, seen.serving, policy))
         return
     command = [part.replace(MODEL, model.name) for part in shlex.split(options.hook)]
-    _follow(backlog, model.name, Autoscaler(policy), command, options.interval_s)
+    _follow(backlog, model.name, Autoscaler(policy), command, options)
 
 
 def read(backlog: Backlog, model: str) -> Reading:
@@ -129,33 +131,47 @@ def read(backlog: Backlog, model: str) -> Reading:
 
 
 def _follow(
-    backlog: Backlog, model: str, scaler: Autoscaler, command: list[str], interval_s: float
+    backlog: Backlog, model: str, scaler: Autoscaler, command: list[str], options: Options
 ) -> None:
-    """Calls the command for each change; without Redis all stays as it is."""
+    """Calls the command for each change, and again for a fleet that does not come to be as asked.
+
+    Without Redis all stays as it is.
+    """
     last = read(backlog, model)
-    workers = last.serving
+    workers, settled_s = last.serving, time.monotonic()
     while True:
+        now_s = time.monotonic()
         try:
             seen = read(backlog, model)
         except RedisError as away:
+            settled_s = now_s
             click.echo(f"sluice: {redis_trouble(away, get_settings()).error}", err=True)
         else:
             # Jobs that come and end between two readings are work, too.
             demand = max(seen.demand, int(seen.accepted > last.accepted))
-            wanted, last = scaler.decide(time.monotonic(), demand, workers), seen
-            if wanted != workers and _call(command, wanted):
-                workers = wanted
-        time.sleep(interval_s)
+            wanted, last = scaler.decide(now_s, demand, workers), seen
+            if seen.serving == workers:
+                settled_s = now_s
+            is_astray = now_s - settled_s > options.settle_s
+            if (wanted != workers or is_astray) and _call(command, wanted, options.timeout_s):
+                workers, settled_s = wanted, time.monotonic()
+        time.sleep(options.interval_s)
 
 
-def _call(command: list[str], workers: int) -> bool:
+def _call(command: list[str], workers: int, timeout_s: float) -> bool:
     """Prints the number and calls the hook; whether it took it. If not, it is called again."""
     click.echo(workers)
     filled = [part.replace(WORKERS, str(workers)) for part in command]
     try:
-        done = subprocess.run(filled, check=False, stdin=subprocess.DEVNULL)
+        done = subprocess.run(filled, check=False, stdin=subprocess.DEVNULL, timeout=timeout_s)
     except OSError as missing:
         click.echo(f"sluice: --exec cannot be started: {missing}", err=True)
+        return False
+    except subprocess.TimeoutExpired:
+        click.echo(
+            f"sluice: --exec took longer than {timeout_s:g} s and was killed; it is called again",
+            err=True,
+        )
         return False
     if done.returncode:
         click.echo(f"sluice: --exec ended with {done.returncode}; it is called again", err=True)

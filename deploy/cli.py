@@ -357,41 +357,6 @@ def status(once: bool, as_json: bool) -> None:
     run(once=once, as_json=as_json)
 
 
-@main.command()
-@click.option("--model", metavar="NAME", help="A model of models.yaml; default: its first.")
-@click.option("--min", "min_workers", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--max", "max_workers", type=click.IntRange(1), default=10, show_default=True)
-@click.option(
-    "--jobs-per-worker", type=click.IntRange(1), help="Default: 3/4 of the model's slots."
-)
-@click.option(
-    "--exec",
-    "hook",
-    metavar="COMMAND",
-    help="Called with each new number in place of {workers}, until Ctrl-C; no shell reads it.",
-)
-@click.option(
-    "--interval-s",
-    type=click.FloatRange(0, min_open=True),
-    default=15,
-    show_default=True,
-    help="With --exec: between two readings.",
-)
-@click.option(
-    "--hold-s",
-    type=click.FloatRange(0),
-    default=300,
-    show_default=True,
-    help="With --exec: for so long after they were needed workers are kept.",
-)
-def autoscale(**options: Any) -> None:
-    """Print how many workers the running and queued jobs of a model need."""
-    from deploy import autoscale as scaling
-
-    with suppress(KeyboardInterrupt):
-        scaling.run(scaling.Options(**options))
-
-
 for _command in operate.COMMANDS:
     main.add_command(_command)
 

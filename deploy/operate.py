@@ -1,6 +1,10 @@
-"""The operator's commands: drain, pause, resume, dead. They need Redis and SQL, not the API."""
+"""The operator's commands: drain, pause, resume, dead, autoscale.
 
-from typing import TYPE_CHECKING
+They need Redis and SQL, not the API.
+"""
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -130,4 +134,53 @@ def purge_dead(job: tuple[str, ...], every: bool) -> None:
     click.echo(f"{deleted} deleted")
 
 
-COMMANDS = (drain, pause, resume, dead_letters)
+@click.command()
+@click.option("--model", metavar="NAME", help="A model of models.yaml; default: its first.")
+@click.option("--min", "min_workers", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--max", "max_workers", type=click.IntRange(1), default=10, show_default=True)
+@click.option(
+    "--jobs-per-worker", type=click.IntRange(1), help="Default: 3/4 of the model's slots."
+)
+@click.option(
+    "--exec",
+    "hook",
+    metavar="COMMAND",
+    help="Called with each new number in place of {workers}, until Ctrl-C; no shell reads it.",
+)
+@click.option(
+    "--interval-s",
+    type=click.FloatRange(0, min_open=True),
+    default=15,
+    show_default=True,
+    help="With --exec: between two readings.",
+)
+@click.option(
+    "--hold-s",
+    type=click.FloatRange(0),
+    default=300,
+    show_default=True,
+    help="With --exec: for so long after they were needed workers are kept.",
+)
+@click.option(
+    "--settle-s",
+    type=click.FloatRange(0, min_open=True),
+    default=600,
+    show_default=True,
+    help="With --exec: call it again when other workers serve than it was asked for, for so long.",
+)
+@click.option(
+    "--timeout-s",
+    type=click.FloatRange(0, min_open=True),
+    default=120,
+    show_default=True,
+    help="With --exec: kill the command after that, and call it again.",
+)
+def autoscale(**options: Any) -> None:
+    """Print how many workers the running and queued jobs of a model need."""
+    from deploy import autoscale as scaling
+
+    with suppress(KeyboardInterrupt):
+        scaling.run(scaling.Options(**options))
+
+
+COMMANDS = (drain, pause, resume, dead_letters, autoscale)

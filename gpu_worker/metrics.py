@@ -169,7 +169,13 @@ def _respond(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
 
 
 def _own_address(peer: str) -> str:
-    """The address of the host on the route to the peer; no packet is sent."""
+    """The address of the host on the route to the peer; no packet is sent.
+
+    The host's name, while there is no such route: the name of a Redis that is away may not resolve.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((peer, 9))
+        try:
+            probe.connect((peer, 9))
+        except OSError:
+            return socket.gethostname()
         return str(probe.getsockname()[0])

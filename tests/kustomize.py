@@ -12,7 +12,12 @@ import yaml
 
 Resource = dict[str, Any]
 
-KNOWN = {"apiVersion", "kind", "namespace", "resources", "configMapGenerator", "patches"}
+KNOWN = {
+    *("apiVersion", "kind", "namespace", "resources", "components", "configMapGenerator"),
+    *("patches", "nameSuffix", "labels", "images"),
+}
+# What labels are added to, and to their selectors.
+LABELLED = {"Deployment", "PodDisruptionBudget", "ScaledObject"}
 # They belong to no namespace.
 CLUSTER_WIDE = {"Namespace"}
 
@@ -40,18 +45,71 @@ def _build(directory: Path, built: list[Resource]) -> list[Resource]:
     for name in content.get("resources", []):
         path = directory / name
         built += _build(path, []) if path.is_dir() else yaml.safe_load_all(path.read_text())
+    for name in content.get("components", []):
+        built = _build(directory / name, built)
     built = deepcopy(built)
     for generator in content.get("configMapGenerator", []):
         _generate(built, generator, directory)
     for patch in content.get("patches", []):
-        target = named(built, patch["target"]["kind"], patch["target"]["name"])
-        for operation in yaml.safe_load(patch["patch"]):
-            _apply(target, **operation)
-    if namespace := content.get("namespace"):
-        for resource in built:
-            if resource["kind"] not in CLUSTER_WIDE:
-                resource["metadata"]["namespace"] = namespace
+        for target in _targets(built, patch["target"]):
+            for operation in yaml.safe_load(patch["patch"]):
+                _apply(target, **operation)
+    _transform(built, content)
     return built
+
+
+def _targets(built: list[Resource], target: dict[str, str]) -> list[Resource]:
+    """One with that name, or all with that label; a patch for none is a mistake."""
+    if "name" in target:
+        return [named(built, target["kind"], target["name"])]
+    label, value = target["labelSelector"].split("=")
+    found = [
+        each
+        for each in built
+        if each["kind"] == target["kind"] and each["metadata"].get("labels", {}).get(label) == value
+    ]
+    assert found, f"nothing to patch: {target}"
+    return found
+
+
+def _transform(built: list[Resource], content: dict[str, Any]) -> None:
+    """What is changed in all resources, in kustomize's order."""
+    for resource in built:
+        metadata = resource["metadata"]
+        if resource["kind"] not in CLUSTER_WIDE:
+            metadata["name"] += content.get("nameSuffix", "")
+            if namespace := content.get("namespace"):
+                metadata["namespace"] = namespace
+        for label in content.get("labels", []):
+            assert label.keys() == {"pairs", "includeSelectors"}
+            assert label["includeSelectors"] is True
+            assert resource["kind"] in LABELLED, f"cannot label a {resource['kind']}"
+            metadata.setdefault("labels", {})
+            _label(resource, label["pairs"])
+        for image in content.get("images", []):
+            _rename_image(resource, image)
+
+
+def _label(part: Any, pairs: dict[str, str]) -> None:
+    """Adds labels wherever there are labels, or a selector of them."""
+    if isinstance(part, list):
+        for each in part:
+            _label(each, pairs)
+    elif isinstance(part, dict):
+        for key, value in part.items():
+            if key in ("labels", "matchLabels"):
+                value.update(pairs)
+            else:
+                _label(value, pairs)
+
+
+def _rename_image(resource: Resource, renaming: dict[str, str]) -> None:
+    assert renaming.keys() == {"name", "newName"}
+    pod = resource.get("spec", {}).get("template", {}).get("spec", {})
+    for container in pod.get("containers", []):
+        name, _, tag = container["image"].partition(":")
+        if name == renaming["name"]:
+            container["image"] = f"{renaming['newName']}:{tag}"
 
 
 def _generate(built: list[Resource], generator: dict[str, Any], directory: Path) -> None:

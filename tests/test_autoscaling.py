@@ -133,10 +133,10 @@ def test_what_cannot_be_meant_is_refused(
 
 
 @contextmanager
-def following(stack: Stack, hook: str) -> Iterator[subprocess.Popen[str]]:
+def following(stack: Stack, hook: str, *options: str) -> Iterator[subprocess.Popen[str]]:
     """`sluice autoscale --exec`, in a hurry."""
     hurried = "--interval-s=0.2", "--hold-s=1", "--jobs-per-worker=2"
-    start = command(stack, "autoscale", "--exec", hook, *hurried)
+    start = command(stack, "autoscale", "--exec", hook, *hurried, *options)
     with subprocess.Popen(
         **start, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -171,6 +171,37 @@ def test_a_hook_that_fails_is_called_again(idle_stack: Stack, tmp_path: Path) ->
     assert set(calls(file)) == {"1"}
 
 
+def test_a_hook_that_hangs_is_killed_and_called_again(idle_stack: Stack, tmp_path: Path) -> None:
+    file = tmp_path / "calls"
+    submit(idle_stack)
+    hook = f"sh -c 'echo {{workers}} >> {file}; exec sleep 1000'"
+    with following(idle_stack, hook, "--timeout-s=0.5") as process:
+        await_that(lambda: len(calls(file)) >= 3, explain=lambda: calls(file))
+        assert process.stderr
+        assert "--exec took longer than 0.5 s and was killed" in process.stderr.readline()
+    assert set(calls(file)) == {"1"}
+
+
+def test_the_hook_is_called_again_for_workers_that_do_not_come(
+    idle_stack: Stack, tmp_path: Path
+) -> None:
+    file = tmp_path / "calls"
+    submit(idle_stack)
+    with following(idle_stack, f"sh -c 'echo {{workers}} >> {file}'", "--settle-s=0.5"):
+        await_that(lambda: len(calls(file)) >= 3, explain=lambda: calls(file))
+    assert set(calls(file)) == {"1"}
+
+
+def test_a_worker_that_is_gone_is_asked_for_again(busy: Stack, tmp_path: Path) -> None:
+    """The number is the same, but fewer serve."""
+    file = tmp_path / "calls"
+    hook, options = f"sh -c 'echo {{workers}} >> {file}'", ("--settle-s=1", "--max=1")
+    with following(busy, hook, *options):
+        busy.workers[0].kill_all()
+        await_that(lambda: calls(file), explain=busy.logs)
+    assert set(calls(file)) == {"1"}
+
+
 def test_without_redis_all_stays_as_it_is(home: Path, tmp_path: Path) -> None:
     file = tmp_path / "calls"
     with running(Stack(home, [SIM]), workers=0) as stack:
@@ -189,7 +220,7 @@ def test_without_redis_all_stays_as_it_is(home: Path, tmp_path: Path) -> None:
 def test_kedas_queries_answer_before_the_first_worker(idle_stack: Stack, home: Path) -> None:
     scaled = named(render(OVERLAYS / "gpu", OVERLAYS / "keda"), "ScaledObject", "sluice-worker")
     amount, recent = (
-        each["metadata"]["query"].replace('model="chat"', 'model="sim"')
+        each["metadata"]["query"].replace('model="chat", namespace="sluice"', 'model="sim"')
         for each in scaled["spec"]["triggers"]
     )
     with Prometheus(prometheus_config(home, idle_stack, "admin")) as server:
@@ -203,8 +234,8 @@ def test_kedas_queries_answer_before_the_first_worker(idle_stack: Stack, home: P
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, fleet.Outcome]:
-    """A day of ten GPUs, which has nights without any job."""
-    return {outcome.policy: outcome for outcome in fleet.simulate(10, 0.0)}
+    """A day of ten GPUs."""
+    return {outcome.policy: outcome for outcome in fleet.simulate(10)}
 
 
 def test_a_fleet_that_follows_the_work_is_cheap_and_quick(
@@ -223,8 +254,21 @@ def test_a_fleet_that_follows_the_queue_alone_flaps(outcomes: dict[str, fleet.Ou
     assert ours.gpu_hours < queue_alone.gpu_hours
 
 
+def by_hour(gpus: int) -> list[float]:
+    """The jobs of each hour, as shares of those of the busiest one without a burst."""
+    most = gpus * fleet.SLOTS * fleet.BUSIEST / fleet.JOB_S * 3600
+    day = fleet.arrivals(gpus)
+    return [sum(day[hour * 3600 :][:3600]) / most for hour in range(24)]
+
+
+def test_fleets_of_all_sizes_have_the_same_day() -> None:
+    few, many = by_hour(10), by_hour(1_000)
+    assert few == pytest.approx(many, rel=0.05)
+    assert min(many) == pytest.approx(fleet.NIGHT, rel=0.1)
+
+
 def test_each_job_of_the_day_is_counted_once() -> None:
-    day = fleet.arrivals(10, 0.0)[: 12 * 3600]
+    day = fleet.arrivals(10)[: 12 * 3600]
     for name, start, decide in fleet.policies(10, sum(day) / len(day)):
         counted = sum(fleet.replay(day, 10, start, decide).waits.values())
         assert counted == pytest.approx(sum(day)), name

@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 from bench.stack import Stack, await_that, running
 from deploy import rules
 from deploy.autoscale import USED_SHARE
-from deploy.cli import autoscale
+from deploy.operate import autoscale
 from tasks.contract.models import load_catalog
 from tasks.contract.settings import PREFIX, SECRET_FIELDS, Settings, get_settings
 from tasks.queue import control
@@ -22,9 +22,12 @@ from tests.conftest import SIM
 from tests.custom_resources import OTHERS, SPECS
 from tests.kustomize import Resource, named, render
 
-OVERLAYS = Path(__file__).parents[1] / "deploy" / "kubernetes" / "overlays"
+ROOT = Path(__file__).parents[1]
+OVERLAYS = ROOT / "deploy" / "kubernetes" / "overlays"
+DOCS = (ROOT / "docs" / "kubernetes.md").read_text()
 EXTRAS = OVERLAYS / "keda", OVERLAYS / "monitoring"
 RENDERED = {name: render(OVERLAYS / name, *EXTRAS) for name in ("cpu", "gpu")}
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
 PARTS = {"Deployment", "StatefulSet"}
 COMPONENT = "app.kubernetes.io/component"
 # What a Secret holds, for the settings to be read.
@@ -86,6 +89,12 @@ def selected(selector: dict[str, Any], labels: dict[str, str]) -> bool:
     )
 
 
+def policies(resources: list[Resource], labels: dict[str, str]) -> list[Resource]:
+    """The policies for pods with these labels, the one for all pods among them."""
+    found = of_kind(resources, "NetworkPolicy")
+    return [each for each in found if selected(each["spec"]["podSelector"], labels)]
+
+
 @pytest.fixture(params=RENDERED)
 def resources(request: pytest.FixtureRequest) -> list[Resource]:
     """All that one overlay makes, with KEDA and monitoring."""
@@ -93,6 +102,10 @@ def resources(request: pytest.FixtureRequest) -> list[Resource]:
 
 
 def test_all_fits_the_schemas(resources: list[Resource]) -> None:
+    assert_valid(resources)
+
+
+def assert_valid(resources: list[Resource]) -> None:
     for resource in resources:
         kind = resource["kind"]
         if kind in SPECS:
@@ -208,6 +221,16 @@ def test_a_worker_has_time_to_drain(resources: list[Resource]) -> None:
     }
 
 
+def test_an_api_has_time_for_its_streams(resources: list[Resource]) -> None:
+    """As much as with docker-compose.yml; then it still has to end."""
+    api = part(resources, "api")
+    _, before_s = api.container["lifecycle"]["preStop"]["exec"]["command"]
+    drain_s = float(api.env["SLUICE_API_DRAIN_S"])
+    assert drain_s == COMPOSE["api"]["environment"]["SLUICE_API_DRAIN_S"]
+    assert api.pod["terminationGracePeriodSeconds"] >= float(before_s) + drain_s + 15
+    assert f"{api.pod['terminationGracePeriodSeconds']} s" in DOCS
+
+
 def test_all_that_is_named_is_there(resources: list[Resource]) -> None:
     all_parts = list(parts(resources))
     for service in of_kind(resources, "Service"):
@@ -268,6 +291,20 @@ def test_only_who_needs_redis_reaches_it(resources: list[Resource]) -> None:
             assert any(selected(policy["podSelector"], one.labels) for one in parts(resources))
 
 
+def test_names_are_found_with_a_cache_on_each_node(resources: list[Resource]) -> None:
+    (everywhere,) = policies(resources, {})
+    (rule,) = everywhere["spec"]["egress"]
+    assert {"ipBlock": {"cidr": "169.254.20.10/32"}} in rule["to"]
+    assert rule["ports"] == [{"protocol": each, "port": 53} for each in ("UDP", "TCP")]
+
+
+def test_redis_is_that_of_compose_and_keeps_its_address(resources: list[Resource]) -> None:
+    image = part(resources, "redis").container["image"]
+    assert image == COMPOSE["redis"]["image"].partition("$")[0]
+    # Without one its name resolves only while its pod is ready.
+    assert "clusterIP" not in named(resources, "Service", "redis")["spec"]
+
+
 def test_the_api_is_ready_without_workers(idle_stack: Stack, resources: list[Resource]) -> None:
     """Nobody could queue the job for which KEDA starts the first worker otherwise."""
     container = part(resources, "api").container
@@ -305,7 +342,8 @@ def test_keda_decides_as_sluice_autoscale(resources: list[Resource], home: Path)
     (home / "models.yaml").write_text(of_kind(resources, "ConfigMap")[0]["data"]["models.yaml"])
     model = load_catalog(home / "models.yaml").default
     for trigger in scaled["triggers"]:
-        assert f'model="{model.name}"' in trigger["metadata"]["query"]
+        own = f'model="{model.name}", namespace="{workers["metadata"]["namespace"]}"'
+        assert own in trigger["metadata"]["query"]
     assert scaled["triggers"][0]["metadata"]["threshold"] == str(int(model.slots * USED_SHARE))
     default = {option.name: option.default for option in autoscale.params}
     behavior = scaled["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]

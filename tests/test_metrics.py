@@ -14,6 +14,7 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from bench.stack import Stack, await_that, running
+from deploy.redis_server import free_port
 from tasks.contract import keys
 from tasks.contract.job import Cause, Claim, EnqueueOptions, Job, Lane, State, new_id
 from tasks.contract.settings import Settings
@@ -347,6 +348,26 @@ def test_bytes_that_wait_and_repairs_are_seen(home: Path) -> None:
         cancel = f"{stack.url}/v1/jobs/{found[2]['id']}/cancel"
         requests.post(cancel, timeout=10).raise_for_status()
         assert 1_000 < total("sluice_backlog_bytes") < 2_000
+
+
+def test_a_worker_serves_its_metrics_while_the_name_of_redis_is_unknown(home: Path) -> None:
+    port = free_port()
+    url, unknown = f"http://127.0.0.1:{port}", "redis://redis.invalid:6379/0"
+    stack = Stack(home, [SIM], metrics_bind=f"0.0.0.0:{port}", redis_url=unknown)
+    worker = stack.start_worker("sim")
+    try:
+        await_that(lambda: _answers(f"{url}/ready"), explain=worker.log.read_text)
+        assert worker.popen.poll() is None
+        assert Metrics(f"{url}/metrics").total("sluice_tokens_total") == 0
+    finally:
+        worker.kill_all()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return requests.get(url, timeout=2).status_code in {200, 503}
+    except requests.ConnectionError:
+        return False
 
 
 def test_without_redis_the_metrics_show_it(home: Path) -> None:
