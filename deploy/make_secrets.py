@@ -165,14 +165,15 @@ class Secrets:
             self.new.append(name)
 
     def _openssl(self, *arguments: str) -> str:
-        return subprocess.run(
+        done = subprocess.run(
             ["openssl", *arguments],
             cwd=self.directory,
             check=True,
             capture_output=True,
             text=True,
             umask=0o077,
-        ).stdout
+        )
+        return str(done.stdout)
 
 
 def _paths(names: list[str]) -> str:
@@ -211,10 +212,10 @@ def write_env(root: Path, **known: str) -> bool:
 
 def give_to(owner: str, root: Path) -> None:
     """Has the containers' user own what root has made here."""
-    user, group = map(int, owner.split(":"))
+    user, _, group = owner.partition(":")
     for top in (root / "secrets", root / "data"):
         for path in (top, *top.iterdir()):
-            os.chown(path, user, group)
+            os.chown(path, int(user), int(group or user))
 
 
 def make(domain: str, root: Path) -> list[str]:
@@ -231,7 +232,7 @@ def make(domain: str, root: Path) -> list[str]:
         raise ConflictError(f"DOMAIN={env['DOMAIN']} in .env: to have {domain}, set it there first")
     is_root = os.getuid() == 0
     owner = env.get("OWNER", OWNER_FOR_ROOT if is_root else f"{os.getuid()}:{os.getgid()}")
-    if owner.startswith("0:"):
+    if owner.partition(":")[0] in {"0", "root"}:
         raise ConflictError(
             f"OWNER={owner} in .env: containers without capabilities do not work as root; "
             f"set OWNER={OWNER_FOR_ROOT} there, and `chown -R {OWNER_FOR_ROOT} secrets data`"
@@ -250,7 +251,7 @@ def make(domain: str, root: Path) -> list[str]:
     return written.new
 
 
-def main(domain: str = "", root: Path = ROOT) -> None:
+def main(domain: str, root: Path = ROOT) -> None:
     """Writes what is missing, and reports it by name; without a domain it is the one in .env."""
     if not shutil.which("openssl"):
         sys.exit("sluice: no openssl here, which makes the certificates; install it")
@@ -266,4 +267,4 @@ def main(domain: str = "", root: Path = ROOT) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main("".join(sys.argv[1:]))
