@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from deploy.checks import listener
-from deploy.doctor_servers import judge
+from deploy.doctor_servers import judge, warn_of_end
 from deploy.findings import Remark, UnusableError, ok, warning, wrong
 from deploy.install import WITHOUT_VLLM
 from gpu_worker.engines.sources import refuse_missing
@@ -164,6 +164,8 @@ def check_api(settings: Settings) -> Iterator[Remark]:
         yield ok(f"{shown} answers, and is ready")
     else:
         yield _judge_unready(shown, state)
+    if url.startswith("https:"):
+        yield from warn_of_end(url, httpx.create_ssl_context())
 
 
 def _judge_unreachable(url: str, reason: str) -> Remark:

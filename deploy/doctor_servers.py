@@ -1,10 +1,13 @@
 """Checks of the servers that Sluice depends on: Redis, the bus and the database."""
 
+import socket
+import ssl
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 from redis.exceptions import RedisError
 from sqlalchemy import Connection, create_engine
@@ -25,6 +28,10 @@ from tasks.queue.statistics import RedisMemory
 # The first with all commands that tasks/ uses.
 LEAST_REDIS = (7, 0)
 CLOCK_APART_S = 2.0
+SOON_DAYS = 21
+DAY_S = 86_400
+TLS_PORTS = {"https": 443, "rediss": 6379}
+TLS_TIMEOUT_S = 1.0
 
 NTP = "have NTP set both clocks (`timedatectl`): times in lists are wrong; leases do not mind"
 
@@ -51,11 +58,36 @@ def _check_redis(settings: Settings, name: str) -> Iterator[Remark]:
         unusable = judge_redis(failure, settings, name)
         raise UnusableError(unusable.found, unusable.do) from None
     yield _judge_version(info, without_password(url))
+    if url.startswith("rediss:"):
+        authority = parse_qs(urlsplit(url).query).get("ssl_ca_certs", [None])[0]
+        yield from warn_of_end(url, ssl.create_default_context(cafile=authority))
     # One that takes no writes has still answered.
     trouble = ask_redis(settings, [name])
     yield wrong(trouble.found, trouble.do) if trouble else _judge_persistence(info)
     yield _judge_eviction(info)
     yield _judge_memory(info)
+
+
+def warn_of_end(url: str, context: ssl.SSLContext) -> Iterator[Remark]:
+    """A warning if the certificate that is shown there, and has just been accepted, ends soon."""
+    place = urlsplit(url)
+    address = place.hostname, place.port or TLS_PORTS[place.scheme]
+    # Whether it is for that name was up to whoever accepted it.
+    context.check_hostname = False
+    try:
+        with (
+            socket.create_connection(address, TLS_TIMEOUT_S) as plain,
+            context.wrap_socket(plain, server_hostname=place.hostname) as shown,
+        ):
+            ends_at = str((shown.getpeercert() or {})["notAfter"])
+    except OSError:
+        return  # accepted without a look at it, as ssl_cert_reqs=none has it
+    left_days = (ssl.cert_time_to_seconds(ends_at) - time.time()) / DAY_S
+    if left_days < SOON_DAYS:
+        yield warning(
+            f"the certificate at {without_password(url)} ends in {left_days:.0f} day(s), {ends_at}",
+            "renew it before: docs/deploy.md, Certificates",
+        )
 
 
 def _judge_version(info: dict[str, Any], url: str) -> Remark:

@@ -38,6 +38,7 @@ SERVERS = [
     ("openssl", ["openssl"]),
     ("buildah", ["buildah"]),
     ("wrk", ["wrk"]),
+    ("curl", ["curl"]),
 ]
 
 

@@ -13,6 +13,7 @@ from db import get_engine
 from deploy.redis_server import free_port
 from tasks.contract import keys
 from tests.deployment import Deployment
+from tests.test_compose import SERVICES
 from tests.test_doctor import Diagnosis
 from tests.test_doctor_database import go_back, go_beyond
 
@@ -72,6 +73,36 @@ def test_an_expired_certificate_of_redis(deployment: Deployment, part: list[str]
     assert seen.code == 1
     assert "certificate has expired" in seen.of("redis", "wrong")
     assert "renew it" in seen.of("redis", "wrong")
+
+
+def test_redis_is_healthy_with_an_expired_certificate_so_that_the_parts_can_say_it(
+    deployment: Deployment,
+) -> None:
+    deployment.renew_certificates(days=0)
+    deployment.start_redis()
+    _, check = SERVICES["redis"]["healthcheck"]["test"]
+    places = {
+        "$$": "$",
+        "/run/secrets": str(deployment.secrets),
+        "redis-cli": f"redis-cli -p {deployment.redis_port}",
+    }
+    for shipped, here in places.items():
+        assert shipped in check
+        check = check.replace(shipped, here)
+    done = subprocess.run(["sh", "-c", check], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_certificate_of_redis_that_soon_ends(deployment: Deployment) -> None:
+    deployment.renew_certificates(days=22)
+    deployment.start_redis()
+    assert "certificate" not in diagnose(deployment).of("redis", "warning")
+    deployment.part("redis").stop()
+    deployment.renew_certificates(days=20)
+    deployment.start_redis()
+    seen = diagnose(deployment)
+    assert "redis" not in seen.wrong
+    assert "ends in 20 day(s)" in seen.of("redis", "warning")
 
 
 def test_a_certificate_of_an_authority_that_nobody_knows(deployment: Deployment) -> None:
@@ -143,7 +174,7 @@ def start_nginx(parts: Deployment) -> str:
     return done.stderr
 
 
-def test_doctor_finds_that_the_certificate_of_nginx_has_expired(
+def test_doctor_finds_that_the_certificate_of_nginx_ends_and_has_ended(
     home: Path, postgres: Postgres
 ) -> None:
     parts = Deployment(home, postgres.create_database())
@@ -152,6 +183,11 @@ def test_doctor_finds_that_the_certificate_of_nginx_has_expired(
         await_that(lambda: parts.redis.exists(keys.MAINTENANCE))
         assert diagnose(parts, **env).wrong == set()
         # Redis has read its own already.
+        parts.renew_certificates(days=20)
+        nginx.reload()
+        seen = diagnose(parts, **env)
+        assert (seen.code, seen.of("redis", "warning")) == (0, "")
+        assert "ends in 20 day(s)" in seen.of("api", "warning")
         parts.renew_certificates(days=0)
         nginx.reload()
         seen = diagnose(parts, **env)

@@ -1,6 +1,7 @@
 """docker-compose.yml and what belongs to it: what is open, what is secret, what is pinned."""
 
 import json
+import os
 import re
 import stat
 import subprocess
@@ -162,7 +163,7 @@ def test_secrets_are_written_once_and_for_their_owner_alone(made: Path) -> None:
     before = [file.read_bytes() for file in files]
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
     assert stat.S_IMODE((made / "secrets").stat().st_mode) == 0o700
-    make_secrets.main("other.example.com", made)
+    make_secrets.main("", made)
     assert sorted((made / "secrets").iterdir()) == files
     assert [file.read_bytes() for file in files] == before
     assert "\nDOMAIN=llm.example.com\n" in (made / ".env").read_text()
@@ -185,6 +186,84 @@ def test_a_lost_form_of_a_password_is_made_of_it(made: Path) -> None:
     password = (made / "secrets" / "redis_password").read_text()
     exporter = json.loads((made / "secrets" / "redis_exporter").read_text())
     assert exporter == {"rediss://redis:6379": password}
+
+
+def test_containers_run_as_the_owner_of_the_files_and_never_as_root(made: Path) -> None:
+    user, group = (10001, 10001) if os.getuid() == 0 else (os.getuid(), os.getgid())
+    assert f"\nOWNER={user}:{group}\n" in (made / ".env").read_text()
+    directories = [made / "secrets", made / "data"]
+    files = [*directories, *(path for directory in directories for path in directory.iterdir())]
+    assert {(file.stat().st_uid, file.stat().st_gid) for file in files} == {(user, group)}
+
+
+def refusal(root: Path, domain: str = "") -> str:
+    """The sentence with which `make secrets` ends; it has changed nothing."""
+    before = {file.name: file.read_bytes() for file in (root / "secrets").iterdir()}
+    with pytest.raises(SystemExit) as ended:
+        make_secrets.main(domain, root)
+    assert {file.name: file.read_bytes() for file in (root / "secrets").iterdir()} == before
+    return str(ended.value)
+
+
+def replace(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+def test_containers_as_root_are_refused(tmp_path: Path) -> None:
+    make_secrets.main("localhost", tmp_path)
+    env = tmp_path / ".env"
+    env.write_text(re.sub("OWNER=.*", "OWNER=0:0", env.read_text()))
+    assert "OWNER=0:0 in .env: containers without capabilities" in refusal(tmp_path)
+
+
+def test_another_domain_is_not_taken_silently(tmp_path: Path) -> None:
+    make_secrets.main("llm.example.com", tmp_path)
+    assert "DOMAIN=llm.example.com in .env" in refusal(tmp_path, "10.0.0.7")
+    replace(tmp_path / ".env", "llm.example.com", "10.0.0.7")
+    said = refusal(tmp_path)
+    assert "secrets/tls_certificate is not for 10.0.0.7" in said
+    for name in ("tls_certificate", "tls_key"):
+        assert f"secrets/{name}" in said
+        (tmp_path / "secrets" / name).unlink()
+    make_secrets.main("", tmp_path)
+    shown = ["openssl", "x509", "-in", tmp_path / "secrets" / "tls_certificate", "-noout", "-text"]
+    text = subprocess.run(shown, capture_output=True, text=True, check=True).stdout
+    assert "IP Address:10.0.0.7, DNS:localhost, IP Address:127.0.0.1" in text
+
+
+@pytest.mark.parametrize(
+    ("base", "made_of_it"),
+    [
+        ("postgres_password", ["database_url"]),
+        ("redis_password", ["redis_users", "redis_url", "redis_exporter"]),
+        ("ca", ["redis_certificate", "redis_key", "tls_certificate", "tls_key"]),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(
+    tmp_path: Path, base: str, made_of_it: list[str]
+) -> None:
+    make_secrets.main("localhost", tmp_path)
+    secrets = tmp_path / "secrets"
+    before = (secrets / base).read_bytes()
+    (secrets / base).unlink()
+    said = refusal(tmp_path)
+    assert f"secrets/{base} is gone" in said
+    for name in made_of_it:
+        assert f"secrets/{name}" in said
+        (secrets / name).unlink()
+    make_secrets.main("", tmp_path)
+    assert (secrets / base).read_bytes() != before
+    assert all((secrets / name).exists() for name in made_of_it)
+
+
+def test_a_password_of_ones_own_is_not_taken_beside_forms_of_another(tmp_path: Path) -> None:
+    make_secrets.main("localhost", tmp_path)
+    (tmp_path / "secrets" / "redis_password").write_text("chosen")
+    said = refusal(tmp_path)
+    assert "secrets/redis_password is another one" in said
+    assert "chosen" not in said
 
 
 @pytest.mark.parametrize(

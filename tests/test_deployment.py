@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import ssl
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +14,14 @@ import openai
 import psutil
 import pytest
 import requests
+from sqlalchemy import make_url
 
 from bench.nginx import Nginx
-from bench.postgres import Postgres
+from bench.postgres import Postgres, _program
 from bench.stack import await_that, running
+from deploy import make_secrets
 from tasks.contract import keys
+from tests import deploy_page
 from tests.deployment import Deployment
 from tests.prometheus import Alertmanager, Prometheus, alertmanager_config, prometheus_config
 from tests.test_dashboards import BOARDS, queries
@@ -26,7 +30,6 @@ from tests.test_webhooks import Receiver, receiving
 
 pytestmark = pytest.mark.timeout(600)
 
-ROOT = Path(__file__).parents[1]
 WORKERS = 2
 QUESTION = [{"role": "user", "content": "Hello"}]
 REQUESTS = 8
@@ -39,6 +42,7 @@ class Running:
     parts: Deployment
     nginx: Nginx
     prometheus: Prometheus
+    alertmanager: Alertmanager
     receiver: Receiver
     key: str
 
@@ -52,6 +56,20 @@ class Running:
 
     def get(self, path: str) -> requests.Response:
         return requests.get(self.nginx.url + path, verify=str(self.nginx.authority), timeout=60)
+
+    def run(self, start: str, places: dict[str, str], page: str = "deploy.md") -> str:
+        """What a command of the page prints; its files are beside `secrets/`."""
+        shown = deploy_page.command(start, page)
+        path = self.nginx.environment()["PATH"]
+        return deploy_page.run(shown, places, self.parts.home, KEY=self.key, PATH=path)
+
+    def received(self) -> set[tuple[str, str]]:
+        """The receivers that were called, and with which alert."""
+        return {
+            (path, alert["labels"]["alertname"])
+            for path, _, body in list(self.receiver.requests)
+            for alert in json.loads(body)["alerts"]
+        }
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +96,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, postgres: Postgres) -> 
             parts,
             up.enter_context(Nginx(home, parts.secrets, parts.api_ports)),
             up.enter_context(Prometheus(config)),
+            alertmanager,
             receiver,
             parts.create_key("app"),
         )
@@ -155,22 +174,91 @@ def test_every_query_of_a_dashboard_answers(deployment: Running, board: str) -> 
 
 
 COMMANDS = re.findall(
-    r"^docker compose (?:run --rm -T migrate|exec api) sluice ([^>\n]+)",
-    (ROOT / "docs" / "deploy.md").read_text().replace("`docker", "\ndocker").replace("`", "\n"),
+    r"^docker compose (?:run --rm -T migrate|exec((?: -e \S+)*) api) sluice ([^>\n]+)",
+    deploy_page.text(),
     re.MULTILINE,
 )
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_page_works(deployment: Running, command: str) -> None:
-    api = {"SLUICE_API_URL": deployment.parts.url}
-    done = deployment.parts.sluice(*command.split(), **api)
+@pytest.mark.parametrize(("settings", "command"), COMMANDS)
+def test_a_command_of_the_page_works(deployment: Running, settings: str, command: str) -> None:
+    parts, nginx = deployment.parts, deployment.nginx
+    settings = settings.replace("https://llm.example.com", nginx.url)
+    settings = settings.replace("/run/secrets", str(parts.secrets))
+    env = dict(setting.split("=", 1) for setting in settings.replace("-e ", "").split())
+    done = parts.sluice(*command.split(), **{"SLUICE_API_URL": parts.url} | env)
     assert done.returncode == 0, done.stderr
     assert done.stdout
 
 
 def test_the_commands_of_the_page_are_found() -> None:
-    assert {command.split()[0] for command in COMMANDS} == {"keys", "doctor", "status"}
+    assert {command.split()[0] for _, command in COMMANDS} == {"keys", "doctor", "status"}
+    assert any(settings for settings, _ in COMMANDS)
+
+
+def test_the_pages_chat_streams(deployment: Running) -> None:
+    places = {
+        "secrets/ca": str(deployment.nginx.authority),
+        "https://llm.example.com": deployment.nginx.url,
+    }
+    shown = deployment.run("curl --cacert", places)
+    assert shown.startswith("data: {")
+    assert shown.rstrip().endswith("data: [DONE]")
+
+
+def test_the_pages_dump_has_the_tables(deployment: Running) -> None:
+    location = make_url(deployment.parts.database_url).set(drivername="postgresql")
+    url = location.render_as_string(hide_password=False)
+    shipped = "docker compose exec -T postgres pg_dump --username sluice sluice"
+    deployment.run(shipped, {shipped: f"{_program('pg_dump')} '{url}'"})
+    dump = deployment.parts.home / "sluice.sql"
+    assert "CREATE TABLE public.jobs " in dump.read_text()
+
+
+def test_nginx_reads_another_certificate(deployment: Running, tmp_path: Path) -> None:
+    parts, nginx = deployment.parts, deployment.nginx
+    for name in ("ca", "ca_key"):
+        shutil.copy(parts.secret(name), tmp_path)
+    make_secrets.Secrets(tmp_path).write_certificates("localhost")
+    shutil.copy(tmp_path / "tls_certificate", parts.home / "fullchain.pem")
+    shutil.copy(tmp_path / "tls_key", parts.home / "privkey.pem")
+    deployment.run("cp fullchain.pem", {})
+    deployment.run("cp privkey.pem", {})
+    reload = "docker compose exec nginx nginx"
+    deployment.run(reload, {reload: f"nginx -c {nginx.config}"})
+    renewed = (tmp_path / "tls_certificate").read_text().strip()
+    address = "127.0.0.1", nginx.port
+    await_that(lambda: ssl.get_server_certificate(address).strip() == renewed)
+    assert deployment.get("/health/live").ok
+
+
+def test_the_pages_try_arrives_at_the_second_receiver(deployment: Running) -> None:
+    places = {
+        "docker compose exec alertmanager ": "",
+        "http://127.0.0.1:9093": deployment.alertmanager.url,
+    }
+    deployment.run("docker compose exec alertmanager amtool alert add", places)
+    await_that(
+        lambda: ("/warning", "SluiceTry") in deployment.received(), explain=deployment.received
+    )
+
+
+def test_who_is_on_call_sees_what_fires_and_silences_it(deployment: Running) -> None:
+    """By commands alone, as no page of Prometheus or Alertmanager is published."""
+    prometheus = {
+        "docker compose exec prometheus ": "",
+        "http://127.0.0.1:9090": deployment.prometheus.url,
+    }
+    deployment.run("docker compose exec prometheus promtool query", prometheus, "operations.md")
+    alertmanager = {
+        "docker compose exec alertmanager ": "",
+        "http://127.0.0.1:9093": deployment.alertmanager.url,
+    }
+    silence = "docker compose exec alertmanager amtool silence"
+    made = deployment.run(f"{silence} add", alertmanager, "operations.md")
+    listed = deployment.run(f"{silence} query", alertmanager, "operations.md")
+    assert made.strip() in listed
+    assert "SluiceTtftP95" in listed
 
 
 def test_an_alert_arrives(deployment: Running) -> None:
@@ -186,12 +274,7 @@ def test_an_alert_arrives(deployment: Running) -> None:
         timeout=60,
     )
     assert accepted.status_code == 202, accepted.text
-
-    def received() -> set[tuple[str, str]]:
-        return {
-            (path, alert["labels"]["alertname"])
-            for path, _, body in list(deployment.receiver.requests)
-            for alert in json.loads(body)["alerts"]
-        }
-
-    await_that(lambda: ("/critical", "SluiceNoWorker") in received(), explain=received)
+    await_that(
+        lambda: ("/critical", "SluiceNoWorker") in deployment.received(),
+        explain=deployment.received,
+    )
