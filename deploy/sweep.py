@@ -73,7 +73,7 @@ def _refuse_other_suffix(page: Path) -> None:
 
 def _climb(highest: Load, rounds: int) -> tuple[list[Run], list[str]]:
     """The levels, up to the first one with a wrong answer, and what was wrong with that."""
-    levels = []
+    levels: list[Run] = []
     for streams in ladder(highest.streams):
         level = _measure(highest, streams, rounds)
         if wrong := [f"at {count(streams)}: {what}" for what in gate.errors(level)]:
