@@ -25,6 +25,8 @@ from tests.faults.clients import ENDPOINT, Client, await_tokens, chat, paused
 pytestmark = pytest.mark.timeout(900)
 
 STREAMS, SOCKETS, QUESTIONS = 200, 100, 10
+# Threads of one process: more at once may take longer than nginx waits for a request.
+TOGETHER = 20
 TOKENS = 40
 # Long enough for all to be open at once, and for a restart in the middle.
 MANY = SIM | {
@@ -32,7 +34,7 @@ MANY = SIM | {
     "args": {"tokens-per-s": 4, "first-token-s": 0.01, "max-num-seqs": STREAMS + SOCKETS},
 }
 FAST = SIM | {"name": "fast", "aliases": [], "args": {"tokens-per-s": 0, "first-token-s": 0}}
-# Minutes here, seconds there.
+# nginx's patience with slow clients, in seconds that a test has.
 HURRIED = {"client_header_timeout 10s;": "client_header_timeout 2s;"} | {
     "client_body_timeout 10s;": "client_body_timeout 2s;"
 }
@@ -75,10 +77,10 @@ def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def nginx(
     stack: Stack, secrets: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Nginx]:
-    """Its certificates are what clients trust; it waits for them for seconds only."""
+    """Its certificates are what clients trust."""
     for variable in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
         monkeypatch.setenv(variable, str(secrets / "ca"))
-    with Nginx(home, secrets, stack.api_ports, HURRIED) as nginx:
+    with Nginx(home, secrets, stack.api_ports) as nginx:
         yield nginx
 
 
@@ -96,14 +98,20 @@ def expected(stack: Stack) -> list[dict[str, Any]]:
 def everybody(stack: Stack, nginx: Any, expected: list[dict[str, Any]]) -> Iterator[list[Client]]:
     """All streams and sockets, in the middle of their answers; each answer has to be whole."""
     asked = bodies()
+    clients: list[Client] = []
     with paused(stack):
-        clients = [Client(nginx, asked[number % QUESTIONS]) for number in range(STREAMS)]
-        clients += [SocketClient(nginx, asked[number % QUESTIONS]) for number in range(SOCKETS)]
-        await_that(lambda: sum(open_streams(stack)) == len(clients), explain=nginx.log)
+        for first in range(0, STREAMS + SOCKETS, TOGETHER):
+            kind = Client if first < STREAMS else SocketClient
+            clients += [kind(nginx, asked[number % QUESTIONS]) for number in range(TOGETHER)]
+            await_open(stack, len(clients), nginx)
     await_tokens(clients, 1)
     yield clients
     for number, client in enumerate(clients):
-        assert client.answer() == expected[number % QUESTIONS]
+        assert client.answer() == expected[number % TOGETHER % QUESTIONS]
+
+
+def await_open(stack: Stack, streams: int, nginx: Nginx) -> None:
+    await_that(lambda: sum(open_streams(stack)) == streams, explain=nginx.log)
 
 
 def open_streams(stack: Stack) -> list[int]:
@@ -224,22 +232,22 @@ def _connection(nginx: Nginx, buffer_bytes: int = 0) -> ssl.SSLSocket:
     return ssl.create_default_context().wrap_socket(plain, server_hostname="localhost")
 
 
-def test_a_body_that_does_not_arrive_ends_at_nginx(nginx: Nginx) -> None:
+def test_a_body_that_does_not_arrive_ends_at_nginx(hurried: Nginx) -> None:
     """No API gets to know of it."""
-    before = len(nginx.access_log())
-    clients = [_connection(nginx) for _ in range(50)]
+    before = len(hurried.access_log())
+    clients = [_connection(hurried) for _ in range(50)]
     for client in clients:
         client.sendall(_request(b"{", length=1000))
     for client in clients:
         with client:
             assert _is_closed(client)
-    await_that(lambda: len(nginx.access_log()) >= before + len(clients))
-    ended = nginx.access_log()[before:]
+    await_that(lambda: len(hurried.access_log()) >= before + len(clients))
+    ended = hurried.access_log()[before:]
     assert {(line["status"], line["api"]) for line in ended} == {(408, "")}
 
 
-def test_headers_that_come_letter_by_letter_end_at_nginx(nginx: Nginx) -> None:
-    with _connection(nginx) as client:
+def test_headers_that_come_letter_by_letter_end_at_nginx(hurried: Nginx) -> None:
+    with _connection(hurried) as client:
         client.settimeout(0.2)
         client.sendall(b"GET /health/live HTTP/1.1\r\nX-Slow: ")
         await_that(lambda: _has_ended_at_a_letter(client), 60)
@@ -298,6 +306,13 @@ def limited(stack: Stack, nginx: Nginx, secrets: Path) -> Callable[..., Any]:
             yield other
 
     return start
+
+
+@pytest.fixture
+def hurried(limited: Callable[..., Any]) -> Iterator[Nginx]:
+    """One that waits for its clients for two seconds only."""
+    with limited(**HURRIED) as nginx:
+        yield nginx
 
 
 def test_too_many_requests_of_one_address_are_refused(limited: Callable[..., Any]) -> None:
