@@ -108,10 +108,10 @@ def test_nobody_gets_in_without_a_key_or_without_tls(deployment: Running) -> Non
     assert deployment.get("/v1/models").status_code == 401
     plain = f"http://127.0.0.1:{deployment.nginx.plain_port}/v1/models?limit=1"
     moved = requests.get(plain, allow_redirects=False, timeout=60)
-    assert (moved.status_code, moved.headers["location"]) == (
-        308,
-        "https://127.0.0.1/v1/models?limit=1",
-    )
+    there = f"https://127.0.0.1:{deployment.nginx.port}/v1/models?limit=1"
+    assert (moved.status_code, moved.headers["location"]) == (308, there)
+    followed = requests.get(plain, verify=str(deployment.nginx.authority), timeout=60)
+    assert (followed.url, followed.status_code) == (there, 401)
     answer = deployment.get("/health/live")
     assert answer.headers["strict-transport-security"] == "max-age=63072000"
     assert answer.headers["x-content-type-options"] == "nosniff"

@@ -5,12 +5,13 @@ import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
 import orjson
+import psutil
 import pytest
 import requests
 from websockets.sync.client import connect
@@ -32,6 +33,8 @@ MANY = SIM | {
     "args": {"tokens-per-s": 4, "first-token-s": 0.01, "max-num-seqs": STREAMS + SOCKETS},
 }
 FAST = SIM | {"name": "fast", "aliases": [], "args": {"tokens-per-s": 0, "first-token-s": 0}}
+# As in nginx.conf: bodies of 100 kB and more, of one address.
+LARGE_BODIES = 50
 # Minutes here, seconds there.
 HURRIED = {"client_header_timeout 10s;": "client_header_timeout 2s;"} | {
     "client_body_timeout 10s;": "client_body_timeout 2s;"
@@ -210,9 +213,12 @@ def test_who_reads_slowly_gets_all_of_it_and_holds_up_nobody(stack: Stack, nginx
 
 
 def _request(body: bytes, length: int | None = None) -> bytes:
-    length = len(body) if length is None else length
-    head = f"POST {ENDPOINT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {length}\r\n\r\n".encode() + body
+    return _head(f"Content-Length: {len(body) if length is None else length}") + body
+
+
+def _head(*headers: str) -> bytes:
+    lines = f"POST {ENDPOINT} HTTP/1.1", "Host: localhost", "Content-Type: application/json"
+    return "\r\n".join((*lines, *headers, "", "")).encode()
 
 
 def _connection(nginx: Nginx, buffer_bytes: int = 0) -> ssl.SSLSocket:
@@ -300,6 +306,40 @@ def limited(stack: Stack, nginx: Nginx, secrets: Path) -> Callable[..., Any]:
     return start
 
 
+def test_large_bodies_that_stall_take_no_memory_and_end(limited: Callable[..., Any]) -> None:
+    # Without haste: the first has to be there yet when the last one comes.
+    with limited() as nginx, ExitStack() as clients:
+        before_bytes = _memory_bytes(nginx)
+        stalled = [clients.enter_context(_connection(nginx)) for _ in range(LARGE_BODIES)]
+        for client in stalled:
+            client.sendall(_request(bytes(1_000_000), length=9_900_000))
+        await_that(lambda: _is_refused(nginx), explain=nginx.log)
+        # Others are served meanwhile.
+        assert _ask(nginx) == 200
+        assert _memory_bytes(nginx) - before_bytes < LARGE_BODIES * 400_000
+        assert all(map(_is_closed, stalled))
+        large = orjson.dumps(chat(model="fast", max_tokens=1)) + b" " * 200_000
+        head = {"Content-Type": "application/json"}
+        assert requests.post(nginx.url + ENDPOINT, large, headers=head, timeout=60).ok
+
+
+def _memory_bytes(nginx: Nginx) -> int:
+    assert nginx._process
+    workers = psutil.Process(nginx._process.pid).children()
+    return sum(int(worker.memory_info().rss) for worker in workers)
+
+
+def _is_refused(nginx: Nginx) -> bool:
+    """Whether one more body of a size that is not told is too much."""
+    with _connection(nginx) as client:
+        client.sendall(_head("Transfer-Encoding: chunked"))
+        client.settimeout(1)
+        try:
+            return b" 429 " in client.recv(1024)
+        except TimeoutError:
+            return False
+
+
 def test_too_many_requests_of_one_address_are_refused(limited: Callable[..., Any]) -> None:
     with limited(**{"rate=100r/s": "rate=1r/m", "burst=500": "burst=5"}) as nginx:
         answers = [requests.get(f"{nginx.url}/health/live", timeout=60) for _ in range(10)]
@@ -317,6 +357,40 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_sent(nginx: Nginx) -> 
         answer.begin()
         error = orjson.loads(answer.read())["error"]
     assert (answer.status, error["code"]) == (413, "request_entity_too_large")
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "code"),
+    [
+        (b"\x00\r\n\r\n", 400, "invalid_request"),
+        (b"GET / HTTP/1.1\r\n\r\n", 400, "invalid_request"),
+        (b"TRACE / HTTP/1.1\r\nHost: localhost\r\n\r\n", 405, "method_not_allowed"),
+        (b"GET /%s HTTP/1.1\r\nHost: a\r\n\r\n" % (b"a" * 40_000), 414, "request_uri_too_long"),
+        (
+            b"GET / HTTP/1.1\r\nHost: a\r\nX: %s\r\n\r\n" % (b"a" * 40_000),
+            431,
+            "request_header_fields_too_large",
+        ),
+        (b"GET / HTTP/9.9\r\nHost: localhost\r\n\r\n", 505, "invalid_request"),
+    ],
+    ids=["no-request", "no-host", "method", "url", "headers", "version"],
+)
+def test_what_nginx_cannot_read_is_refused_in_openais_form(
+    nginx: Nginx, sent: bytes, status: int, code: str
+) -> None:
+    with _connection(nginx) as client:
+        client.sendall(sent)
+        answer = HTTPResponse(client)
+        answer.begin()
+        assert answer.headers["content-type"] == "application/json"
+        error = orjson.loads(answer.read())["error"]
+    assert (answer.status, error["code"]) == (status, code)
+
+
+def test_http_without_tls_is_told_so(nginx: Nginx) -> None:
+    answer = requests.get(f"http://localhost:{nginx.port}/v1/models", timeout=60)
+    assert answer.status_code == 400
+    assert "without TLS" in answer.json()["error"]["message"]
 
 
 def test_refusals_of_the_api_pass_as_they_are(stack: Stack, nginx: Nginx) -> None:
