@@ -12,6 +12,7 @@ from pathlib import Path
 import openai
 import psutil
 import pytest
+import redis
 import requests
 
 from bench.nginx import Nginx
@@ -125,6 +126,27 @@ def test_no_secret_is_in_an_environment_a_command_line_or_a_log(deployment: Runn
         process = psutil.Process(part.pid)
         shown = [*process.environ().values(), *process.cmdline(), part.log.read_text()]
         assert [secret for secret in secrets if any(secret in text for text in shown)] == []
+
+
+def test_the_exporter_of_redis_reads_figures_and_no_job(deployment: Running) -> None:
+    parts = deployment.parts
+    users = [
+        f"{user}:{parts.read(name)}@"
+        for user, name in (("", "redis_password"), ("exporter", "redis_exporter_password"))
+    ]
+    with redis.Redis.from_url(parts.redis_url.replace(*users)) as exporter:
+        assert exporter.info()["redis_version"]
+        assert exporter.config_get("maxmemory")
+        assert exporter.slowlog_len() >= 0
+        job = next(parts.redis.scan_iter(count=1000))
+        for ask in (
+            lambda: exporter.type(job),
+            lambda: exporter.slowlog_get(1),
+            exporter.flushall,
+            lambda: exporter.config_set("maxmemory", 1),
+        ):
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                ask()
 
 
 def test_doctor_finds_nothing_wrong(deployment: Running) -> None:

@@ -359,32 +359,26 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_sent(nginx: Nginx) -> 
     assert (answer.status, error["code"]) == (413, "request_entity_too_large")
 
 
-@pytest.mark.parametrize(
-    ("sent", "status", "code"),
-    [
-        (b"\x00\r\n\r\n", 400, "invalid_request"),
-        (b"GET / HTTP/1.1\r\n\r\n", 400, "invalid_request"),
-        (b"TRACE / HTTP/1.1\r\nHost: localhost\r\n\r\n", 405, "method_not_allowed"),
-        (b"GET /%s HTTP/1.1\r\nHost: a\r\n\r\n" % (b"a" * 40_000), 414, "request_uri_too_long"),
-        (
-            b"GET / HTTP/1.1\r\nHost: a\r\nX: %s\r\n\r\n" % (b"a" * 40_000),
-            431,
-            "request_header_fields_too_large",
-        ),
-        (b"GET / HTTP/9.9\r\nHost: localhost\r\n\r\n", 505, "invalid_request"),
-    ],
-    ids=["no-request", "no-host", "method", "url", "headers", "version"],
-)
-def test_what_nginx_cannot_read_is_refused_in_openais_form(
-    nginx: Nginx, sent: bytes, status: int, code: str
-) -> None:
+ENDS = b"HTTP/1.1\r\nHost: localhost\r\n"
+UNREADABLE = {
+    b"\x00\r\n\r\n": (400, "invalid_request"),
+    b"GET / HTTP/1.1\r\n\r\n": (400, "invalid_request"),
+    b"GET / HTTP/9.9\r\n\r\n": (505, "invalid_request"),
+    b"TRACE / %s\r\n" % ENDS: (405, "method_not_allowed"),
+    b"GET /%s %s\r\n" % (b"a" * 40_000, ENDS): (414, "request_uri_too_long"),
+    b"GET / %sX: %s\r\n\r\n" % (ENDS, b"a" * 40_000): (431, "request_header_fields_too_large"),
+}
+
+
+@pytest.mark.parametrize("sent", UNREADABLE, ids=lambda sent: sent[:24].decode())
+def test_what_nginx_cannot_read_is_refused_in_openais_form(nginx: Nginx, sent: bytes) -> None:
     with _connection(nginx) as client:
         client.sendall(sent)
         answer = HTTPResponse(client)
         answer.begin()
-        assert answer.headers["content-type"] == "application/json"
         error = orjson.loads(answer.read())["error"]
-    assert (answer.status, error["code"]) == (status, code)
+    assert (answer.status, error["code"]) == UNREADABLE[sent]
+    assert answer.headers["content-type"] == "application/json"
 
 
 def test_http_without_tls_is_told_so(nginx: Nginx) -> None:
