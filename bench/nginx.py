@@ -65,6 +65,8 @@ class Nginx:
         return os.environ | {
             "CERTIFICATE": str(self.secrets / "tls_certificate"),
             "CONFIG": str(self.config),
+            "TEMPORARY": str(self.home),
+            "HTTPS_PORT": str(self.port),
             # Where Debian has it.
             "PATH": f"{os.environ.get('PATH', os.defpath)}{os.pathsep}/usr/sbin",
         }
@@ -96,13 +98,14 @@ class Nginx:
         servers = [APIS.replace("api:8000 resolve", f"127.0.0.1:{port}") for port in api_ports]
         replaced = {
             "/tmp/": f"{self.home}/",
+            "/var/cache/nginx/": f"{self.home}/",
             "/run/secrets/": f"{self.secrets}/",
             "/dev/stdout": f"{self.home}/access.log",
             APIS: "\n".join(servers),
             "listen 8080": f"listen 127.0.0.1:{self.plain_port}",
             "listen 8443": f"listen 127.0.0.1:{self.port}",
             # Root's files are for nobody else, not even for processes that root's nginx starts.
-            "worker_processes auto;": f"worker_processes 2;\nuser {getpass.getuser()};",
+            "worker_processes 2;": f"worker_processes 2;\nuser {getpass.getuser()};",
             **changes,
         }
         text = (SHIPPED / "nginx.conf").read_text()

@@ -12,7 +12,6 @@ import httpx
 from deploy.checks import listener
 from deploy.doctor_servers import judge, warn_of_end
 from deploy.findings import Remark, UnusableError, ok, warning, wrong
-from deploy.install import WITHOUT_VLLM
 from gpu_worker.engines.sources import refuse_missing
 from tasks.contract import keys, running
 from tasks.contract.connections import connect_once
@@ -120,17 +119,15 @@ def check_ledger(settings: Settings) -> Iterator[Remark]:
 
 
 def check_model_files(_settings: Settings) -> Iterator[Remark]:
-    """What a vLLM worker on this machine would load: warnings, as none may be meant to run here."""
+    """What a vLLM worker here would load, if any can run: warnings, as none may be meant to."""
     on_vllm = [model for model in get_catalog().models if model.engine == "vllm"]
     if not on_vllm:
         yield ok("no model needs vLLM")
         return
     if find_spec("vllm") is None:
         names = ", ".join(model.name for model in on_vllm)
-        yield warning(
-            f"vLLM is not installed here, and {names} needs it",
-            f"if a worker is to run here: `make up` installs it; without it, {WITHOUT_VLLM}",
-        )
+        yield ok(f"vLLM is not installed here: workers for {names} run elsewhere")
+        return
     for model in on_vllm:
         try:
             refuse_missing(model)

@@ -20,13 +20,20 @@ from urllib.parse import quote
 
 ROOT = Path(__file__).resolve().parent.parent
 # Where docker-compose.yml keeps what outlives its containers.
-DATA = ("redis", "postgres", "models", "prometheus", "alertmanager", "grafana")
+DATA = (
+    *("redis", "postgres", "models", "prometheus", "alertmanager", "grafana"),
+    # A models.yaml, where one is wanted; large bodies on their way.
+    *("config", "nginx"),
+)
+# What the exporter of Redis may ask: figures, and nothing that jobs hold.
+ASK = "+ping +info +config|get +slowlog|len +latency|latest +latency|histogram +client|setname"
 # The user of our images. Without capabilities a container of root's cannot become who it has to be.
 OWNER_FOR_ROOT = "10001:10001"
 # What is made of which secret.
 FORMS = {
     "postgres_password": ["database_url"],
-    "redis_password": ["redis_users", "redis_url", "redis_exporter"],
+    "redis_password": ["redis_users", "redis_url"],
+    "redis_exporter_password": ["redis_users", "redis_exporter"],
 }
 CA_DAYS, CERTIFICATE_DAYS = 3650, 825
 NEW_KEY = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
@@ -126,13 +133,19 @@ class Secrets:
         self.write("webhook_secrets", f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}")
         # Of the role `operator`; `sluice keys create` makes it once there is a database.
         self.write("prometheus_key", "")
+        for role in ("admin", "exporter"):
+            self.write(f"postgres_{role}", secrets.token_urlsafe(32))
         sql = self.write("postgres_password", secrets.token_urlsafe(32)).strip()
         self.write("database_url", f"postgresql+psycopg://sluice:{sql}@postgres:5432/sluice")
         password = self.write("redis_password", secrets.token_urlsafe(32)).strip()
-        self.write("redis_users", f"user default on >{password} ~* &* +@all\n")
+        watching = self.write("redis_exporter_password", secrets.token_urlsafe(32)).strip()
+        users = (
+            f"user default on >{password} ~* &* +@all\nuser exporter on >{watching} -@all {ASK}\n"
+        )
+        self.write("redis_users", users)
         url = f"rediss://:{password}@redis:6379/0?ssl_ca_certs=/run/secrets/ca"
         self.write("redis_url", url)
-        self.write("redis_exporter", json.dumps({"rediss://redis:6379": password}))
+        self.write("redis_exporter", json.dumps({"rediss://exporter@redis:6379": watching}))
 
     def write_certificates(self, domain: str, days: int = CERTIFICATE_DAYS) -> None:
         """An authority of our own; what it signs for Redis, and for nginx until there is better."""

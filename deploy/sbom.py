@@ -25,7 +25,7 @@ LOCK = Path(__file__).with_name("lock.txt")
 TIME = "SOURCE_DATE_EPOCH"
 PRODUCT = "sluice"
 # The extras that images are made with.
-SHIPPED = {"cpu", "postgres"}
+SHIPPED = {"cpu", "postgres", "tracing"}
 UNKNOWN = "NOASSERTION"
 # Classifiers that mean one licence; `BSD License` may be any of several.
 LICENCES = {

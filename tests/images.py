@@ -104,9 +104,9 @@ class Images:
         start = ["unshare", "--mount", "sh", "-ec", START, "start"]
         return [*AS_ROOT, *start, str(self.mount(image)), config["User"], *variables, *arguments]
 
-    def run(self, image: str, *arguments: str) -> str:
+    def run(self, image: str, *arguments: str, **settings: str) -> str:
         """What a command in a new container prints."""
-        return _output(self.command(image, list(arguments)))
+        return _output(self.command(image, list(arguments), **settings))
 
     @contextmanager
     def running(self, image: str, *arguments: str, **settings: str) -> Iterator[Process]:

@@ -165,6 +165,16 @@ def test_nginx_does_not_start_with_what_is_no_certificate(deployment: Deployment
     assert "has expired, or is none" in start_nginx(deployment)
 
 
+def test_nginx_does_not_start_with_a_certificate_that_it_cannot_read(
+    deployment: Deployment,
+) -> None:
+    # Root reads all files, but none that is not there.
+    deployment.secret("tls_certificate").unlink()
+    said = start_nginx(deployment)
+    assert f"{deployment.secret('tls_certificate')} cannot be read by user" in said
+    assert "expired" not in said
+
+
 def start_nginx(parts: Deployment) -> str:
     """What is reported where it does not start."""
     env = Nginx(parts.home, parts.secrets, [free_port()]).environment()

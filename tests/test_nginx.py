@@ -5,12 +5,13 @@ import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
 import orjson
+import psutil
 import pytest
 import requests
 from websockets.sync.client import connect
@@ -34,6 +35,7 @@ MANY = SIM | {
     "args": {"tokens-per-s": 4, "first-token-s": 0.01, "max-num-seqs": STREAMS + SOCKETS},
 }
 FAST = SIM | {"name": "fast", "aliases": [], "args": {"tokens-per-s": 0, "first-token-s": 0}}
+LARGE_BODIES = 50  # of one address, as in nginx.conf
 # nginx's patience with slow clients, in seconds that a test has.
 HURRIED = {"client_header_timeout 10s;": "client_header_timeout 2s;"} | {
     "client_body_timeout 10s;": "client_body_timeout 2s;"
@@ -315,6 +317,33 @@ def hurried(limited: Callable[..., Any]) -> Iterator[Nginx]:
         yield nginx
 
 
+def test_large_bodies_that_stall_take_no_memory_and_end(limited: Callable[..., Any]) -> None:
+    with limited() as nginx, ExitStack() as clients:
+        before_bytes, more = _memory_bytes(nginx), 5
+        stalled = [clients.enter_context(_connection(nginx)) for _ in range(LARGE_BODIES + more)]
+        # In turns: none waits for the others for as long as nginx waits for it.
+        for piece in (_request(b"", length=9_900_000), *[bytes(100_000)] * 9):
+            for client in stalled:
+                with suppress(OSError):  # those that are too many may be closed already
+                    client.sendall(piece)
+        await_that(lambda: nginx.log().count('"large_bodies_of_one"') == more, explain=nginx.log)
+        # Others are served meanwhile.
+        assert _ask(nginx) == 200
+        assert _memory_bytes(nginx) - before_bytes < LARGE_BODIES * 400_000
+        for client in stalled:
+            while not _is_closed(client):
+                pass  # a refusal, byte by byte
+        large = orjson.dumps(chat(model="fast", max_tokens=1)) + b" " * 200_000
+        head = {"Content-Type": "application/json"}
+        assert requests.post(nginx.url + ENDPOINT, large, headers=head, timeout=60).ok
+
+
+def _memory_bytes(nginx: Nginx) -> int:
+    assert nginx._process
+    workers = psutil.Process(nginx._process.pid).children()
+    return sum(int(worker.memory_info().rss) for worker in workers)
+
+
 def test_too_many_requests_of_one_address_are_refused(limited: Callable[..., Any]) -> None:
     with limited(**{"rate=100r/s": "rate=1r/m", "burst=500": "burst=5"}) as nginx:
         answers = [requests.get(f"{nginx.url}/health/live", timeout=60) for _ in range(10)]
@@ -332,6 +361,34 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_sent(nginx: Nginx) -> 
         answer.begin()
         error = orjson.loads(answer.read())["error"]
     assert (answer.status, error["code"]) == (413, "request_entity_too_large")
+
+
+ENDS = b"HTTP/1.1\r\nHost: localhost\r\n"
+UNREADABLE = {
+    b"\x00\r\n\r\n": (400, "invalid_request"),
+    b"GET / HTTP/1.1\r\n\r\n": (400, "invalid_request"),
+    b"GET / HTTP/9.9\r\n\r\n": (505, "invalid_request"),
+    b"TRACE / %s\r\n" % ENDS: (405, "method_not_allowed"),
+    b"GET /%s %s\r\n" % (b"a" * 10_000, ENDS): (414, "request_uri_too_long"),
+    b"GET / %sX: %s\r\n\r\n" % (ENDS, b"a" * 10_000): (431, "request_header_fields_too_large"),
+}
+
+
+@pytest.mark.parametrize("sent", UNREADABLE, ids=lambda sent: sent[:24].decode())
+def test_what_nginx_cannot_read_is_refused_in_openais_form(nginx: Nginx, sent: bytes) -> None:
+    with _connection(nginx) as client:
+        client.sendall(sent)
+        answer = HTTPResponse(client)
+        answer.begin()
+        error = orjson.loads(answer.read())["error"]
+    assert (answer.status, error["code"]) == UNREADABLE[sent]
+    assert answer.headers["content-type"] == "application/json"
+
+
+def test_http_without_tls_is_told_so(nginx: Nginx) -> None:
+    answer = requests.get(f"http://localhost:{nginx.port}/v1/models", timeout=60)
+    assert answer.status_code == 400
+    assert "without TLS" in answer.json()["error"]["message"]
 
 
 def test_refusals_of_the_api_pass_as_they_are(stack: Stack, nginx: Nginx) -> None:

