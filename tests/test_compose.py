@@ -289,7 +289,8 @@ def test_another_domain_is_not_taken_silently(tmp_path: Path) -> None:
     ("base", "made_of_it"),
     [
         ("postgres_password", ["database_url"]),
-        ("redis_password", ["redis_users", "redis_url", "redis_exporter"]),
+        ("redis_password", ["redis_users", "redis_url"]),
+        ("redis_exporter_password", ["redis_users", "redis_exporter"]),
         ("ca", ["redis_certificate", "redis_key", "tls_certificate", "tls_key"]),
     ],
 )
