@@ -109,7 +109,8 @@ class Running:
     feed: Feed = field(init=False)
     task: "asyncio.Task[None] | None" = None
     head: Start | None = None
-    is_stopped: bool = False
+    stop_cause: Cause | State | None = None
+    """Why the job is no longer this worker's; None: it is."""
     ended: End | None = None
     is_paused: bool = False
     early_end: SluiceError | None = None
@@ -153,9 +154,13 @@ class Running:
         """Whether nobody hears what the app still says."""
         return self.is_stopped or self.early_end is not None
 
-    def stop(self) -> None:
+    @property
+    def is_stopped(self) -> bool:
+        return self.stop_cause is not None
+
+    def stop(self, cause: Cause | State) -> None:
         """Stops the job, which is no longer this worker's."""
-        self.is_stopped = True
+        self.stop_cause = cause
         self._leave()
 
     @property
@@ -172,7 +177,7 @@ class Running:
         if record := self.replay_log.take():
             self.feed.put((Kind.NOTE, b"", record))
         self.is_paused = True
-        self.stop()
+        self.stop(Cause.PREEMPTED)
 
     def end_early(self, reason: SluiceError) -> None:
         """Stops the app, and has the job end with that error."""

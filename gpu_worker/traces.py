@@ -33,7 +33,7 @@ def _error(running: Running) -> str:
     """Why the job has not completed, as far as it has not."""
     ended = running.ended
     if ended is None or running.is_stopped:
-        return State.CANCELLED
+        return running.stop_cause or State.CANCELLED
     if ended.state is State.COMPLETED:
         return ""
     return str(ended.error.get("error", {}).get("code") or ended.state)

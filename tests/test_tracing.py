@@ -171,6 +171,35 @@ def test_attempts_are_linked(home: Path, collector: Receiver) -> None:
         assert named(spans, "decode").parent_id == second.id
 
 
+def test_an_attempt_that_a_stopped_worker_hands_back_says_so(
+    home: Path, collector: Receiver
+) -> None:
+    with tracing(home, collector.url, SLOW_SIM, workers=2, drain_s=0) as stack:
+        client = Client(stack, chat(stream=True, max_tokens=100), **CLIENT)
+        await_tokens([client], 10)
+        (victim,) = [worker for worker in stack.workers if stack.jobs_of(worker)]
+        assert victim.stop() == 0
+        assert client.answer()
+        spans = await_spans(collector, API, "relay", "chat sim", "chat sim")
+        first, second = [span for span in spans if span.name == "chat sim"]
+        assert first.service == "sluice-worker"
+        assert (first.has_failed, first.attributes["error.type"]) == (True, "handed_back")
+        assert (second.has_failed, second.linked_ids) == (False, [first.id])
+
+
+@pytest.mark.parametrize("failure", ["die", "hang"])
+def test_an_attempt_says_that_its_engine_died(
+    home: Path, collector: Receiver, failure: str
+) -> None:
+    with tracing(home, collector.url, SLOW_SIM, engine_stall_s=3) as stack:
+        (worker,) = stack.workers
+        job = {"endpoint": ENDPOINT, "body": CHAT | {"sim": {"failure": failure}}}
+        requests.post(f"{stack.url}/v1/jobs", json=job, headers=CLIENT, timeout=60)
+        assert worker.popen.wait(120) == 1
+        attempt = named(await_spans(collector, "POST /v1/jobs", "chat sim"), "chat sim")
+        assert (attempt.has_failed, attempt.attributes["error.type"]) == (True, "engine_died")
+
+
 def test_a_webhook_and_a_retry_belong_to_their_requests(home: Path, collector: Receiver) -> None:
     with (
         receiving(500, 204) as receiver,
