@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from gpu_worker.running import Running
 from tasks.contract import tracing
-from tasks.contract.job import State
-from tasks.contract.tracing import Attribute, Span, attempt_span
+from tasks.contract.job import Cause, Claim, State
+from tasks.contract.tracing import Attribute, Attributes, Span, attempt_span
 
 PART = "sluice-worker"
 
@@ -39,28 +39,37 @@ def _error(running: Running) -> str:
     return str(ended.error.get("error", {}).get("code") or ended.state)
 
 
+def record_unrun(claim: Claim, cause: Cause) -> None:
+    """Records an attempt that has ended before the engine got its request."""
+    _record_attempt(claim, {}, cause)
+
+
 def _record(running: Running, error: str) -> None:
-    claim, job, meter = running.claim, running.claim.job, running.meter
-    since_ns = time.time_ns() - time.monotonic_ns()
-
-    def at_ns(monotonic_s: float) -> int:
-        return round(monotonic_s * 1e9) + since_ns
-
-    claimed_ns, begun_ns = at_ns(claim.claimed_s), at_ns(meter.begun_s)
-    times_ns = claimed_ns, time.time_ns()
-    attempt = attempt_span(job.id, claim.attempt, job.model, job.endpoint, times_ns)
-    attributes = {**attempt.attributes, **_attributes(running)}
-    spans = [replace(attempt, attributes=attributes, error=error)]
-    if claim.attempt == 1:
-        queued_ns = claimed_ns - claim.queue_ms * 1_000_000
-        spans.append(Span(name="queue", begun_ns=queued_ns, ended_ns=claimed_ns))
-    steps = [Span(name="claim", begun_ns=claimed_ns, ended_ns=begun_ns)]
+    claim, meter = running.claim, running.meter
+    attempt = _record_attempt(claim, _attributes(running), error)
+    begun_ns = _at_ns(meter.begun_s)
+    steps = [Span(name="claim", begun_ns=attempt.begun_ns, ended_ns=begun_ns)]
     if meter.first_s:
-        first_ns, last_ns = at_ns(meter.first_s), at_ns(meter.last_s)
+        first_ns, last_ns = _at_ns(meter.first_s), _at_ns(meter.last_s)
         steps.append(Span(name="prefill", begun_ns=begun_ns, ended_ns=first_ns))
         steps.append(Span(name="decode", begun_ns=first_ns, ended_ns=last_ns))
-    tracing.record(PART, job.traceparent, *spans)
-    tracing.record(PART, tracing.under(job.traceparent, attempt.id), *steps)
+    tracing.record(PART, tracing.under(claim.job.traceparent, attempt.id), *steps)
+
+
+def _record_attempt(claim: Claim, attributes: Attributes, error: str) -> Span:
+    """Records it, which ends now, and the wait before it; returns it."""
+    job, claimed_ns = claim.job, _at_ns(claim.claimed_s)
+    waited_ns = claimed_ns - claim.wait_ms * 1_000_000
+    waited = Span(name="queue", begun_ns=waited_ns, ended_ns=claimed_ns)
+    times_ns = claimed_ns, time.time_ns()
+    span = attempt_span(job.id, claim.attempt, job.model, job.endpoint, times_ns)
+    span = replace(span, attributes={**span.attributes, **attributes}, error=error)
+    tracing.record(PART, job.traceparent, waited, span)
+    return span
+
+
+def _at_ns(monotonic_s: float) -> int:
+    return round(monotonic_s * 1e9) + time.time_ns() - time.monotonic_ns()
 
 
 def _attributes(running: Running) -> dict[str, Attribute]:

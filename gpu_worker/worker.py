@@ -167,6 +167,7 @@ class Worker:
             try:
                 if self.claims.given_up:
                     self.hand_back(claim, Cause.HANDED_BACK, "its worker was stopped")
+                    traces.record_unrun(claim, Cause.HANDED_BACK)
                 else:
                     may_wait = self._run_job(claim)
             finally:
@@ -198,6 +199,7 @@ class Worker:
             self.hand_back(
                 claim, Cause.WORKER_FAILED, "its log has later entries than this attempt"
             )
+            traces.record_unrun(claim, Cause.WORKER_FAILED)
             return True
         except LogLostError as lost:
             self.hand_back(claim, Cause.HANDED_BACK, str(lost))

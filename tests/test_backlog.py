@@ -64,7 +64,7 @@ def test_a_claimed_job_that_lacks_a_field_cannot_be_read(name: str) -> None:
 
     def decode() -> Claim:
         values: Any = [known.get(name.encode()) for name in Claim.FIELDS]
-        return Claim.decode([b"job_1", b"1", b"0", *values])
+        return Claim.decode([b"job_1", b"1", b"0", b"0", *values])
 
     assert decode().job.tenant == "acme"
     del known[name.encode()]

@@ -76,6 +76,16 @@ def named(spans: list[Received], name: str) -> Received:
     return span
 
 
+def check_waits(spans: list[Received]) -> None:
+    """Each attempt has had a wait of its own, which began when the one before it was taken back."""
+    waits = [span for span in spans if span.name == "queue"]
+    attempts = [span for span in spans if span.name == "chat sim"]
+    assert [wait.ended_ns for wait in waits] == [attempt.begun_ns for attempt in attempts]
+    assert all(wait.begun_ns <= wait.ended_ns for wait in waits)
+    assert not any(wait.has_failed for wait in waits)
+    assert attempts[0].begun_ns < waits[1].begun_ns
+
+
 def traced_lines(stack: Stack, part: str) -> set[str]:
     """The events that the part has logged with the client's trace."""
     # The last line may not be whole yet.
@@ -158,9 +168,11 @@ def test_attempts_are_linked(home: Path, collector: Receiver) -> None:
         (victim,) = [worker for worker in stack.workers if stack.jobs_of(worker)]
         victim.kill()
         usage = client.answer()["usage"]
-        spans = await_spans(collector, API, "relay", "chat sim", "chat sim", "decode")
+        names = (API, "relay", "chat sim", "chat sim", "decode", "queue", "queue")
+        spans = await_spans(collector, *names)
         first, second = [span for span in spans if span.name == "chat sim"]
-        assert tree(spans)["chat sim"] == API
+        assert tree(spans)["chat sim"] == tree(spans)["queue"] == API
+        check_waits(spans)
         assert [span.attributes["sluice.job.attempt"] for span in (first, second)] == [1, 2]
         assert (first.linked_ids, second.linked_ids) == ([], [first.id])
         assert first.service == "sluice-maintenance"
@@ -180,8 +192,9 @@ def test_an_attempt_that_a_stopped_worker_hands_back_says_so(
         (victim,) = [worker for worker in stack.workers if stack.jobs_of(worker)]
         assert victim.stop() == 0
         assert client.answer()
-        spans = await_spans(collector, API, "relay", "chat sim", "chat sim")
+        spans = await_spans(collector, API, "relay", "chat sim", "chat sim", "queue", "queue")
         first, second = [span for span in spans if span.name == "chat sim"]
+        check_waits(spans)
         assert first.service == "sluice-worker"
         assert (first.has_failed, first.attributes["error.type"]) == (True, "handed_back")
         assert (second.has_failed, second.linked_ids) == (False, [first.id])
@@ -198,6 +211,20 @@ def test_an_attempt_says_that_its_engine_died(
         assert worker.popen.wait(120) == 1
         attempt = named(await_spans(collector, "POST /v1/jobs", "chat sim"), "chat sim")
         assert (attempt.has_failed, attempt.attributes["error.type"]) == (True, "engine_died")
+
+
+def test_a_job_that_nobody_has_claimed_has_waited(home: Path, collector: Receiver) -> None:
+    with tracing(home, collector.url) as stack:
+        stack.redis.sadd(keys.PAUSED, "sim")
+        job = {"endpoint": ENDPOINT, "body": CHAT, "deadline_s": 1}
+        requests.post(f"{stack.url}/v1/jobs", json=job, headers=CLIENT, timeout=60)
+        spans = await_spans(collector, "POST /v1/jobs", "queue")
+        wait = named(spans, "queue")
+        assert tree(spans)["queue"] == "POST /v1/jobs"
+        assert (wait.service, wait.has_failed) == ("sluice-maintenance", True)
+        assert wait.attributes["error.type"] == "expired"
+        # Noted in whole milliseconds.
+        assert wait.ended_ns - wait.begun_ns > 0.9e9
 
 
 def test_a_webhook_and_a_retry_belong_to_their_requests(home: Path, collector: Receiver) -> None:
