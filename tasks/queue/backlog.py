@@ -338,11 +338,11 @@ class Backlog:
         """
         return [
             Reaped(
-                *(*names, int(attempt), listener, State(state), endpoint),
+                *(job, model, tenant, int(attempt), listener, State(state), endpoint),
                 *(int(started) if started else None, trace, int(since) if since else None),
             )
             for row in self._reap(args=[REAPED_AT_ONCE])
-            for *names, attempt, listener, state, endpoint, started, trace, since in [
+            for job, model, tenant, attempt, listener, state, endpoint, started, trace, since in [
                 map(bytes.decode, row)
             ]
         ]
