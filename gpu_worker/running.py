@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,6 +120,8 @@ class Running:
     """Set when the client needs nothing more: the answer is complete, or the job was stopped."""
     _whole: list[bytes] = field(default_factory=list)
     """The pieces of a body that is not streamed: clients get all of it or nothing."""
+    on_answer: Callable[[bytes], None] = lambda _: None
+    """Is given what the engine answers: each event of a stream, or a whole body."""
     has_diverged: bool = False
     has_progressed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set by an event that no earlier attempt has sent."""
@@ -244,6 +246,7 @@ class Running:
         whole: list[tuple[Kind, bytes]] = []
         if not self.head.is_event_stream:
             head, body = self.head, b"".join(self._whole)
+            self.on_answer(body)
             if status >= 400:
                 head, body = in_our_shape(head, body, self.claim.job)
             whole = [(Kind.START, head.encode()), *([(Kind.BODY, body)] if body else [])]
@@ -286,6 +289,7 @@ class Running:
 
     def _send_event(self, event: bytes) -> None:
         """Sends the event, unless clients have it."""
+        self.on_answer(event)
         known = self.history.events
         if not self._repeated and known:
             self._created = _found(_CREATED, event), _found(_CREATED, known[0])

@@ -99,7 +99,7 @@ def test_a_stream_is_one_trace(home: Path, collector: Receiver) -> None:
         for path in OTHERS_THAN_JOBS:
             requests.get(stack.url + path, headers=CLIENT, timeout=60)
         assert Client(stack, chat(max_tokens=2)).answer()  # not sampled
-        body = chat(stream=True, max_tokens=20) | {"user": SECRET}
+        body = chat(stream=True, max_tokens=20, seed=7, top_k=5) | {"user": SECRET}
         body["messages"].append({"role": "user", "content": SECRET})
         client = Client(stack, body, **CLIENT)
         answer = client.answer()
@@ -126,6 +126,12 @@ def test_a_stream_is_one_trace(home: Path, collector: Receiver) -> None:
                 "gen_ai.operation.name": "chat",
                 "gen_ai.request.model": "sim",
                 "gen_ai.request.stream": True,
+                "gen_ai.request.seed": 7,
+                "gen_ai.request.top_k": 5,
+                "gen_ai.request.temperature": 0.0,
+                "gen_ai.response.id": f"chatcmpl-{job_id}",
+                "gen_ai.response.model": "sim",
+                "gen_ai.response.finish_reasons": ["length"],
                 "gen_ai.usage.input_tokens": answer["usage"]["prompt_tokens"],
                 "gen_ai.usage.output_tokens": answer["usage"]["completion_tokens"],
                 "sluice.job.attempt": 1,
