@@ -121,13 +121,6 @@ def open_among(url: str, job_ids: Sequence[str]) -> list[str]:
         return list(session.scalars(query))
 
 
-def traceparents(url: str, job_ids: Sequence[str]) -> dict[str, str]:
-    """The traces of these jobs, by id; without those that have none."""
-    query = select(JobRecord.id, JobRecord.traceparent).where(JobRecord.id.in_(job_ids))
-    with reading(url) as session:
-        return dict(session.execute(query.where(JobRecord.traceparent != "")).all())
-
-
 def load(url: str, job_id: str) -> JobRecord | None:
     """The job, of any tenant."""
     with reading(url) as session:

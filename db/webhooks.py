@@ -8,7 +8,7 @@ from typing import NamedTuple
 from sqlalchemy import ColumnElement, literal, select, tuple_, update
 from sqlalchemy.orm import aliased
 
-from db.models import WebhookAttempt, WebhookDelivery
+from db.models import JobRecord, WebhookAttempt, WebhookDelivery
 from db.session import database_now, insert_new, reading, writing
 
 
@@ -20,6 +20,14 @@ class Due(NamedTuple):
     """None: nothing of it is due yet."""
 
 
+class Claimed(NamedTuple):
+    """A delivery that its caller is to try."""
+
+    delivery: WebhookDelivery
+    traceparent: str
+    """Its job's trace; empty: it has none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Noted:
     """A try, and what follows from it: the delivery's new state, how long it waits for the next."""
@@ -28,6 +36,7 @@ class Noted:
     state: str
     wait_s: float | None
     """None: it is not tried again."""
+    traceparent: str = ""
 
 
 def due(url: str, after: str, limit: int) -> list[Due]:
@@ -67,7 +76,7 @@ def _oldest(receiver: ColumnElement[str], now: datetime) -> ColumnElement[str]:
     return its_due.order_by(WebhookDelivery.next_at).limit(1).scalar_subquery()
 
 
-def claim(url: str, job_ids: Sequence[str], hold_s: float) -> list[WebhookDelivery]:
+def claim(url: str, job_ids: Sequence[str], hold_s: float) -> list[Claimed]:
     """Those of the deliveries that are still due, each for one caller only.
 
     One whose attempt is not noted within `hold_s` is due again then.
@@ -81,7 +90,9 @@ def claim(url: str, job_ids: Sequence[str], hold_s: float) -> list[WebhookDelive
         left = left.where(_is_due(now)).with_for_update(skip_locked=True)
         held = update(WebhookDelivery).where(WebhookDelivery.job_id.in_(left))
         held = held.values(next_at=now + timedelta(seconds=hold_s))
-        return list(session.scalars(held.returning(WebhookDelivery)))
+        trace = select(JobRecord.traceparent).where(JobRecord.id == WebhookDelivery.job_id)
+        found = session.execute(held.returning(WebhookDelivery, trace.scalar_subquery()))
+        return [Claimed(delivery, traceparent) for delivery, traceparent in found]
 
 
 def give_back(url: str, deliveries: Sequence[WebhookDelivery]) -> None:

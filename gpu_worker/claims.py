@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 
 from tasks.contract.events import Attempt
-from tasks.contract.job import Claim
+from tasks.contract.job import Cause, Claim
 
 # What an idle worker offers: a job that wants more slots than any worker has would otherwise stand
 # before all others for ever, as when an operator has taken slots away.
@@ -15,8 +15,8 @@ class Claims:
     """Counts what is held and what is being claimed under one lock, so that a drain misses none."""
 
     def __init__(self, slots: int) -> None:
-        self.is_given_up = False
-        """What is claimed from now on is to be handed back by its claimer."""
+        self.given_up: Cause | None = None
+        """Why nothing is held any more: what is claimed from now on its claimer hands back."""
         self._slots = slots
         self._held: dict[Attempt, Claim] = {}
         self._is_open = True
@@ -78,11 +78,11 @@ class Claims:
         with self._changed:
             self._changed.wait_for(self._is_idle, timeout_s)
 
-    def give_up(self) -> list[Claim]:
+    def give_up(self, cause: Cause) -> list[Claim]:
         """What is held, for the caller to hand back."""
         with self._changed:
             self._is_open = False
-            self.is_given_up = True
+            self.given_up = cause
             self._changed.notify_all()
             return list(self._held.values())
 

@@ -65,6 +65,12 @@ class ReplayLog:
         read, made = (t if _is_count(t) else c for t, c in zip(totals, counted, strict=True))
         return read, made
 
+    def part_of_usage(self, total: str, name: str) -> int | None:
+        """Some of the tokens of that total, as the engine reports them; None: it does not."""
+        details = (self.usage or {}).get(f"{total}_details")
+        tokens = details.get(name) if isinstance(details, dict) else None
+        return tokens if _is_count(tokens) else None
+
     def note(self, note: object) -> None:
         """Notes what the next events are made of."""
         self._new.append(note)

@@ -21,7 +21,7 @@ from gpu_worker.running import (
 )
 from gpu_worker.timeouts import wait_until_late
 from tasks.contract.events import Attempt, End
-from tasks.contract.job import Claim, Lane, State, Usage
+from tasks.contract.job import Cause, Claim, Lane, State, Usage
 from tasks.contract.job_errors import JobFailedError, StreamBrokenError
 from tasks.contract.models import Timeouts
 
@@ -138,12 +138,12 @@ class Runner:
         failed = End.failed(JobFailedError("the engine failed on this request"))
         return await running.end(failed)
 
-    def stop(self, attempt: Attempt) -> None:
+    def stop(self, attempt: Attempt, cause: Cause | State) -> None:
         """Stops a job that is no longer this worker's: the engine frees its slot."""
         running = self._running.get(attempt)
         if running and not running.is_stopped:
             log.info("job %s: stopped", attempt)
-            running.stop()
+            running.stop(cause)
 
     async def pause(self, lane: Lane, count: int) -> None:
         """Stops so many jobs of the lane, or those that can go on later if they are fewer.
@@ -158,10 +158,10 @@ class Runner:
             log.info("job %s: paused", running.claim.job.id)
             running.pause()
 
-    def stop_all(self) -> None:
+    def stop_all(self, cause: Cause) -> None:
         """Stops whatever runs."""
         for attempt in list(self._running):
-            self.stop(attempt)
+            self.stop(attempt, cause)
 
 
 def _scope(claim: Claim) -> Message:

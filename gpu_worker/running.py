@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,7 +109,8 @@ class Running:
     feed: Feed = field(init=False)
     task: "asyncio.Task[None] | None" = None
     head: Start | None = None
-    is_stopped: bool = False
+    stop_cause: Cause | State | None = None
+    """Why the job is no longer this worker's; None: it is."""
     ended: End | None = None
     is_paused: bool = False
     early_end: SluiceError | None = None
@@ -119,6 +120,8 @@ class Running:
     """Set when the client needs nothing more: the answer is complete, or the job was stopped."""
     _whole: list[bytes] = field(default_factory=list)
     """The pieces of a body that is not streamed: clients get all of it or nothing."""
+    on_answer: Callable[[bytes], None] = lambda _: None
+    """Is given what the engine answers: each event of a stream, or a whole body."""
     has_diverged: bool = False
     has_progressed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set by an event that no earlier attempt has sent."""
@@ -153,9 +156,13 @@ class Running:
         """Whether nobody hears what the app still says."""
         return self.is_stopped or self.early_end is not None
 
-    def stop(self) -> None:
+    @property
+    def is_stopped(self) -> bool:
+        return self.stop_cause is not None
+
+    def stop(self, cause: Cause | State) -> None:
         """Stops the job, which is no longer this worker's."""
-        self.is_stopped = True
+        self.stop_cause = cause
         self._leave()
 
     @property
@@ -172,7 +179,7 @@ class Running:
         if record := self.replay_log.take():
             self.feed.put((Kind.NOTE, b"", record))
         self.is_paused = True
-        self.stop()
+        self.stop(Cause.PREEMPTED)
 
     def end_early(self, reason: SluiceError) -> None:
         """Stops the app, and has the job end with that error."""
@@ -239,6 +246,7 @@ class Running:
         whole: list[tuple[Kind, bytes]] = []
         if not self.head.is_event_stream:
             head, body = self.head, b"".join(self._whole)
+            self.on_answer(body)
             if status >= 400:
                 head, body = in_our_shape(head, body, self.claim.job)
             whole = [(Kind.START, head.encode()), *([(Kind.BODY, body)] if body else [])]
@@ -281,6 +289,7 @@ class Running:
 
     def _send_event(self, event: bytes) -> None:
         """Sends the event, unless clients have it."""
+        self.on_answer(event)
         known = self.history.events
         if not self._repeated and known:
             self._created = _found(_CREATED, event), _found(_CREATED, known[0])

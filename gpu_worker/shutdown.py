@@ -36,7 +36,7 @@ def drain(worker: "Worker") -> None:
         log.info("draining: %d jobs run, %.0f s left for them", held, left_s)
         worker.claims.await_idle(min(left_s, PROGRESS_LINE_S))
     threading.Thread(target=_force_exit, daemon=True).start()
-    for claim in worker.claims.give_up():
+    for claim in worker.claims.give_up(Cause.HANDED_BACK):
         worker.hand_back(claim, Cause.HANDED_BACK, "its worker was stopped")
         worker.stop_job(Attempt.of(claim))
     worker.shut_down(0)
@@ -72,9 +72,9 @@ def _end_with_error(worker: "Worker", reason: str, cause: Cause) -> None:
     worker.state = WorkerState.DRAINING
     worker.stop_consuming()
     threading.Thread(target=_force_exit, daemon=True).start()
-    for claim in worker.claims.give_up():
+    for claim in worker.claims.give_up(cause):
         worker.hand_back(claim, cause, reason)
-    worker.loop.call_soon_threadsafe(worker.runner.stop_all)
+    worker.loop.call_soon_threadsafe(worker.runner.stop_all, cause)
     _kill_children()
     worker.shut_down(1)
 

@@ -165,8 +165,9 @@ class Worker:
             about = {"attempt": claim.attempt, "queue_ms": claim.queue_ms}
             log.info("job claimed", extra=claim.job.log_fields | about)
             try:
-                if self.claims.is_given_up:
+                if self.claims.given_up:
                     self.hand_back(claim, Cause.HANDED_BACK, "its worker was stopped")
+                    traces.record_unrun(claim, Cause.HANDED_BACK)
                 else:
                     may_wait = self._run_job(claim)
             finally:
@@ -198,6 +199,7 @@ class Worker:
             self.hand_back(
                 claim, Cause.WORKER_FAILED, "its log has later entries than this attempt"
             )
+            traces.record_unrun(claim, Cause.WORKER_FAILED)
             return True
         except LogLostError as lost:
             self.hand_back(claim, Cause.HANDED_BACK, str(lost))
@@ -270,7 +272,9 @@ class Worker:
 
     def stop_job(self, attempt: Attempt) -> None:
         """Stops a job that is no longer this worker's."""
-        self.loop.call_soon_threadsafe(self.runner.stop, attempt)
+        # A job that is handed back may be found lost before it is stopped for that.
+        cause = self.claims.given_up or State.CANCELLED
+        self.loop.call_soon_threadsafe(self.runner.stop, attempt, cause)
 
     def _clear(self, claim: Claim) -> None:
         """The job has got further than any earlier attempt: it is not what kills its workers."""

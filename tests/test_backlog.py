@@ -64,7 +64,7 @@ def test_a_claimed_job_that_lacks_a_field_cannot_be_read(name: str) -> None:
 
     def decode() -> Claim:
         values: Any = [known.get(name.encode()) for name in Claim.FIELDS]
-        return Claim.decode([b"job_1", b"1", b"0", *values])
+        return Claim.decode([b"job_1", b"1", b"0", b"0", *values])
 
     assert decode().job.tenant == "acme"
     del known[name.encode()]
@@ -238,6 +238,28 @@ def test_a_job_handed_back_waits_again_at_its_place_and_has_not_failed(backlog: 
     backlog.cancel(claim.job.id)
     assert backlog.requeue(claim, Cause.HANDED_BACK, "stopped") is None
     assert backlog.redis.zcard(keys.LEASES) == 0
+
+
+def test_each_claim_tells_how_long_the_job_has_waited_for_it(backlog: Backlog) -> None:
+    hour_ms = 3_600_000
+    job = _job()
+    backlog.submit(job)
+    backlog.redis.hincrby(keys.job(job.id), "queued_us", -hour_ms * 1000)
+    first = backlog.claim("m", "w")
+    assert first
+    assert first.wait_ms == first.queue_ms >= hour_ms
+    backlog.requeue(first, Cause.HANDED_BACK, "stopped")
+    second = backlog.claim("m", "w")
+    assert second
+    assert second.wait_ms < hour_ms <= second.queue_ms
+    _expire_leases(backlog)
+    (reaped,) = backlog.reap()
+    assert reaped.started_us
+    assert reaped.waited_since_us
+    assert reaped.started_us - reaped.waited_since_us < hour_ms * 1000
+    third = backlog.claim("m", "w")
+    assert third
+    assert third.wait_ms < hour_ms <= third.queue_ms
 
 
 def test_a_job_that_fails_waits_its_delay_and_ends_as_a_dead_letter(backlog: Backlog) -> None:

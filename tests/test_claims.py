@@ -6,7 +6,7 @@ import pytest
 
 from bench.stack import await_that
 from gpu_worker.claims import ANY_NUMBER, Claims
-from tasks.contract.job import Claim, Job
+from tasks.contract.job import Cause, Claim, Job
 
 
 def _claim(name: str, sequences: int = 1, attempt: int = 1) -> Claim:
@@ -96,11 +96,11 @@ def test_a_drain_knows_of_a_claim_that_was_under_way(is_answered_in_time: bool) 
     assert not claims.is_idle()
     if is_answered_in_time:
         underway.answer()
-        assert claims.give_up() == [underway.taken]
+        assert claims.give_up(Cause.HANDED_BACK) == [underway.taken]
     else:
-        assert claims.give_up() == []
+        assert claims.give_up(Cause.HANDED_BACK) == []
         underway.answer()
-        assert claims.is_given_up  # whoever has claimed it hands it back
+        assert claims.given_up  # whoever has claimed it hands it back
     assert underway.taken
     assert claims.take(lambda _: _claim("b")) is None
     claims.release(underway.taken)

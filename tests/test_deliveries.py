@@ -225,7 +225,7 @@ def test_what_is_read_at_once_is_claimed_once(database: str) -> None:
 
     def work(_: int) -> list[str]:
         barrier.wait(120)
-        return [delivery.job_id for delivery in claim(database, job_ids, 60)]
+        return [claimed.delivery.job_id for claimed in claim(database, job_ids, 60)]
 
     with ThreadPoolExecutor(4) as pool:
         claims = list(pool.map(work, range(4)))

@@ -105,6 +105,8 @@ def get_text(stack: Stack, job_id: str) -> str:
 class Endless:
     """An engine that sends a body in pieces, and never ends it."""
 
+    server = None
+
     def __init__(self) -> None:
         self.running = 0
 

@@ -76,12 +76,26 @@ def named(spans: list[Received], name: str) -> Received:
     return span
 
 
-def traced_lines(stack: Stack, part: str) -> set[str]:
-    """The events that the part has logged with the client's trace."""
+def check_waits(spans: list[Received]) -> None:
+    """Each attempt has had a wait of its own, which began when the one before it was taken back."""
+    waits = [span for span in spans if span.name == "queue"]
+    attempts = [span for span in spans if span.name == "chat sim"]
+    assert [wait.ended_ns for wait in waits] == [attempt.begun_ns for attempt in attempts]
+    assert all(wait.begun_ns <= wait.ended_ns for wait in waits)
+    assert not any(wait.has_failed for wait in waits)
+    assert attempts[0].begun_ns < waits[1].begun_ns
+
+
+def traced_lines(stack: Stack, part: str) -> list[dict[str, Any]]:
+    """What the part has logged with the client's trace."""
     # The last line may not be whole yet.
     *lines, _ = stack.part(part).log.read_text().split("\n")
-    events = [orjson.loads(line) for line in lines if line.startswith("{")]
-    return {event["event"] for event in events if event.get("trace_id") == TRACE}
+    found = [orjson.loads(line) for line in lines if line.startswith("{")]
+    return [line for line in found if line.get("trace_id") == TRACE]
+
+
+def traced_events(stack: Stack, part: str) -> set[str]:
+    return {line["event"] for line in traced_lines(stack, part)}
 
 
 def test_a_stream_is_one_trace(home: Path, collector: Receiver) -> None:
@@ -89,7 +103,7 @@ def test_a_stream_is_one_trace(home: Path, collector: Receiver) -> None:
         for path in OTHERS_THAN_JOBS:
             requests.get(stack.url + path, headers=CLIENT, timeout=60)
         assert Client(stack, chat(max_tokens=2)).answer()  # not sampled
-        body = chat(stream=True, max_tokens=20) | {"user": SECRET}
+        body = chat(stream=True, max_tokens=20, seed=7, top_k=5) | {"user": SECRET}
         body["messages"].append({"role": "user", "content": SECRET})
         client = Client(stack, body, **CLIENT)
         answer = client.answer()
@@ -116,6 +130,12 @@ def test_a_stream_is_one_trace(home: Path, collector: Receiver) -> None:
                 "gen_ai.operation.name": "chat",
                 "gen_ai.request.model": "sim",
                 "gen_ai.request.stream": True,
+                "gen_ai.request.seed": 7,
+                "gen_ai.request.top_k": 5,
+                "gen_ai.request.temperature": 0.0,
+                "gen_ai.response.id": f"chatcmpl-{job_id}",
+                "gen_ai.response.model": "sim",
+                "gen_ai.response.finish_reasons": ["length"],
                 "gen_ai.usage.input_tokens": answer["usage"]["prompt_tokens"],
                 "gen_ai.usage.output_tokens": answer["usage"]["completion_tokens"],
                 "sluice.job.attempt": 1,
@@ -131,8 +151,8 @@ def test_a_stream_is_one_trace(home: Path, collector: Receiver) -> None:
             assert path == "/v1/traces"
             assert SECRET.encode() not in export
             assert text not in export
-        await_that(lambda: "job accepted" in traced_lines(stack, "api"))
-        await_that(lambda: {"job claimed", "job completed"} <= traced_lines(stack, "worker"))
+        await_that(lambda: "job accepted" in traced_events(stack, "api"))
+        await_that(lambda: {"job claimed", "job completed"} <= traced_events(stack, "worker"))
 
 
 def test_each_request_on_a_websocket_is_a_span(home: Path, collector: Receiver) -> None:
@@ -158,9 +178,11 @@ def test_attempts_are_linked(home: Path, collector: Receiver) -> None:
         (victim,) = [worker for worker in stack.workers if stack.jobs_of(worker)]
         victim.kill()
         usage = client.answer()["usage"]
-        spans = await_spans(collector, API, "relay", "chat sim", "chat sim", "decode")
+        names = (API, "relay", "chat sim", "chat sim", "decode", "queue", "queue")
+        spans = await_spans(collector, *names)
         first, second = [span for span in spans if span.name == "chat sim"]
-        assert tree(spans)["chat sim"] == API
+        assert tree(spans)["chat sim"] == tree(spans)["queue"] == API
+        check_waits(spans)
         assert [span.attributes["sluice.job.attempt"] for span in (first, second)] == [1, 2]
         assert (first.linked_ids, second.linked_ids) == ([], [first.id])
         assert first.service == "sluice-maintenance"
@@ -169,6 +191,49 @@ def test_attempts_are_linked(home: Path, collector: Receiver) -> None:
         assert not second.has_failed
         assert second.attributes["gen_ai.usage.output_tokens"] == usage["completion_tokens"]
         assert named(spans, "decode").parent_id == second.id
+
+
+def test_an_attempt_that_a_stopped_worker_hands_back_says_so(
+    home: Path, collector: Receiver
+) -> None:
+    with tracing(home, collector.url, SLOW_SIM, workers=2, drain_s=0) as stack:
+        client = Client(stack, chat(stream=True, max_tokens=100), **CLIENT)
+        await_tokens([client], 10)
+        (victim,) = [worker for worker in stack.workers if stack.jobs_of(worker)]
+        assert victim.stop() == 0
+        assert client.answer()
+        spans = await_spans(collector, API, "relay", "chat sim", "chat sim", "queue", "queue")
+        first, second = [span for span in spans if span.name == "chat sim"]
+        check_waits(spans)
+        assert first.service == "sluice-worker"
+        assert (first.has_failed, first.attributes["error.type"]) == (True, "handed_back")
+        assert (second.has_failed, second.linked_ids) == (False, [first.id])
+
+
+@pytest.mark.parametrize("failure", ["die", "hang"])
+def test_an_attempt_says_that_its_engine_died(
+    home: Path, collector: Receiver, failure: str
+) -> None:
+    with tracing(home, collector.url, SLOW_SIM, engine_stall_s=3) as stack:
+        (worker,) = stack.workers
+        job = {"endpoint": ENDPOINT, "body": CHAT | {"sim": {"failure": failure}}}
+        requests.post(f"{stack.url}/v1/jobs", json=job, headers=CLIENT, timeout=60)
+        assert worker.popen.wait(120) == 1
+        attempt = named(await_spans(collector, "POST /v1/jobs", "chat sim"), "chat sim")
+        assert (attempt.has_failed, attempt.attributes["error.type"]) == (True, "engine_died")
+
+
+def test_a_job_that_nobody_has_claimed_has_waited(home: Path, collector: Receiver) -> None:
+    with tracing(home, collector.url) as stack:
+        stack.redis.sadd(keys.PAUSED, "sim")
+        job = {"endpoint": ENDPOINT, "body": CHAT, "deadline_s": 1}
+        requests.post(f"{stack.url}/v1/jobs", json=job, headers=CLIENT, timeout=60)
+        spans = await_spans(collector, "POST /v1/jobs", "queue")
+        wait = named(spans, "queue")
+        assert tree(spans)["queue"] == "POST /v1/jobs"
+        assert (wait.service, wait.has_failed) == ("sluice-maintenance", True)
+        assert wait.attributes["error.type"] == "expired"
+        assert wait.ended_ns - wait.begun_ns >= 1e9
 
 
 def test_a_webhook_and_a_retry_belong_to_their_requests(home: Path, collector: Receiver) -> None:
@@ -187,7 +252,10 @@ def test_a_webhook_and_a_retry_belong_to_their_requests(home: Path, collector: R
         calls = [span for span in spans if span.name == "webhook"]
         assert [call.has_failed for call in calls] == [True, False]
         assert [call.attributes["http.response.status_code"] for call in calls] == [500, 204]
-        assert all(call.attributes["sluice.job.id"] == accepted.json()["id"] for call in calls)
+        job_id = accepted.json()["id"]
+        assert all(call.attributes["sluice.job.id"] == job_id for call in calls)
+        lines = lambda: [line["job"] for line in traced_lines(stack, "maintenance")]
+        await_that(lambda: lines() == [job_id] * 2, explain=lines)  # of the two calls
 
         stack.redis.sadd(keys.PAUSED, "sim")
         cancelled = submit(stack, CHAT)["id"]
@@ -199,7 +267,7 @@ def test_a_webhook_and_a_retry_belong_to_their_requests(home: Path, collector: R
             collector, "POST /v1/jobs/<string:job_id>/retry", "chat sim", "chat sim"
         )
         jobs = [s.attributes["sluice.job.id"] for s in spans if s.name == "chat sim"]
-        assert jobs == [accepted.json()["id"], again]
+        assert jobs == [job_id, again]
 
 
 @pytest.mark.parametrize("is_hanging", [False, True])
@@ -228,7 +296,7 @@ def test_without_an_endpoint_nothing_is_sent_or_kept(home: Path, collector: Rece
         client = Client(stack, chat(stream=True), **CLIENT)
         client.answer()
         assert not stack.redis.hget(keys.job(client.headers["x-sluice-job"]), "traceparent")
-        assert not traced_lines(stack, "api") | traced_lines(stack, "worker")
+        assert not traced_lines(stack, "api") + traced_lines(stack, "worker")
     assert collector.exports == []
 
 

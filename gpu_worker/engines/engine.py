@@ -48,6 +48,10 @@ class Engine(Protocol):
 
     app: AsgiApp
 
+    @property
+    def server(self) -> tuple[str, int] | None:
+        """Host and port of the server that it asks; None: it is the worker's own."""
+
     def load(self) -> Load:
         """What the engine is doing now."""
 

@@ -66,6 +66,11 @@ class RemoteEngine:
         self._names = names
         self._running = 0
 
+    @property
+    def server(self) -> tuple[str, int]:
+        url = self._client.base_url
+        return url.host, url.port or (443 if url.scheme == "https" else 80)
+
     def load(self) -> Load:
         return Load(self._running, 0)
 

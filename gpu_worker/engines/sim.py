@@ -59,6 +59,8 @@ class Args(BaseModel):
 class SimEngine:
     """The batch, its speed and its failures, behind an ASGI app."""
 
+    server = None
+
     def __init__(self, model: Model, args: Args) -> None:
         self._name = model.name
         self._args = args

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 class VllmEngine:
     """A running AsyncLLM and vLLM's own OpenAI app around it."""
 
+    server = None
+
     def __init__(self, app: AsgiApp, client: Any) -> None:
         self._app = app
         self._client = client

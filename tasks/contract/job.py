@@ -207,10 +207,13 @@ class Claim:
     job: Job
     attempt: int
     queue_ms: int
+    """Since it was accepted."""
     failures: int
     """How often it has failed before: its worker died, or the engine could not answer."""
     max_failures: int
     worker: str = ""
+    wait_ms: int = 0
+    """Since it was queued last."""
     claimed_s: float = field(default_factory=time.monotonic, compare=False)
     """When the worker got it, by its own clock."""
 
@@ -229,15 +232,15 @@ class Claim:
 
     @classmethod
     def decode(cls, reply: Sequence[bytes]) -> Self:
-        """Reads claim.lua's reply: id, attempt, queue_ms, then FIELDS.
+        """Reads claim.lua's reply: id, attempt, queue_ms, wait_ms, then FIELDS.
 
         Raises:
             DecodeError: the reply has another shape.
         """
         try:
-            job_id, attempt, queue_ms, *fields, body, failures, most, worker = reply
+            job_id, attempt, queue_ms, wait_ms, *fields, body, failures, most, worker = reply
             job = Job.decode(job_id.decode(), fields, body)
             counts = int(failures or 0), int(most)
-            return cls(job, int(attempt), int(queue_ms), *counts, worker.decode())
+            return cls(job, int(attempt), int(queue_ms), *counts, worker.decode(), int(wait_ms))
         except (ValueError, AttributeError) as broken:
             raise DecodeError(f"a claimed job cannot be read: {broken}") from broken

@@ -10,7 +10,7 @@ record the attempt of a worker that was killed, and the next attempt link to it.
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -31,7 +31,7 @@ _TRACEPARENT = re.compile(
     "(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?"
 )
 
-Attribute = str | int | float | bool
+Attribute = str | int | float | bool | Sequence[str]
 Attributes = Mapping[str, Attribute]
 
 

@@ -19,9 +19,9 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 
 from db import migrate
-from db.models import WebhookAttempt, WebhookDelivery
-from db.webhooks import Due, Noted, claim, due, give_back, note_attempts
-from tasks.contract import open_files
+from db.models import WebhookAttempt
+from db.webhooks import Claimed, Due, Noted, claim, due, give_back, note_attempts
+from tasks.contract import open_files, tracing
 from tasks.contract.settings import Settings
 from tasks.maintenance.traces import record_calls
 from tasks.maintenance.webhooks import Sender, decide, make_event
@@ -53,7 +53,7 @@ class Deliverer:
         self._redis = redis
         # The other half is for the rest of the process.
         self._places = min(AT_ONCE, open_files.allow(2 * AT_ONCE) // 2)
-        self._calls: dict[asyncio.Task[None], WebhookDelivery] = {}
+        self._calls: dict[asyncio.Task[None], Claimed] = {}
         self._ended: list[Noted] = []
         self._uncounted: Counter[str] = Counter()
         self._after = ""
@@ -94,9 +94,9 @@ class Deliverer:
 
         While the database is away one warning is logged: due calls wait there, ended ones here.
         """
-        busy = Counter(delivery.receiver for delivery in self._calls.values())
+        busy = Counter(claimed.delivery.receiver for claimed in self._calls.values())
         try:
-            claimed, is_more = await asyncio.to_thread(self._exchange, busy)
+            begun, is_more = await asyncio.to_thread(self._exchange, busy)
         except (SQLAlchemyError, OSError) as away:
             if not self._is_away:
                 log.warning("webhooks: the database is away, calls wait: %s", away)
@@ -105,13 +105,13 @@ class Deliverer:
         if self._is_away:
             log.info("webhooks: the database is back")
         self._is_away = False
-        for delivery in claimed:
-            call = asyncio.create_task(self._call(delivery))
-            self._calls[call] = delivery
+        for claimed in begun:
+            call = asyncio.create_task(self._call(claimed))
+            self._calls[call] = claimed
             call.add_done_callback(self._note_end)
         return is_more
 
-    def _exchange(self, busy: Counter[str]) -> tuple[list[WebhookDelivery], bool]:
+    def _exchange(self, busy: Counter[str]) -> tuple[list[Claimed], bool]:
         if not self._is_migrated:
             migrate(self._url)
             self._is_migrated = True
@@ -138,9 +138,10 @@ class Deliverer:
             for state in list(self._uncounted):
                 counts.add(self._redis, Counted.WEBHOOKS, state, times=self._uncounted[state])
                 del self._uncounted[state]
-        record_calls(self._url, ended)
+        record_calls(ended)
 
-    async def _call(self, delivery: WebhookDelivery) -> None:
+    async def _call(self, claimed: Claimed) -> None:
+        delivery, traceparent = claimed
         at = datetime.now(UTC)
         event_id, body = make_event(delivery.job_id, delivery.type, delivery.created_at)
         outcome = await self._sender.send(event_id, delivery.url, body, at)
@@ -153,10 +154,12 @@ class Deliverer:
             duration_ms=outcome.duration_ms,
         )
         state, wait_s = decide(outcome, attempt.attempt)
-        self._ended.append(Noted(attempt, state, wait_s))
+        self._ended.append(Noted(attempt, state, wait_s, traceparent))
         # Its URL may hold a secret too.
         form = "webhook %s: %s in attempt %d after %d ms, now %s"
-        log.info(form, event_id, outcome.summary, attempt.attempt, outcome.duration_ms, state)
+        what = event_id, outcome.summary, attempt.attempt, outcome.duration_ms, state
+        about = {"job": delivery.job_id, **tracing.log_fields(traceparent)}
+        log.info(form, *what, extra=about)
 
     def _note_end(self, call: asyncio.Task[None]) -> None:
         self._calls.pop(call, None)
@@ -168,9 +171,10 @@ class Deliverer:
         unfinished = dict(self._calls)
         for call in unfinished:
             call.cancel()
+        deliveries = [claimed.delivery for claimed in unfinished.values()]
         try:
             await asyncio.to_thread(self._note)
-            await asyncio.to_thread(give_back, self._url, list(unfinished.values()))
+            await asyncio.to_thread(give_back, self._url, deliveries)
         except (SQLAlchemyError, OSError) as away:
             calls = len(self._ended) + len(unfinished)
             log.warning("webhooks: %d calls are made again, SQL is away: %s", calls, away)

@@ -1,8 +1,7 @@
-"""The spans of webhooks, recorded when their calls are noted in SQL, which knows jobs' traces."""
+"""The spans of webhooks, recorded when their calls are noted in SQL."""
 
 from collections.abc import Sequence
 
-from db import jobs
 from db.models import WebhookAttempt
 from db.webhooks import Noted
 from tasks.contract import tracing
@@ -10,18 +9,10 @@ from tasks.contract.tracing import Attribute, Span
 from tasks.queue.jobs import TRACED_AS
 
 
-def record_calls(url: str, notes: Sequence[Noted]) -> None:
-    """Records these calls in the traces of their jobs, if tracing is on.
-
-    Raises:
-        SQLAlchemyError: the database is away.
-    """
-    if not notes or tracing.get_tracer(TRACED_AS) is None:
-        return
-    traceparents = jobs.traceparents(url, [note.attempt.job_id for note in notes])
+def record_calls(notes: Sequence[Noted]) -> None:
+    """Records these calls in the traces of their jobs, if tracing is on."""
     for note in notes:
-        if traceparent := traceparents.get(note.attempt.job_id):
-            tracing.record(TRACED_AS, traceparent, _span(note.attempt, note.state))
+        tracing.record(TRACED_AS, note.traceparent, _span(note.attempt, note.state))
 
 
 def _span(call: WebhookAttempt, state: str) -> Span:

@@ -102,6 +102,8 @@ class Reaped(NamedTuple):
     started_us: int | None = None
     """When the attempt that has ended by this did; None: none has."""
     traceparent: str = ""
+    waited_since_us: int | None = None
+    """For that attempt, or until now if none has started; None: it waits on."""
 
 
 class Finished(IntEnum):
@@ -336,11 +338,11 @@ class Backlog:
         """
         return [
             Reaped(
-                *(job_id, model, tenant, int(attempt), listener, State(state), endpoint),
-                *(int(started) if started else None, trace),
+                *(job, model, tenant, int(attempt), listener, State(state), endpoint),
+                *(int(started) if started else None, trace, int(since) if since else None),
             )
             for row in self._reap(args=[REAPED_AT_ONCE])
-            for job_id, model, tenant, attempt, listener, state, endpoint, started, trace in [
+            for job, model, tenant, attempt, listener, state, endpoint, started, trace, since in [
                 map(bytes.decode, row)
             ]
         ]

@@ -19,6 +19,7 @@ from tasks.contract.job_errors import (
     JobLostError,
 )
 from tasks.contract.settings import Settings
+from tasks.contract.tracing import Span
 from tasks.queue import counts
 from tasks.queue.backlog import MOST_TICKETS, Backlog, Reaped
 from tasks.queue.counts import Counted
@@ -135,8 +136,16 @@ class Jobs:
 
 
 def _record_lost(job: Reaped) -> None:
-    """The span of an attempt whose worker cannot record it any more."""
-    if job.started_us is not None and job.traceparent:
-        times_ns = job.started_us * 1000, time.time_ns()
-        span = tracing.attempt_span(job.job_id, job.attempt, job.model, job.endpoint, times_ns)
-        tracing.record(TRACED_AS, job.traceparent, replace(span, error=Cause.LEASE_EXPIRED))
+    """The spans of an attempt whose worker cannot record it any more, or of a wait in vain."""
+    if job.waited_since_us is None or not job.traceparent:
+        return
+    now_ns, started_us = time.time_ns(), job.started_us
+    begun_ns = now_ns if started_us is None else started_us * 1000
+    waited = Span(name="queue", begun_ns=job.waited_since_us * 1000, ended_ns=begun_ns)
+    if started_us is None:
+        tracing.record(TRACED_AS, job.traceparent, replace(waited, error=job.state))
+        return
+    times_ns = begun_ns, now_ns
+    span = tracing.attempt_span(job.job_id, job.attempt, job.model, job.endpoint, times_ns)
+    lost = replace(span, error=Cause.LEASE_EXPIRED)
+    tracing.record(TRACED_AS, job.traceparent, waited, lost)

@@ -20,6 +20,8 @@ from tasks.contract.models import Model
 class BrokenEngine:
     """The sim engine, as long as nothing breaks it."""
 
+    server = None
+
     def __init__(self, sim: sim_engine.SimEngine) -> None:
         self._sim = sim
 

@@ -5,7 +5,8 @@
 -- ARGV: 1 worker, 2 lease in us, 3 model, 4 the worker's free slots, 5 ticket, 6 lanes as
 --       'interactive batch', 7 slots that batch jobs leave free for interactive ones that may come,
 --       8... fields of the hash to return
--- Returns nil when nothing is to be done, else {id, attempt, queue_ms, fields...}.
+-- Returns nil when nothing is to be done, else {id, attempt, ms since it was accepted, ms since it was
+-- queued last, fields...}.
 
 -- Each is put aside once; what is left waits for the next claim.
 local MOST_PASSED = 100
@@ -14,8 +15,8 @@ local model = ARGV[3]
 
 local function reply(job)
     local values = redis.call('HMGET', job.key, unpack(ARGV, 8))
-    local queue_ms = math.floor((job.started_us - job.queued_us) / 1000)
-    return {job.id, job.attempt, whole(queue_ms), unpack(values)}
+    local function ms_since(us) return whole(math.floor((job.started_us - us) / 1000)) end
+    return {job.id, job.attempt, ms_since(job.queued_us), ms_since(job.requeued_us or job.queued_us), unpack(values)}
 end
 
 -- The claim of a key, if it still holds.

@@ -3,16 +3,19 @@
 -- back in the backlog whose delay is over. Gives up the reservations of jobs that were not accepted.
 -- ARGV: 1 at most, of each kind
 -- Returns a list of {id, model, tenant, attempt, listener, 'queued', 'failed' or 'expired', endpoint, when
--- the attempt started in us ('': none has ended here), traceparent}.
+-- the attempt started in us ('': none has ended here), traceparent, since when it waited for that in us ('':
+-- its wait goes on)}.
 local at_us = now_us()
 local reaped = {}
 
 local function each_due(zset, reap)
     for _, id in ipairs(redis.call('ZRANGEBYSCORE', zset, '-inf', whole(at_us), 'LIMIT', 0, ARGV[1])) do
         local job = read_job(id)
+        local waited_since_us = zset ~= DELAYED and (job.requeued_us or job.queued_us) or ''
         if reap(job) then
             reaped[#reaped + 1] = {id, job.model, job.tenant, job.attempt, job.listener or '', job.state,
-                job.endpoint or '', zset == LEASES and job.started_us or '', job.traceparent or ''}
+                job.endpoint or '', zset == LEASES and job.started_us or '', job.traceparent or '',
+                waited_since_us}
         else
             redis.call('ZREM', zset, id)
         end

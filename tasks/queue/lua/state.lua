@@ -3,7 +3,8 @@
 -- place change together, in `move` alone.
 local FIELDS = {'state', 'place', 'attempt', 'model', 'lane', 'tenant', 'endpoint', 'metadata', 'order',
     'failures', 'max_failures', 'cleared', 'sequences', 'weight', 'max_tokens', 'charged', 'body_bytes', 'key_id',
-    'listener', 'attached', 'worker', 'queued_us', 'started_us', 'deadline_us', 'is_dead', 'traceparent'}
+    'listener', 'attached', 'worker', 'queued_us', 'requeued_us', 'started_us', 'deadline_us', 'is_dead',
+    'traceparent'}
 
 -- The job as a table; without a state when there is no such job.
 local function read_job(id)
@@ -98,6 +99,7 @@ local function requeue(job, at_us, cause, reason, delay_us)
             return end_job(job, 'failed', at_us, reason, true)
         end
     end
+    redis.call('HSET', job.key, 'requeued_us', whole(at_us))
     if delay_us > 0 then
         move(job, 'queued', DELAYED, whole(at_us + delay_us))
     else
