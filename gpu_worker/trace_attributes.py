@@ -110,5 +110,5 @@ def _objects(given: Any) -> Iterator[dict[str, Any]]:
     return (one for one in given if isinstance(one, dict)) if isinstance(given, list) else iter(())
 
 
-def _is_number(given: object) -> TypeGuard[float]:
+def _is_number(given: Any) -> TypeGuard[float]:
     return type(given) in (int, float) and abs(given) < _MOST
