@@ -30,8 +30,8 @@ class Connection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.is_open = False
+        self.reply = Reply(0)  # to the latest request
         self._transport: asyncio.Transport
-        self._reply: Reply
         self._answered: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -43,9 +43,9 @@ class Connection(asyncio.Protocol):
         if self._answered is None:
             self._transport.abort()  # no request is pending
             return
-        self._reply.feed(data, now_s)
-        if self._reply.is_complete:
-            self._reply.ended_at_s = now_s
+        self.reply.feed(data, now_s)
+        if self.reply.is_complete:
+            self.reply.ended_at_s = now_s
             self._finish()
 
     def connection_lost(self, _error: Exception | None) -> None:
@@ -54,14 +54,14 @@ class Connection(asyncio.Protocol):
 
     async def ask(self, request: bytes) -> Reply:
         """Sends the request and returns its reply, which may be incomplete if the server left."""
-        self._reply = Reply(time.perf_counter())
+        self.reply = Reply(time.perf_counter())
         self._answered = asyncio.get_running_loop().create_future()
         self._transport.write(request)
         await self._answered
         self._answered = None
-        if self._reply.closes_connection:
+        if self.reply.closes_connection:
             self.close()
-        return self._reply
+        return self.reply
 
     def close(self) -> None:
         self.is_open = False

@@ -30,7 +30,9 @@ from tasks.contract.models import Model, get_catalog
 
 MODEL = Model(name="sim", engine="sim", args={"tokens-per-s": 20, "first-token-s": 0})
 STREAMS, TOKENS = 32, 200
-KILL_AFTER_S = 1.5
+# The kill comes when all streams have begun, or after so long.
+BEGIN_S = 8.0
+LOOK_S = 0.05
 # What are asked for right after the kill.
 NEXT_TOKENS = 10
 # Without a word for so long, a stream has waited for something to be repaired.
@@ -69,25 +71,30 @@ def _told(outcomes: Counter[str]) -> str:
 async def _under_fire(target: Target) -> tuple[Counter[str], Counter[str]]:
     """How the streams end that an engine is killed under, and those that are asked for then."""
     load = Load(target.url, target.model, STREAMS, STREAMS, TOKENS)
-    streaming = asyncio.create_task(_ask_all(load))
-    await asyncio.sleep(KILL_AFTER_S)
+    begun: list[Connection] = []
+    streaming = asyncio.create_task(_ask_all(load, begun))
+    for _ in range(round(BEGIN_S / LOOK_S)):
+        if sum(bool(one.reply.text_at_s) for one in begun) == STREAMS:
+            break
+        await asyncio.sleep(LOOK_S)
     target.kill()
-    after = await _ask_all(replace(load, max_tokens=NEXT_TOKENS, seed=2))
+    after = await _ask_all(replace(load, max_tokens=NEXT_TOKENS, seed=2), [])
     return await streaming, after
 
 
-async def _ask_all(load: Load) -> Counter[str]:
-    asking = [_ask(load, request) for request in load.http_requests()]
+async def _ask_all(load: Load, begun: list[Connection]) -> Counter[str]:
+    asking = [_ask(load, request, begun) for request in load.http_requests()]
     return Counter(await asyncio.gather(*asking))
 
 
-async def _ask(load: Load, request: bytes) -> str:
-    """How the answer ends."""
+async def _ask(load: Load, request: bytes, begun: list[Connection]) -> str:
+    """How the answer ends; `begun` has what it comes on."""
     loop = asyncio.get_running_loop()
     try:
         _, connection = await loop.create_connection(Connection, *load.address)
     except OSError:
         return "not connected"
+    begun.append(connection)
     try:
         async with asyncio.timeout(HANG_S):
             return _outcome(await connection.ask(request), load.max_tokens)

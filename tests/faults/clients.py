@@ -32,8 +32,10 @@ def chat(number: int = 0, **options: Any) -> dict[str, Any]:
 def paused(stack: Stack) -> Iterator[None]:
     """What is submitted in the block to the first model begins together, after it."""
     stack.redis.sadd(keys.PAUSED, stack.models[0])
-    yield
-    stack.redis.srem(keys.PAUSED, stack.models[0])
+    try:
+        yield
+    finally:
+        stack.redis.srem(keys.PAUSED, stack.models[0])
 
 
 class Client(threading.Thread):
