@@ -9,8 +9,8 @@ from bench.processes import cpu_between_s, largest_rss_mb, snapshot
 from bench.stack import Stack, running
 
 STREAMS = 10_000  # as many as an API process serves (api/connection_limits.py)
-RAMP_S = 40  # all have come by then, and none has ended
-TOKENS = 60
+RAMP_S = 80  # all have come by then, and none has ended
+TOKENS = 100
 WORKERS, SLOTS = 4, 2600
 STALL_S = RAMP_S + TOKENS + 60
 MODEL = {
