@@ -71,7 +71,8 @@ def busy(home: Path) -> Iterator[Stack]:
     """A worker with four slots, in all of which a job runs."""
     with running(Stack(home, [SLOW])) as stack:
         ids = [submit(stack, LONG)["id"] for _ in range(4)]
-        await_that(lambda: len(stack.jobs_of(stack.workers[0])) == 4)
+        # Its worker has said so, too.
+        await_that(lambda: demand(stack) == 4, explain=lambda: demand(stack))
         yield stack
         sluice(stack, "cancel", *ids)
 
@@ -110,7 +111,6 @@ def test_a_paused_model_needs_no_workers(idle_stack: Stack) -> None:
 
 
 def test_workers_that_keep_up_are_not_idle(busy: Stack) -> None:
-    await_that(lambda: demand(busy) == 4, explain=lambda: demand(busy))
     assert Metrics(f"{busy.url}/metrics", "sluice_queue_depth").total("sluice_queue_depth") == 0
     assert autoscale(busy, "--jobs-per-worker=2") == "2\n"
 
