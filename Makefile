@@ -22,7 +22,7 @@ UP_NEEDS := $(if $(filter sim http://% https://%,$(SLUICE_MODEL)),core,cpu)
 up: .venv/installed-$(UP_NEEDS)  ## runs everything on this machine, until Ctrl-C
 	@exec $(BIN)/sluice up
 
-## DOMAIN: secrets: how clients call this machine; default: that of .env, or localhost
+## DOMAIN: secrets: how clients call this machine; default: localhost
 
 secrets:  ## writes passwords and certificates of docker-compose.yml, once
 	@$(PYTHON) deploy/make_secrets.py $(DOMAIN)

@@ -1,5 +1,6 @@
 """Deployments that tests share; tests that kill parts start their own."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -48,6 +49,15 @@ def _uses_vllm(file: str) -> bool:
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByDeployment:
     return ByDeployment(config, log)
+
+
+@pytest.fixture(autouse=True)
+def unchanged_umask() -> Iterator[None]:
+    """Commands that a test calls in its own process make files for their user alone."""
+    before = os.umask(0o022)
+    os.umask(before)
+    yield
+    os.umask(before)
 
 
 @pytest.fixture
