@@ -188,7 +188,9 @@ def test_a_model_that_got_worse_fails_the_comparison(
     page, saved = figures / "worse.html", figures / "worse.json"
     done = bench(slotted, "--sweep", page, "--baseline", faster, "--save", saved)
     assert done.returncode == 1
-    rate, good, wait = [line for line in done.stderr.splitlines() if line.startswith("sluice: ")]
+    rate, good, wait, _best = [
+        line for line in done.stderr.splitlines() if line.startswith("sluice: ")
+    ]
     assert rate.startswith(f"sluice: throughput at {SLOTS} streams is ")
     assert good.startswith(f"sluice: goodput at {SLOTS} streams is ")
     assert wait.startswith(f"sluice: TTFT p95 at {SLOTS} streams is ")
@@ -234,7 +236,7 @@ def test_what_cannot_be_drawn_or_compared_is_refused_first(
 def test_what_was_measured_before_an_error_is_drawn_and_not_saved(home: Path) -> None:
     page, saved = home / "curve.html", home / "after.json"
     (place := home / "full").mkdir()
-    with running(Stack(place, [SLOTTED], max_backlog=4)) as stack:
+    with running(Stack(place, [SLOTTED], max_backlog=8)) as stack:
         done = bench(stack, "--sweep", page, "--save", saved)
     assert done.returncode == 1
     assert "the sweep ended early: at 16 streams: " in " ".join(done.stdout.split())
