@@ -236,12 +236,8 @@ class Conversation:
             self._on_disconnect()
 
     def _take_frames(self) -> None:
-        """Until the socket is closed, which is an exception of `receive`."""
-        while True:
-            received = self._ws.receive()
+        while (received := self._ws.receive()) is not None:
             frame = received.encode() if isinstance(received, str) else received
-            if frame is None:
-                continue  # on a busy machine it may wake with nothing; the socket is still open
             if _is_cancellation(frame):
                 if self._on_cancel:
                     self._on_cancel()
