@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 
 from bench.stack import Stack, await_that, running
-from tasks.contract import keys
 from tasks.contract.events import Kind
 from tasks.queue.token_log import TokenLog
-from tests.faults.clients import ENDPOINT, Client, ask, chat, compare, paused
+from tests.faults.clients import ENDPOINT, Client, ask, chat, compare
 from tests.faults.conftest import LEASE_S, SLOW_SIM, Fault
 from tests.test_jobs import call, get, submit
 from tests.test_metrics import Metrics
@@ -92,17 +91,18 @@ def test_a_batch_job_on_vllm_makes_way_and_is_answered_as_if_undisturbed(
 ) -> None:
     body = chat(7, max_tokens=1000, ignore_eos=True) | options
     (undisturbed,) = ask(vllm_stack, [body])
+    each = DEMO_SLOTS // 4
+    # These run for longer than it takes the last chat to come, and it finds too few slots.
+    held = chat(n=each, temperature=1, max_tokens=400, ignore_eos=True)
+    holders = [submit(vllm_stack, held, priority="interactive")["id"] for _ in range(3)]
+    await_that(lambda: _running(vllm_stack, holders) == len(holders))
     job_id = submit(vllm_stack, body, priority="batch")["id"]
     await_that(lambda: _running(vllm_stack, [job_id]) == 1)
-    fault.inflict("chats for all slots")
-    each = DEMO_SLOTS // 4
-    others = [chat(n, n=each, temperature=1, max_tokens=100, ignore_eos=True) for n in range(4)]
-    lane = keys.backlog(vllm_stack.models[0], "interactive")
-    with paused(vllm_stack):
-        chats = [Client(vllm_stack, body) for body in others]
-        await_that(lambda: vllm_stack.redis.zcard(lane) == len(chats))
-    for client in chats:
-        assert len(client.answer()["choices"]) == each
+    fault.inflict("a chat for more slots than are left")
+    last = Client(vllm_stack, chat(n=each, temperature=1, max_tokens=20))
+    assert len(last.answer()["choices"]) == each
+    for holder in holders:
+        call(vllm_stack, "POST", f"/v1/jobs/{holder}/cancel")
     assert _answer(vllm_stack, job_id) == undisturbed
     # Two sequences of one request cannot go on elsewhere: it keeps its slots.
     assert get(vllm_stack, job_id)["attempts"] == (1 if "n" in options else 2)
