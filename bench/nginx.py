@@ -81,10 +81,14 @@ class Nginx:
     def reload(self) -> None:
         """Has new processes read the files; the old ones serve what they have begun."""
         assert self._process
-        master = psutil.Process(self._process.pid)
-        old = {worker.pid for worker in master.children()}
+        old = set(self._workers())
         self._process.signal(signal.SIGHUP)
-        await_that(lambda: {worker.pid for worker in master.children()} - old)
+        await_that(lambda: set(self._workers()) - old)
+
+    def connections(self, port: int) -> int:
+        """How many it has to that port."""
+        open_ones = [one for worker in self._workers() for one in worker.net_connections()]
+        return sum(bool(one.raddr) and one.raddr.port == port for one in open_ones)
 
     def access_log(self) -> list[dict[str, object]]:
         """A line for each request that has ended."""
@@ -113,6 +117,10 @@ class Nginx:
             assert shipped in text, shipped
             text = text.replace(shipped, here)
         return text
+
+    def _workers(self) -> list[psutil.Process]:
+        assert self._process
+        return psutil.Process(self._process.pid).children()
 
     def _answers(self) -> bool:
         assert self._process

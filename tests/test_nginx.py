@@ -191,18 +191,10 @@ def test_an_api_that_is_killed_takes_no_new_request_along(stack: Stack, nginx: N
     killed, port = stack.api_processes[1], stack.api_ports[1]
     killed.kill_all()
     # One that is sent on a connection whose end nginx has not noticed yet is such a request.
-    await_that(lambda: not _connections(nginx, port))
+    await_that(lambda: not nginx.connections(port))
     assert {_ask(nginx) for _ in range(20)} == {200}
     stack.api_processes[1] = _start_again(stack, port)
     await_that(lambda: _serves(nginx, port))
-
-
-def _connections(nginx: Nginx, port: int) -> list[Any]:
-    """Those that nginx has to that port."""
-    assert nginx._process
-    workers = psutil.Process(nginx._process.pid).children()
-    open_ones = [one for worker in workers for one in worker.net_connections()]
-    return [one for one in open_ones if one.raddr and one.raddr.port == port]
 
 
 def test_when_no_api_answers_clients_are_told_when_to_come_back(stack: Stack, nginx: Nginx) -> None:
