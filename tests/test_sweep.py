@@ -188,12 +188,12 @@ def test_a_model_that_got_worse_fails_the_comparison(
     page, saved = figures / "worse.html", figures / "worse.json"
     done = bench(slotted, "--sweep", page, "--baseline", faster, "--save", saved)
     assert done.returncode == 1
-    rate, good, wait, _best = [
-        line for line in done.stderr.splitlines() if line.startswith("sluice: ")
-    ]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("sluice: ")]
+    rate, good, wait, best = lines
     assert rate.startswith(f"sluice: throughput at {SLOTS} streams is ")
     assert good.startswith(f"sluice: goodput at {SLOTS} streams is ")
     assert wait.startswith(f"sluice: TTFT p95 at {SLOTS} streams is ")
+    assert best.startswith("sluice: highest goodput is ")
     assert f" % worse than in {faster}; 10 % are allowed" in wait
     assert not saved.exists()
     assert f"throughput at {SLOTS} streams: " in page.read_text()
