@@ -124,6 +124,7 @@ async def _open(args: Namespace) -> AsyncIterator[VllmEngine]:
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
     from vllm.entrypoints.launchers.app import build_app
+    from vllm.envs import enable_envs_cache
 
     from gpu_worker.engines.vllm_replay import make_continuable
 
@@ -138,6 +139,9 @@ async def _open(args: Namespace) -> AsyncIterator[VllmEngine]:
         # the loop (8 ms between tokens against 3 ms).
         async with app.router.lifespan_context(app):
             _make_way()
+            # Nothing changes the environment from here on. EngineCore does the same for itself; in
+            # the front end vLLM asks for a variable with every token.
+            enable_envs_cache()
             yield VllmEngine(app, client)
 
 
