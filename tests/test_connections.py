@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 import redis
@@ -54,6 +55,22 @@ def test_no_command_waits_long_for_a_redis_that_does_not_answer(
         process.signal(signal.SIGCONT)
     # The wait, the command and the greeting before it, and one retry of both.
     assert max(waits_s) < slack(5 * COMMAND_TIMEOUT_S)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": True})])
+async def test_a_client_on_a_loop_sends_every_kind_of_value_as_it_is(server: Stack) -> None:
+    values: list[Any] = ["text: é€𝄞", b"\0\xff\r\n", b"", 7, -(2**40), 0.5, b"x" * 100_000]
+    values.append(memoryview(b"view"))
+    async with connect_async(server.env["SLUICE_REDIS_URL"]) as client:
+        echo = await client.register_script("return ARGV")(args=values)
+        piped = client.pipeline(transaction=False)
+        for value in values:
+            piped.echo(value)
+        wanted = [str(v).encode() if isinstance(v, str | int | float) else bytes(v) for v in values]
+        assert echo == await piped.execute() == wanted
+        with pytest.raises(redis.DataError):
+            await client.set("key", None)
 
 
 class Resetting:

@@ -12,6 +12,7 @@ import redis
 import redis.asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ConstantBackoff, NoBackoff
+from redis.connection import HiredisRespSerializer
 from redis.retry import Retry
 
 CONNECT_TIMEOUT_S = 1.0
@@ -74,6 +75,24 @@ def connect(url: str) -> redis.Redis:
     return redis.Redis(connection_pool=pool)
 
 
+class _PackedByHiredis:
+    """Packs commands in C, as blocking connections do; those on a loop do it in Python."""
+
+    _packer = HiredisRespSerializer()
+
+    def pack_command(self, *args: Any) -> list[bytes]:
+        packed: list[bytes] = self._packer.pack(*args)
+        return packed
+
+
+class _LoopConnection(_PackedByHiredis, redis.asyncio.Connection):
+    pass
+
+
+class _LoopTlsConnection(_PackedByHiredis, redis.asyncio.SSLConnection):
+    pass
+
+
 class _LoopClient(redis.asyncio.Redis):
     """A client on an event loop, whose lost connections are errors of Redis also with uvloop."""
 
@@ -89,7 +108,13 @@ class _LoopClient(redis.asyncio.Redis):
 
 def connect_async(url: str) -> redis.asyncio.Redis:
     """The same for an event loop, without retries: its only user retries in its own way."""
-    return _LoopClient.from_url(url, retry=AsyncRetry(ConstantBackoff(0), 0), **_BOUNDS)
+    client = _LoopClient.from_url(url, retry=AsyncRetry(ConstantBackoff(0), 0), **_BOUNDS)
+    # As an option of `from_url` it would lose to that for TLS.
+    if url.startswith("rediss://"):
+        client.connection_pool.connection_class = _LoopTlsConnection
+    else:
+        client.connection_pool.connection_class = _LoopConnection
+    return client
 
 
 def connect_listener(url: str) -> redis.Redis:
