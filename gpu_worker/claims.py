@@ -1,10 +1,10 @@
-"""The claims that a worker holds: as many as its slots have room for, taken one at a time."""
+"""The claims that a worker holds: as many as its slots have room for."""
 
 import threading
 from collections.abc import Callable
 
 from tasks.contract.events import Attempt
-from tasks.contract.job import Cause, Claim
+from tasks.contract.job import Cause, Claim, Room
 
 # What an idle worker offers: a job that wants more slots than any worker has would otherwise stand
 # before all others for ever, as when an operator has taken slots away.
@@ -20,31 +20,42 @@ class Claims:
         self._slots = slots
         self._held: dict[Attempt, Claim] = {}
         self._is_open = True
-        self._is_claiming = False
+        self._claimers = 0
+        """Threads that claim, or wait for their turn to."""
         self._changed = threading.Condition()
         self._turn = threading.Lock()
 
-    def take(self, claim: Callable[[int], Claim | None]) -> Claim | None:
-        """Claims a job, given the number of free slots; not tried without any, or when closed."""
-        with self._turn:  # the next claim must know how many slots this job takes
+    def take(
+        self, claim: Callable[[Room], list[Claim]], instead_of: Claim | None = None
+    ) -> list[Claim] | None:
+        """Claims jobs, given the room for them; None: not tried, as there is none, or when closed.
+
+        `instead_of`: a job that has ended, whose slots are free for them.
+        """
+        with self._changed:
+            if instead_of:
+                del self._held[Attempt.of(instead_of)]
+            self._claimers += 1
+        try:
+            with self._turn:  # the next claim must know how many slots these jobs take
+                return self._take(claim)
+        finally:
             with self._changed:
-                free = self._free()
-                if not self._is_open or free < 1:
-                    return None
-                self._is_claiming = True
-            claimed = None
-            try:
-                claimed = claim(free if self._held else ANY_NUMBER)
-                return claimed
-            finally:
-                with self._changed:
-                    self._is_claiming = False
-                    if claimed:
-                        self._held[Attempt.of(claimed)] = claimed
-                    self._changed.notify_all()
+                self._claimers -= 1
+                self._changed.notify_all()
+
+    def _take(self, claim: Callable[[Room], list[Claim]]) -> list[Claim] | None:
+        with self._changed:
+            free, is_idle = self._free(), not self._held
+            if not self._is_open or free < 1:
+                return None
+        claimed = claim(Room(free, ANY_NUMBER if is_idle else free))
+        with self._changed:
+            self._held |= {Attempt.of(one): one for one in claimed}
+        return claimed
 
     def release(self, claim: Claim) -> None:
-        """The job's slots are free again."""
+        """Frees the slots of a job that has ended; tickets bring other jobs for them."""
         with self._changed:
             del self._held[Attempt.of(claim)]
             self._changed.notify_all()
@@ -53,15 +64,11 @@ class Claims:
         with self._changed:
             return list(self._held.values())
 
-    def has_room(self) -> bool:
-        """Whether a job may be claimed."""
+    def await_room(self) -> bool:
+        """Returns when slots are free that nobody is about to fill; False: none is to be filled."""
         with self._changed:
-            return self._is_open and self._free() > 0
-
-    def await_room(self) -> None:
-        """Returns when a slot is free, or none is to be filled any more."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._is_open or self._free() > 0)
+            self._changed.wait_for(lambda: not self._is_open or self._has_room())
+            return self._is_open
 
     def close(self) -> None:
         """Starts no more claims; one that is under way will still be held."""
@@ -87,7 +94,10 @@ class Claims:
             return list(self._held.values())
 
     def _is_idle(self) -> bool:
-        return not self._held and not self._is_claiming
+        return not self._held and not self._claimers
+
+    def _has_room(self) -> bool:
+        return self._free() > 0 and not self._claimers
 
     def _free(self) -> int:
         return self._slots - sum(claim.job.sequences for claim in self._held.values())

@@ -10,7 +10,7 @@ from redis.exceptions import RedisError
 from gpu_worker.engines.engine import Engine
 from tasks.contract import keys
 from tasks.contract.job import Lane
-from tasks.queue.backlog import Waiting
+from tasks.queue.depth import Waiting, read_waiting
 
 if TYPE_CHECKING:
     from gpu_worker.worker import Worker
@@ -43,7 +43,7 @@ def _look(worker: "Worker") -> Waiting:
     if not any(claim.job.lane is Lane.BATCH for claim in worker.claims.held()):
         return NONE_WAITS
     try:
-        return worker.backlog.waiting(worker.model.name, Lane.INTERACTIVE)
+        return read_waiting(worker.backlog.redis, worker.model.name, Lane.INTERACTIVE)
     except RedisError as away:
         log.warning("whether chats wait is not known: %s", away)
         return NONE_WAITS

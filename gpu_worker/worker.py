@@ -1,9 +1,10 @@
-"""A worker: one engine on an event loop of its own, and a Celery worker whose threads wait for it.
+"""A worker: one engine on an event loop of its own, and a Celery worker that takes tickets.
 
-Celery thread            engine's loop                      other threads
-ticket -> claim job -->  run the job on the engine          renew leases (heartbeat.py)
-(waits)                  pieces -> publisher -> Redis       listen for commands
-finish, claim next  <--  state                              watch engine (shutdown.py)
+dispatcher.py         a thread per job     engine's loop                 other threads
+ticket -> claim jobs                                                     renew leases (heartbeat.py)
+                 -->  start the job   -->  run it on the engine          listen for commands
+                      (waits)              pieces -> publisher -> Redis  watch engine (shutdown.py)
+                      finish, claim   <--  state
 """
 
 import asyncio
@@ -19,13 +20,13 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import urlsplit
-from uuid import uuid4
 
 import uvloop
 from redis.exceptions import RedisError
 
 from gpu_worker import heartbeat, metrics, orphans, preemption, shutdown, traces
 from gpu_worker.claims import Claims
+from gpu_worker.dispatcher import Dispatcher
 from gpu_worker.engines.engine import Engine, open_engine
 from gpu_worker.publisher import Publisher
 from gpu_worker.runner import Ended, Runner
@@ -104,7 +105,7 @@ class TakeoverRefusedError(Exception):
 
 
 class Worker:
-    """The parts of a worker, and how they handle a ticket."""
+    """The parts of a worker, and how they see a job through."""
 
     def __init__(self, model: Model) -> None:
         self.id = f"{socket.gethostname()}-{os.getpid()}"
@@ -151,38 +152,17 @@ class Worker:
         heartbeat.deregister(self.backlog.redis, self.id)
         return self._exit_code
 
-    def serve_ticket(self, _model_name: str) -> None:
-        """The Celery task: claims and runs jobs of the backlog, best first, until none fits.
-
-        A ticket only wakes an idle thread.
-        """
-        if not self.claims.has_room():
-            # Leaves the ticket to others; this thread takes no other one until there is room.
-            self.persist(lambda: self.backlog.send_tickets(self.model.name))
-            self.claims.await_room()
-        may_wait = True
-        while may_wait and (claim := self.claims.take(self._claim)):
-            about = {"attempt": claim.attempt, "queue_ms": claim.queue_ms}
-            log.info("job claimed", extra=claim.job.log_fields | about)
-            try:
-                if self.claims.given_up:
-                    self.hand_back(claim, Cause.HANDED_BACK, "its worker was stopped")
-                    traces.record_unrun(claim, Cause.HANDED_BACK)
-                else:
-                    may_wait = self._run_job(claim)
-            finally:
-                self.claims.release(claim)
-
-    def _claim(self, free_slots: int) -> Claim | None:
-        """The next job. A claim whose reply is lost took effect: its token finds the same job."""
-        token, model = uuid4().hex, self.model
-        claim = lambda: self.backlog.claim(
-            model.name, self.id, token, free_slots, model.reserved_slots
-        )
-        return self.persist(claim)
+    def serve(self, claim: Claim) -> bool:
+        """Runs the job to its end; returns whether another one may wait without a ticket."""
+        about = {"attempt": claim.attempt, "queue_ms": claim.queue_ms}
+        log.info("job claimed", extra=claim.job.log_fields | about)
+        if self.claims.given_up:
+            self.hand_back(claim, Cause.HANDED_BACK, "its worker was stopped")
+            traces.record_unrun(claim, Cause.HANDED_BACK)
+            return False
+        return self._run_job(claim)
 
     def _run_job(self, claim: Claim) -> bool:
-        """Runs the job; returns whether another one may wait without a ticket."""
         begun_s = time.monotonic()
         try:
             history = self._take_over(claim) if claim.attempt > 1 else History()
@@ -295,15 +275,18 @@ class Worker:
     def shut_down(self, exit_code: int) -> None:
         """Ends the consumer's loop, and with it the worker."""
         self._exit_code = exit_code
+        self.claims.close()
         self.closing.set()
         TicketConsumer.exit(exit_code)
 
     def _consume_tickets(self) -> None:
         """Works on tickets, in the main thread, until a shutdown is asked for."""
-        self._consumer = TicketConsumer(self.model.name, self.model.slots, self.serve_ticket)
+        dispatcher = Dispatcher(self)
+        self._consumer = TicketConsumer(self.model.name, dispatcher.serve_ticket)
         log.info("worker %s serves %s with %d slots", self.id, self.model.name, self.model.slots)
         metrics.report_ready(True)
-        self._consumer.run()
+        with dispatcher:
+            self._consumer.run()
 
     def _run_engine(self) -> None:
         """The engine's thread: its event loop, from the load to the end."""

@@ -17,7 +17,7 @@ from kombu.message import Message
 from bench.stack import Stack, await_that
 from tasks.contract import keys
 from tasks.contract.errors import BacklogBytesError, DecodeError, IdempotencyError, OverloadedError
-from tasks.contract.job import Cause, Claim, EnqueueOptions, Job, Lane, State, new_id
+from tasks.contract.job import Cause, Claim, EnqueueOptions, Job, Lane, Room, State, new_id
 from tasks.contract.settings import Settings
 from tasks.queue.backlog import MOST_TICKETS, Backlog, Finished
 from tasks.queue.celery_app import TICKET, TicketAMQP
@@ -371,6 +371,87 @@ def test_a_claim_whose_reply_was_lost_returns_the_same_job_again(backlog: Backlo
     assert other
     assert first
     assert other.job.id != first.job.id
+
+
+def _take(
+    backlog: Backlog, slots: int, most: int = 8, token: str = "", reserve: int = 0
+) -> list[str]:
+    """The jobs of one claim, by their ids."""
+    room = Room(slots, slots)
+    return [c.job.id for c in backlog.claim_several("m", "w", token, room, reserve, most)]
+
+
+def test_several_jobs_are_claimed_in_the_order_of_as_many_claims(backlog: Backlog) -> None:
+    batch, first, second = _job(Lane.BATCH), _job(), _job()
+    other = replace(_job(), tenant="other")
+    for job in (batch, first, second, other):
+        backlog.submit(job)
+    assert _take(backlog, 8) == [first.id, other.id, second.id, batch.id]
+    assert _take(backlog, 8) == []
+
+
+def test_several_jobs_that_are_claimed_fit_together(backlog: Backlog) -> None:
+    jobs = [replace(_job(), sequences=sequences) for sequences in (1, 2, 2, 1)]
+    for job in jobs:
+        backlog.submit(job)
+    assert _take(backlog, 4) == [jobs[0].id, jobs[1].id]  # nobody passes the third one
+    assert _take(backlog, 4, most=1) == [jobs[2].id]
+
+
+def test_an_idle_worker_claims_one_job_wider_than_its_slots_and_no_more(backlog: Backlog) -> None:
+    wide, narrow = replace(_job(), sequences=5), _job()
+    backlog.submit(wide)
+    backlog.submit(narrow)
+    claims = backlog.claim_several("m", "w", "", Room(4, 10**6), 0, 8)
+    assert [claim.job.id for claim in claims] == [wide.id]
+
+
+def test_one_of_several_workers_claims_its_share_of_what_waits(backlog: Backlog) -> None:
+    jobs = [_job() for _ in range(5)]
+    for job in jobs:
+        backlog.submit(job)
+    backlog.redis.sadd(keys.WORKERS, "w", "another")
+    assert _take(backlog, 8) == [job.id for job in jobs[:3]]
+    assert _take(backlog, 8) == [jobs[3].id]
+    assert _take(backlog, 8) == [jobs[4].id]
+
+
+def test_one_claim_takes_no_more_large_requests_than_a_reply_may_hold(backlog: Backlog) -> None:
+    jobs = [replace(_job(), body=b"x" * 700_000) for _ in range(4)]
+    for job in jobs:
+        backlog.submit(job)
+    assert _take(backlog, 8) == [jobs[0].id, jobs[1].id]
+
+
+def test_several_claims_whose_reply_was_lost_are_returned_again(backlog: Backlog) -> None:
+    jobs = [_job() for _ in range(4)]
+    for job in jobs:
+        backlog.submit(job)
+    assert _take(backlog, 3, token="token") == [job.id for job in jobs[:3]]
+    assert backlog.cancel(jobs[1].id)
+    assert _take(backlog, 3, token="token") == [jobs[0].id, jobs[2].id]
+    assert _take(backlog, 3, token="another") == [jobs[3].id]
+
+
+def test_of_several_suspects_one_is_claimed(backlog: Backlog) -> None:
+    queue = Backlog(backlog.redis, Settings(lease_s=3, max_attempts=2))
+    jobs = [_job() for _ in range(3)]
+    for job in jobs:
+        queue.submit(job)
+    assert len(_take(queue, 3)) == 3
+    _expire_leases(queue)
+    assert len(queue.reap()) == 3
+    fresh = _job()
+    queue.submit(fresh)
+    assert _take(queue, 8) == [jobs[0].id, fresh.id]
+
+
+def test_a_job_that_cannot_be_read_does_not_cost_the_others(backlog: Backlog) -> None:
+    broken, whole = _job(), _job()
+    backlog.submit(broken)
+    backlog.submit(whole)
+    backlog.redis.hdel(keys.job(broken.id), "metadata")
+    assert _take(backlog, 8) == [whole.id]
 
 
 def test_any_number_of_suspects_loses_none_and_holds_nobody_up(backlog: Backlog) -> None:

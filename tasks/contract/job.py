@@ -51,6 +51,14 @@ class Usage(NamedTuple):
     output_tokens: int
 
 
+class Room(NamedTuple):
+    """How many jobs a worker may claim."""
+
+    slots: int
+    first: int
+    """Slots that the first job may take, which are more if the worker is idle."""
+
+
 def new_id() -> str:
     """A job's id; later ones are greater."""
     return f"job_{uuid7().hex}"

@@ -112,6 +112,7 @@ SCRIPT_NAMES = {
     "LEDGER": LEDGER,
     "RUN": RUN,
     "COUNTS": COUNTS,
+    "WORKERS": WORKERS,
 }
 
 

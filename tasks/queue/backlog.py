@@ -20,11 +20,12 @@ from redis import Redis
 from tasks.contract import keys
 from tasks.contract.errors import (
     BacklogBytesError,
+    DecodeError,
     IdempotencyError,
     OverloadedError,
     RecordsFullError,
 )
-from tasks.contract.job import Cause, Claim, Job, Lane, Snapshot, State, Usage, new_id
+from tasks.contract.job import Cause, Claim, Job, Lane, Room, Snapshot, State, Usage, new_id
 from tasks.contract.settings import Settings, get_settings
 from tasks.queue.celery_app import make_ticket
 from tasks.queue.limits import Limited, NoteLeft, over_limit, read_allowance
@@ -123,11 +124,13 @@ class Cancelled(NamedTuple):
     listener: str
 
 
-class Waiting(NamedTuple):
-    """How many jobs wait in a lane, and the id of the oldest of the highest priority."""
-
-    number: int
-    first: str
+def _decoded(rows: Sequence[Sequence[bytes]]) -> Iterator[Claim]:
+    """The claims; one that cannot be read is left to its lease, and the others are there."""
+    for row in rows:
+        try:
+            yield Claim.decode(row)
+        except DecodeError as broken:
+            log.error("job %s: %s", row[0].decode(), broken)
 
 
 class Backlog:
@@ -249,32 +252,31 @@ class Backlog:
     def claim(
         self, model: str, worker: str, token: str = "", free_slots: int = 1, reserve: int = 0
     ) -> Claim | None:
-        """Leases the first job of the model to the worker; None when none waits that fits.
+        """Leases the first job of the model to the worker; None when none waits that fits."""
+        room = Room(free_slots, free_slots)
+        claims = self.claim_several(model, worker, token, room, reserve, 1)
+        return claims[0] if claims else None
 
-        Batch jobs leave free slots to interactive ones that are to be expected, up to `reserve`.
+    def claim_several(
+        self, model: str, worker: str, token: str, room: Room, reserve: int, most: int
+    ) -> list[Claim]:
+        """Leases the first jobs of the model that fit to the worker, as one claim each would.
 
-        The same token again, for a claim whose reply was lost, returns the same job.
+        It gets its share of what waits. Batch jobs leave free slots to interactive ones that are to
+        be expected, up to `reserve`.
+
+        The same token again, for a claim whose reply was lost, returns the same jobs.
         """
         lease_us = int(self._settings.lease_s * 1e6)
         reply = self._claim(
             keys=[keys.claim(token or uuid.uuid4().hex), keys.suspect(worker)],
             args=[
-                *(worker, lease_us, model, free_slots, make_ticket(model, new_id())),
+                *(worker, lease_us, model, *room, most, make_ticket(model, new_id())),
                 *(" ".join(Lane), reserve),
                 *Claim.FIELDS,
             ],
         )
-        return None if reply is None else Claim.decode(reply)
-
-    def waiting(self, model: str, lane: Lane) -> Waiting:
-        """Which jobs of the lane may run and do not, those left out that may kill their worker."""
-        place = keys.backlog(model, lane)
-        pipeline = self.redis.pipeline(transaction=False)
-        pipeline.sismember(keys.PAUSED, model)
-        pipeline.zcard(place)
-        pipeline.zrange(place, 0, 0)
-        is_paused, number, first = pipeline.execute()
-        return Waiting(0, "") if is_paused or not first else Waiting(number, first[0].decode())
+        return list(_decoded(reply))
 
     def clear(self, claim: Claim) -> None:
         """Notes that a suspect has produced what no attempt before it did."""

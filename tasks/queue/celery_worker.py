@@ -18,10 +18,10 @@ from tasks.contract import keys
 from tasks.queue.celery_app import ALONE, TICKET, get_celery
 
 
-class _SlotPool(TaskPool):  # type: ignore[misc]
-    """A thread per slot; one that becomes free wakes Celery's event loop.
+class _WakingPool(TaskPool):  # type: ignore[misc]
+    """One that wakes Celery's event loop when its thread is free again.
 
-    With all threads busy Celery stops listening for tickets, and only checks whether it may listen
+    While that is busy Celery does not listen for tickets, and only checks whether it may listen
     again when its loop wakes, which nothing but a timer does, up to a second later: slots emptied
     in waves, at half the throughput.
     """
@@ -50,9 +50,9 @@ class _SlotPool(TaskPool):  # type: ignore[misc]
 
 
 class TicketConsumer:
-    """Takes a model's tickets, each in a thread of its own, as many at once as there are slots."""
+    """Takes a model's tickets, one at a time, in a thread of its own."""
 
-    def __init__(self, model: str, slots: int, serve_ticket: Callable[[str], None]) -> None:
+    def __init__(self, model: str, serve_ticket: Callable[[str], None]) -> None:
         """`serve_ticket` is the Celery task: it is called with the model's name."""
         self._queue = keys.ticket_queue(model)
         celery = get_celery()
@@ -60,7 +60,7 @@ class TicketConsumer:
         # Makes this app the current one of Celery's task threads; they find no tasks without it.
         setup_worker_optimizations(celery)
         self._controller: Any = WorkController(
-            app=celery, queues=[self._queue], pool_cls=_SlotPool, concurrency=slots, **ALONE
+            app=celery, queues=[self._queue], pool_cls=_WakingPool, concurrency=1, **ALONE
         )
 
     def run(self) -> None:

@@ -30,6 +30,24 @@ class QueuePosition(NamedTuple):
     """That serve the model."""
 
 
+class Waiting(NamedTuple):
+    """How many jobs wait in a lane, and the id of the oldest of the highest priority."""
+
+    number: int
+    first: str
+
+
+def read_waiting(redis: Redis, model: str, lane: Lane) -> Waiting:
+    """Which jobs of the lane may run and do not, those left out that may kill their worker."""
+    place = keys.backlog(model, lane)
+    pipeline = redis.pipeline(transaction=False)
+    pipeline.sismember(keys.PAUSED, model)
+    pipeline.zcard(place)
+    pipeline.zrange(place, 0, 0)
+    is_paused, number, first = pipeline.execute()
+    return Waiting(0, "") if is_paused or not first else Waiting(number, first[0].decode())
+
+
 def depth(redis: Redis, model: str) -> Depth:
     """Jobs that wait for the model, and the age of the oldest one.
 

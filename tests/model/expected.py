@@ -186,14 +186,13 @@ class Expected:
             self.move(job, "queued", job.ready_place, job.order)
         return self.record(job)
 
-    def holder_of(self, held: str | None) -> QueuedJob | None:
-        """The job of an "id attempt", if that attempt still runs."""
-        if held is None:
-            return None
-        job_id, attempt = held.split()
+    def held_by(self, key: str) -> list[QueuedJob]:
+        """The jobs that the key notes as "id attempt", of which that attempt still runs."""
+        words = self.keys.get(key, "").split()
+        jobs = map(self.running, words[::2], words[1::2])
+        return [job for job in jobs if job]
+
+    def running(self, job_id: str, attempt: str) -> QueuedJob | None:
         job = self.jobs.get(job_id)
         runs = job and job.state == "in_progress" and str(job.attempt) == attempt
         return job if runs else None
-
-    def running(self, job_id: str, attempt: str) -> QueuedJob | None:
-        return self.holder_of(f"{job_id} {attempt}")

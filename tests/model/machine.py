@@ -286,9 +286,9 @@ class QueueMachine(RuleBasedStateMachine):
         return is_queued or self.calm_steps % 8 == 0
 
     @precondition(may_claim)
-    @step(which=some)
-    def claim(self, which: int) -> None:
-        self._worker(which).claim()
+    @step(which=some, most=st.integers(1, 3))
+    def claim(self, which: int, most: int) -> None:
+        self._worker(which).claim(most)
 
     @precondition(may_claim)
     @step(which=some)

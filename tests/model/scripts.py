@@ -70,35 +70,48 @@ class Scripts:
         self._wake(model)
 
     def claim(self, names: Arguments, args: Arguments) -> Any:
-        worker, lease_us, model, free_slots, _, lanes, _ = args[:7]
+        worker, lease_us, model, free_slots, first_slots, most, _, lanes, _ = args[:9]
         token, suspect = names
         known = self.expected
-        if again := known.holder_of(known.keys.get(token)):
-            return [again.id, str(again.attempt)]
+        if again := known.held_by(token):
+            return [[job.id, str(job.attempt)] for job in again]
         if model in known.paused:
-            return None
-        may_have_suspect = known.holder_of(known.keys.get(suspect)) is None
-        job = self._next(model, lanes.split(), int(free_slots), may_have_suspect)
-        if job is None:
-            return None
-        is_suspect = job.place == keys.suspects(model, job.lane)
+            return []
+        may_have_suspect = not known.held_by(suspect)
+        claimed: list[QueuedJob] = []
+        free, room = int(free_slots), int(first_slots)
+        while len(claimed) < int(most) and (not claimed or free > 0):
+            job = self._next(model, lanes.split(), room, may_have_suspect)
+            if job is None:
+                break
+            claimed.append(job)
+            free -= job.sequences
+            room = free
+            if job.place == keys.suspects(model, job.lane):
+                may_have_suspect = False
+            self._claim(job, worker, int(lease_us), suspect)
+        if claimed:
+            known.keys[token] = " ".join(f"{job.id} {job.attempt}" for job in claimed)
+            ready = any(known.members(keys.backlog(model, lane)) for lane in lanes.split())
+            if ready and not known.tickets[model]:
+                self._wake(model)
+        return [[job.id, str(job.attempt)] for job in claimed]
+
+    def _claim(self, job: QueuedJob, worker: str, lease_us: int, suspect: str) -> None:
+        known = self.expected
+        is_suspect = job.place == keys.suspects(job.model, job.lane)
         job.started_us = self.now_us
         if job.queued_us > self._started_us():
             job.attempt += 1
         else:
             job.attempt = max(job.attempt + 100, (self.now_us - job.queued_us) // 1000)
         job.worker, job.deadline_us = worker, None
-        known.move(job, "in_progress", LEASES, self.now_us + int(lease_us))
+        known.move(job, "in_progress", LEASES, self.now_us + lease_us)
         known.fair.charge(known.keys, job)
         known.record(job)
         known.count("jobs in_progress", job)
-        known.keys[token] = f"{job.id} {job.attempt}"
         if is_suspect:
             known.keys[suspect] = f"{job.id} {job.attempt}"
-        ready = any(known.members(keys.backlog(model, lane)) for lane in lanes.split())
-        if ready and not known.tickets[model]:
-            self._wake(model)
-        return [job.id, str(job.attempt)]
 
     def _next(
         self, model: str, lanes: list[str], free_slots: int, may_have_suspect: bool

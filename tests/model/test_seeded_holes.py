@@ -42,10 +42,19 @@ HOLES = {
         "    local suspect = may_have_suspect and first",
     ),
     "a worker runs two suspects": Hole(
-        "claim", "local may_have_suspect = not held_claim(KEYS[2])", "local may_have_suspect = true"
+        "claim",
+        "local may_have_suspect = #held_claims(KEYS[2]) == 0",
+        "local may_have_suspect = true",
     ),
+    "two suspects are claimed at once": Hole("claim", "        may_have_suspect = false\n", ""),
     "a claim whose reply was lost is made again": Hole(
-        "claim", "local again = held_claim(KEYS[1])", "local again = nil"
+        "claim", "local again = held_claims(KEYS[1])", "local again = {}"
+    ),
+    "of several claims whose reply was lost one is found": Hole(
+        "claim", "table.concat(held_now, ' ')", "held"
+    ),
+    "jobs that are claimed at once take more slots than are free": Hole(
+        "claim", "    free = free - (job.sequences or 1)\n", ""
     ),
     "a job that does not fit is claimed": Hole(
         "claim", "tonumber(job.sequences or 1) > room(lane)", "false"
@@ -54,7 +63,7 @@ HOLES = {
         "claim", "redis.call('SISMEMBER', PAUSED, model) == 1", "false"
     ),
     "attempts that Redis has lost are given again": Hole(
-        "claim", "if tonumber(job.queued_us) > started_us(at_us) then", "if true then"
+        "claim", "if tonumber(job.queued_us) > since_us then", "if true then"
     ),
     "a suspect is cleared twice": Hole("clear", " or job.cleared", ""),
     "a log takes entries that leave a gap": Hole("append", "string.match(id, '%d+-') .. '*'", "id"),

@@ -11,7 +11,7 @@ from tests.model.scripts import Scripts
 
 # The part of a script's reply that the model predicts.
 _PARTS: dict[str, Callable[[Any], Any]] = {
-    "claim": lambda reply: reply and reply[:2],
+    "claim": lambda reply: [row[:2] for row in reply],
     "cancel": lambda reply: reply and reply[1:3],
     "reap": lambda reply: [[row[0], row[3], row[5]] for row in reply],
     "depths": lambda reply: reply[::2],

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import orjson
 
 from tasks.contract.events import End, Entry, Kind, Position, Start
-from tasks.contract.job import Cause, Claim, State, Usage
+from tasks.contract.job import Cause, Claim, Room, State, Usage
 from tasks.contract.settings import get_settings
 from tasks.queue.backlog import load_script
 from tasks.queue.jobs import Jobs
@@ -81,16 +81,16 @@ class Worker:
     def free_slots(self) -> int:
         return self.slots - sum(hold.claim.job.sequences for hold in self.holds.values())
 
-    def claim(self) -> bool:
-        """Takes a job; a claim whose reply was lost is made again, with its token."""
+    def claim(self, most: int = 2) -> bool:
+        """Takes jobs; a claim whose reply was lost is made again, with its token."""
         self._token = self._token or f"{self.id}-{next(self._tokens)}"
-        claim = self._queue.backlog.claim(self.model, self.id, self._token, self.free_slots)
+        room = Room(self.free_slots, self.free_slots)
+        claimed = self._queue.backlog.claim_several(self.model, self.id, self._token, room, 0, most)
         self._token = ""
-        if claim is None:
-            return False
-        assert (claim.job.id, claim.attempt) not in self.holds, f"{claim} was claimed twice"
-        self.holds[claim.job.id, claim.attempt] = Hold(claim)
-        return True
+        for claim in claimed:
+            assert (claim.job.id, claim.attempt) not in self.holds, f"{claim} was claimed twice"
+            self.holds[claim.job.id, claim.attempt] = Hold(claim)
+        return bool(claimed)
 
     def renew(self) -> None:
         held = [hold.claim for hold in self.holds.values()]
