@@ -47,7 +47,7 @@ class Dispatcher:
 
     def _send_ticket(self) -> None:
         worker = self._worker
-        worker.persist(lambda: worker.backlog.send_tickets(worker.model.name))
+        worker.persist(lambda: worker.backlog.send_ticket(worker.model.name))
 
     def _claim(self, room: Room) -> list[Claim]:
         """The next jobs. A claim whose reply is lost took effect: its token finds the same jobs."""

@@ -19,7 +19,7 @@ from tasks.contract import keys
 from tasks.contract.errors import BacklogBytesError, DecodeError, IdempotencyError, OverloadedError
 from tasks.contract.job import Cause, Claim, EnqueueOptions, Job, Lane, Room, State, new_id
 from tasks.contract.settings import Settings
-from tasks.queue.backlog import MOST_TICKETS, Backlog, Finished
+from tasks.queue.backlog import Backlog, Finished
 from tasks.queue.celery_app import TICKET, TicketAMQP
 from tasks.queue.counts import Counted, Happening, read
 from tasks.queue.depth import depth, places
@@ -232,7 +232,7 @@ def test_a_job_handed_back_waits_again_at_its_place_and_has_not_failed(backlog: 
         assert backlog.requeue(claim, Cause.HANDED_BACK, "stopped") is State.QUEUED
         again = backlog.requeue(claim, Cause.HANDED_BACK, "stopped")
         assert again is State.QUEUED  # its reply was lost: it gets the same
-    assert backlog.redis.llen(keys.tickets("m")) == 7
+    assert backlog.redis.llen(keys.tickets("m")) == 1
     claim = backlog.claim("m", "w")
     assert claim
     backlog.cancel(claim.job.id)
@@ -528,11 +528,11 @@ def test_a_model_holds_so_many_bytes_of_bodies_and_no_body_of_an_ended_job(
     queue.submit(_job())
 
 
-def test_tickets_do_not_pile_up_without_a_worker(backlog: Backlog) -> None:
-    queue = Backlog(backlog.redis, Settings())
-    for _ in range(MOST_TICKETS + 20):
-        queue.submit(_job())
-    assert queue.redis.llen(keys.tickets("m")) == MOST_TICKETS
+def test_one_ticket_waits_however_many_jobs_do(backlog: Backlog) -> None:
+    for _ in range(3):
+        backlog.submit(_job())
+    backlog.send_ticket("m")
+    assert backlog.redis.llen(keys.tickets("m")) == 1
 
 
 def test_a_lost_ticket_is_issued_again_after_the_clock_of_redis_was_set_back(
@@ -548,6 +548,17 @@ def test_a_lost_ticket_is_issued_again_after_the_clock_of_redis_was_set_back(
     assert queue.reissue_tickets() == 1
     assert queue.reissue_tickets() == 0
     assert read_depths(backlog.redis, ["m"])["m"][Lane.INTERACTIVE] == Depth(1, 0)
+
+
+def test_a_claim_that_leaves_suspects_behind_wakes_another_worker(backlog: Backlog) -> None:
+    for _ in range(2):
+        backlog.submit(_job())
+        assert backlog.claim("m", "w")
+    _expire_leases(backlog)
+    assert len(backlog.reap()) == 2
+    backlog.redis.delete(keys.tickets("m"))
+    assert _take(backlog, 8, most=8)
+    assert backlog.redis.llen(keys.tickets("m")) == 1
 
 
 def test_a_claim_wakes_the_next_slot_when_all_tickets_are_gone(backlog: Backlog) -> None:

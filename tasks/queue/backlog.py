@@ -35,8 +35,6 @@ log = logging.getLogger(__name__)
 LUA = Path(__file__).parent / "lua"
 # Bounds one script's run in Redis.
 REAPED_AT_ONCE = 200
-# Tickets of a model; one per idle slot is enough, as a busy one claims the next job itself.
-MOST_TICKETS = 256
 # Records of changes that wait for SQL; a million takes some 300 MB.
 MOST_RECORDS = 1_000_000
 # Bounds one look at a place.
@@ -71,7 +69,6 @@ def load_script(client: Any, *names: str) -> Callable[..., Any]:
 def read_scripts(names: tuple[str, ...]) -> str:
     """The files' text, behind the constants and functions that all scripts share."""
     constants = keys.SCRIPT_NAMES | {
-        "MOST_TICKETS": MOST_TICKETS,
         "MEAN_TOKENS": MEAN_TOKENS,
         "BYTES_PER_TOKEN": BYTES_PER_TOKEN,
         "MOST_TOKENS": MOST_TOKENS,
@@ -157,7 +154,7 @@ class Backlog:
     def submit(
         self, job: Job, limits: Sequence[Limited] = (), note_left: NoteLeft | None = None
     ) -> str:
-        """Puts the job at the end of its priority in its lane, and sends a ticket for it.
+        """Puts the job at the end of its priority in its lane, and sees to it that a ticket waits.
 
         `note_left` is called with what is left of `limits`, once the job has taken its part.
 
@@ -402,10 +399,9 @@ class Backlog:
                 if cursor == 0:
                     break
 
-    def send_tickets(self, model: str, number: int = 1) -> None:
+    def send_ticket(self, model: str) -> None:
         """Notifies the model's workers once more that there is work."""
-        tickets = [make_ticket(model, new_id()) for _ in range(number)]
-        self._wake(args=[model, *tickets])
+        self._wake(args=[model, make_ticket(model, new_id())])
 
     def pause(self, model: str) -> None:
         """Stops all workers from claiming jobs of the model; running ones go on."""

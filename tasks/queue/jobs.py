@@ -3,7 +3,6 @@
 import logging
 import time
 from dataclasses import replace
-from typing import Any
 
 from redis import Redis
 from redis.exceptions import RedisError
@@ -21,7 +20,7 @@ from tasks.contract.job_errors import (
 from tasks.contract.settings import Settings
 from tasks.contract.tracing import Span
 from tasks.queue import counts
-from tasks.queue.backlog import MOST_TICKETS, Backlog, Reaped
+from tasks.queue.backlog import Backlog, Reaped
 from tasks.queue.counts import Counted
 from tasks.queue.depth import depth
 from tasks.queue.token_log import TokenLog
@@ -112,26 +111,24 @@ class Jobs:
         )
         _record_lost(job)
         if job.state is State.QUEUED:
-            self.backlog.send_tickets(job.model)
+            self.backlog.send_ticket(job.model)
         else:
             end = End.failed(REASONS[job.state](), job.state)
             self.log.end(job.job_id, job.attempt, end, job.listener)
 
     def reissue_tickets(self) -> int:
-        """Sends tickets for jobs that wait without one; returns how many."""
+        """Sends a ticket for each model whose jobs wait without one; returns how many."""
         issued, paused = 0, self.backlog.paused()
         for model in self.backlog.models():
             if model in paused:
                 continue
             waiting = depth(self.backlog.redis, model)
-            queued: Any = self.backlog.redis.llen(keys.tickets(model))
-            missing = min(waiting.jobs, MOST_TICKETS) - queued
             # Queued later than now: nobody knows how long ago that was.
             is_young = 0 <= waiting.oldest_age_s < OLD_ENOUGH_S
-            if missing > 0 and not is_young:
-                self.backlog.send_tickets(model, missing)
-                issued += missing
-                counts.add(self.backlog.redis, Counted.TICKETS, "reissued", model, missing)
+            if waiting.jobs and not is_young and not self.backlog.redis.exists(keys.tickets(model)):
+                self.backlog.send_ticket(model)
+                issued += 1
+                counts.add(self.backlog.redis, Counted.TICKETS, "reissued", model, 1)
         return issued
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tasks.contract.settings import get_settings
 from tasks.maintenance import ledger, reconciler
-from tasks.queue import backlog, jobs
+from tasks.queue import backlog
 from tests.model.database import Database
 from tests.model.redis_server import Server, write_scripts
 from tests.model.world import World
@@ -63,8 +63,6 @@ def make_world(
     # Bounds that are reached.
     monkeypatch.setattr(backlog, "REAPED_AT_ONCE", 2)
     monkeypatch.setattr(backlog, "MOST_RECORDS", 15)
-    monkeypatch.setattr(backlog, "MOST_TICKETS", 3)
-    monkeypatch.setattr(jobs, "MOST_TICKETS", 3)
     monkeypatch.setattr(ledger, "RECORDS_AT_ONCE", 4)
     # Dead letters that are retried get ids of this moment.
     monkeypatch.setattr(reconciler, "OLD_ENOUGH_S", -60)

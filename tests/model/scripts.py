@@ -3,7 +3,6 @@
 from typing import Any
 
 from tasks.contract import keys
-from tasks.queue import backlog
 from tests.model.expected import DELAYED, LEASES, MOST_PASSED, Expected, Log, QueuedJob
 
 Arguments = list[str]
@@ -92,8 +91,7 @@ class Scripts:
             self._claim(job, worker, int(lease_us), suspect)
         if claimed:
             known.keys[token] = " ".join(f"{job.id} {job.attempt}" for job in claimed)
-            ready = any(known.members(keys.backlog(model, lane)) for lane in lanes.split())
-            if ready and not known.tickets[model]:
+            if self._waits(model, lanes):
                 self._wake(model)
         return [[job.id, str(job.attempt)] for job in claimed]
 
@@ -192,10 +190,12 @@ class Scripts:
         return self._ended(job, lanes)
 
     def _ended(self, job: QueuedJob, lanes: str) -> int:
-        places = [
-            of(job.model, lane) for lane in lanes.split() for of in (keys.backlog, keys.suspects)
-        ]
-        return 2 if any(self.expected.members(place) for place in places) else 1
+        return 2 if self._waits(job.model, lanes) else 1
+
+    def _waits(self, model: str, lanes: str) -> bool:
+        of_lane = (keys.backlog, keys.suspects)
+        places = [place(model, lane) for lane in lanes.split() for place in of_lane]
+        return any(self.expected.members(place) for place in places)
 
     def cancel(self, _: Arguments, args: Arguments) -> Any:
         job_id, unless_attached = args
@@ -258,12 +258,10 @@ class Scripts:
         return found
 
     def wake(self, _: Arguments, args: Arguments) -> Any:
-        for _ticket in args[1:]:
-            self._wake(args[0])
+        self._wake(args[0])
 
     def _wake(self, model: str) -> None:
-        if self.expected.tickets[model] < backlog.MOST_TICKETS:
-            self.expected.tickets[model] += 1
+        self.expected.tickets[model] = 1
 
     def depths(self, _: Arguments, args: Arguments) -> Any:
         waiting = []

@@ -123,7 +123,7 @@ HOLES = {
     ),
     "bodies of ended jobs are kept": Hole("state", "redis.call('HDEL', job.key, 'body')", ""),
     "each job has a ticket": Hole(
-        "state", "if redis.call('LLEN', tickets) < MOST_TICKETS then", "if true then"
+        "state", "if redis.call('EXISTS', tickets) == 0 then", "if true then"
     ),
     "a tenant that was idle has credit": Hole(
         "fair", "exact(math.max(own, least(lane)))", "exact(own)"

@@ -82,11 +82,11 @@ local function claim(job, is_suspect)
     bytes = bytes + (job.body_bytes or 0)
 end
 
--- Wakes one more slot when more jobs wait and no ticket does.
+-- Wakes one more worker when more jobs wait.
 local function wake_next()
-    if redis.call('LLEN', TICKETS .. model) > 0 then return end
     for lane in string.gmatch(ARGV[8], '%S+') do
-        if first(BACKLOG .. model .. ':' .. lane) then return wake(model, ARGV[7]) end
+        local place = model .. ':' .. lane
+        if redis.call('EXISTS', BACKLOG .. place, SUSPECTS .. place) > 0 then return wake(model, ARGV[7]) end
     end
 end
 

@@ -108,11 +108,12 @@ local function requeue(job, at_us, cause, reason, delay_us)
     record(job, at_us, reason)
 end
 
--- Wakes an idle slot of the model's workers, unless enough tickets wait already: a worker that has
--- seen a job through takes the next without one.
+-- Wakes a worker of the model that has room, unless a ticket waits already: who takes that one finds all
+-- that waits by then, and claims that leave something behind wake the next. A worker that has seen a job
+-- through takes another one without a ticket.
 local function wake(model, ticket)
     local tickets = TICKETS .. model
-    if redis.call('LLEN', tickets) < MOST_TICKETS then redis.call('LPUSH', tickets, ticket) end
+    if redis.call('EXISTS', tickets) == 0 then redis.call('LPUSH', tickets, ticket) end
 end
 
 -- When this run of Redis was seen first, 0: there was none before.

@@ -1,3 +1,3 @@
--- Sends tickets.
--- ARGV: 1 model, 2... tickets
-for i = 2, #ARGV do wake(ARGV[1], ARGV[i]) end
+-- Sends a ticket, if none waits.
+-- ARGV: 1 model, 2 ticket
+wake(ARGV[1], ARGV[2])
