@@ -6,6 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Self
 from uuid import uuid4
 
+from redis.exceptions import RedisError
+
+from tasks.contract import keys
 from tasks.contract.job import Claim, Room
 
 if TYPE_CHECKING:
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# A worker that is stopped waits so long for its end; one that is idle, until Celery listens.
+TICKET_WAIT_S = 0.5
 # Bounds one script's run in Redis; the next claim takes more.
 MOST_CLAIMED = 8
 
@@ -34,18 +39,32 @@ class Dispatcher:
         self._threads.shutdown()
 
     def serve_ticket(self, _model_name: str) -> None:
-        """The Celery task: claims jobs of the backlog, best first, and starts them.
+        """The Celery task: takes this ticket, and all others that come while a job runs here.
 
-        A ticket only wakes a worker that has room.
+        Celery does not listen meanwhile: what it does for each message would keep the engine's loop
+        waiting, which shares the interpreter with it.
         """
-        while (claimed := self._claims.take(self._claim)) is None:
-            # Leaves the ticket to others; this worker takes no other one until there is room.
-            self._send_ticket()
-            if not self._claims.await_room():
-                return
-        self._start(claimed)
+        self._claim_and_start()
+        while self._claims.await_room() and not self._claims.is_idle():
+            if self._take_ticket():
+                self._claim_and_start()
 
-    def _send_ticket(self) -> None:
+    def _take_ticket(self) -> bool:
+        """Waits a while for a ticket; True also when one may have got lost."""
+        try:
+            name = keys.tickets(self._worker.model.name)
+            return self._worker.backlog.redis.brpop([name], TICKET_WAIT_S) is not None
+        except RedisError as away:
+            log.warning("Redis does not answer, trying again: %s", away)
+            self._worker.closing.wait(TICKET_WAIT_S)
+            return True
+
+    def _claim_and_start(self) -> None:
+        claimed = self._claims.take(self._claim)
+        if claimed is not None:
+            self._start(claimed)
+            return
+        # Without room it leaves the ticket to others.
         worker = self._worker
         worker.persist(lambda: worker.backlog.send_ticket(worker.model.name))
 

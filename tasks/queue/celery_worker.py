@@ -21,7 +21,7 @@ from tasks.queue.celery_app import ALONE, TICKET, get_celery
 class _WakingPool(TaskPool):  # type: ignore[misc]
     """One that wakes Celery's event loop when its thread is free again.
 
-    While that is busy Celery does not listen for tickets, and only checks whether it may listen
+    While that serves tickets Celery does not listen for any, and only checks whether it may listen
     again when its loop wakes, which nothing but a timer does, up to a second later: slots emptied
     in waves, at half the throughput.
     """

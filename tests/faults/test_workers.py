@@ -397,6 +397,16 @@ def test_lost_tickets_are_issued_again(stack: Stack, fault: Fault) -> None:
     client.answer()
 
 
+def test_jobs_are_taken_beside_a_long_one_and_after_it(stack: Stack) -> None:
+    """A busy worker takes its tickets itself, an idle one leaves that to Celery."""
+    long = Client(stack, chat(1, stream=True, max_tokens=200))
+    await_tokens([long], 1)
+    ask(stack, [chat(n, max_tokens=2) for n in range(4)])
+    long.answer()
+    for n in range(4):
+        ask(stack, [chat(n, max_tokens=2)])
+
+
 def test_a_doubled_ticket_does_nothing(stack: Stack, fault: Fault) -> None:
     fault.inflict("doubled tickets")
     ask(stack, [chat(1, max_tokens=2)])
