@@ -22,11 +22,11 @@ from redis.exceptions import NoPermissionError, OutOfMemoryError, RedisError
 from redis.exceptions import TimeoutError as UnansweredError
 
 from tasks.contract import keys
-from tasks.contract.events import Attempt, Entry, Kind, Position
+from tasks.contract.events import Attempt, Kind
 from tasks.contract.job import Claim
 from tasks.contract.settings import get_settings
 from tasks.queue.backlog import load_script
-from tasks.queue.token_log import Wire, encode, wire_arguments
+from tasks.queue.token_log import Encoder, Wire, wire_arguments
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Feed:
         self.attempt = Attempt.of(claim)
         self.refusal: Refusal | None = None
         self._publisher = publisher
-        self._listener = claim.job.listener
+        self._encoder = Encoder(self.attempt, claim.job.listener)
         self._continued = continued
         self._next_seq = 0
         self._kept: deque[Wire] = deque(maxlen=KEPT)
@@ -101,9 +101,9 @@ class Feed:
         return [self._kept.pop() for _ in range(count)][::-1]
 
     def _encode(self, kind: Kind, data: bytes, record: bytes = b"") -> Wire:
-        position = Position(self.attempt.number, self._next_seq)
+        wire = self._encoder.encode(self._next_seq, kind, data, record)
         self._next_seq += 1
-        return encode(Entry(self.attempt.job_id, position, kind, data, record), self._listener)
+        return wire
 
 
 Put = tuple[Feed, list[Wire]]
@@ -181,7 +181,6 @@ class Publisher:
         if not batch:
             return []
         arguments = wire_arguments(batch, self._settings)
-        size = sum(len(part) for wire in batch for part in wire if not isinstance(part, int))
         failures = 0
         while True:
             try:
@@ -190,11 +189,11 @@ class Publisher:
             except RedisError as failure:
                 log.warning("token log not written, trying again: %s", failure)
                 await asyncio.sleep(RETRY_S)
-                failures = failures + 1 if await self._is_at_fault(failure, size) else 0
+                failures = failures + 1 if await self._is_at_fault(failure, batch) else 0
                 if failures == MOST_FAILURES:
                     raise NotTakenError(str(failure)) from failure
 
-    async def _is_at_fault(self, failure: RedisError, size: int) -> bool:
+    async def _is_at_fault(self, failure: RedisError, batch: Sequence[Wire]) -> bool:
         """Whether Redis takes another write, so that its state is not why it did not take this one.
 
         That says nothing of a Redis that stalls, or is full: something small may be in time, and
@@ -202,7 +201,7 @@ class Publisher:
         """
         if isinstance(failure, UnansweredError | OutOfMemoryError | NoPermissionError):
             return False
-        if isinstance(failure, UnconnectedError) and size <= SMALL_BYTES:
+        if isinstance(failure, UnconnectedError) and _size_of(batch) <= SMALL_BYTES:
             return False
         for _ in range(2):
             try:
@@ -232,3 +231,7 @@ class Publisher:
     def _refuse(self, feed: Feed, refusal: Refusal) -> None:
         feed.refusal = refusal
         self._on_refused(feed.attempt)
+
+
+def _size_of(batch: Sequence[Wire]) -> int:
+    return sum(len(part) for wire in batch for part in wire if not isinstance(part, int))

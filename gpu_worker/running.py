@@ -301,7 +301,7 @@ class Running:
             self._repeated += 1
             return
         self.meter.output(self.replay_log.output_tokens)
-        self._put((Kind.BODY, event))
+        self.feed.put((Kind.BODY, event, self.replay_log.take()))
         self.has_progressed.set()
 
     def _put(self, *pieces: tuple[Kind, bytes]) -> None:

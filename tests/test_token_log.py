@@ -9,7 +9,7 @@ import redis
 
 from bench.stack import await_that
 from tasks.contract import keys
-from tasks.contract.events import End, Entry, Kind, Position, Start, decode_frame
+from tasks.contract.events import End, Entry, Kind, Position, Start, decode_frame, encode_head
 from tasks.contract.job import State
 from tasks.contract.settings import Settings
 from tasks.queue.backlog import load_script
@@ -195,7 +195,11 @@ def test_frames_carry_any_bytes() -> None:
         Entry("job_2", Position(2**31, 7), Kind.BODY, bytes(range(256))),
         Entry("job_1", Position(1, 1), Kind.END, b""),
     ]
-    frame = b"".join(entry.encode_head() + entry.encode_value() for entry in entries)
+    values = [entry.encode_value() for entry in entries]
+    frame = b"".join(
+        encode_head(entry.job_id.encode(), *entry.position, value) + value
+        for entry, value in zip(entries, values, strict=True)
+    )
     assert list(decode_frame(frame)) == entries
 
 

@@ -79,6 +79,19 @@ class Position(NamedTuple):
 _HEADER = struct.Struct("!IIBI")
 
 
+_KINDS = [bytes((kind,)) for kind in Kind]
+
+
+def encode_value(kind: Kind, data: bytes) -> bytes:
+    """One byte kind, then the data."""
+    return _KINDS[kind] + data
+
+
+def encode_head(name: bytes, attempt: int, seq: int, value: bytes) -> bytes:
+    """What precedes the value in a frame (lua/append.lua puts frames together)."""
+    return _HEADER.pack(attempt, seq, len(name), len(value)) + name
+
+
 class Entry(NamedTuple):
     job_id: str
     position: Position
@@ -88,13 +101,8 @@ class Entry(NamedTuple):
     """The engine's notes to reproduce this entry and go on after it, if its worker dies."""
 
     def encode_value(self) -> bytes:
-        """The value of LOG_FIELD, and the entry's part of a frame: one byte kind, then the data."""
-        return bytes((self.kind,)) + self.data
-
-    def encode_head(self) -> bytes:
-        """What precedes the value in a frame (lua/append.lua puts frames together)."""
-        name = self.job_id.encode()
-        return _HEADER.pack(*self.position, len(name), 1 + len(self.data)) + name
+        """The value of LOG_FIELD, and the entry's part of a frame."""
+        return encode_value(self.kind, self.data)
 
     @classmethod
     def decode_log(cls, job_id: str, log_id: bytes, fields: dict[bytes, bytes]) -> Self:

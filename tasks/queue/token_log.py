@@ -12,7 +12,15 @@ from redis import Redis
 from redis.client import Pipeline
 
 from tasks.contract import keys
-from tasks.contract.events import End, Entry, Kind, Position
+from tasks.contract.events import (
+    Attempt,
+    End,
+    Entry,
+    Kind,
+    Position,
+    encode_head,
+    encode_value,
+)
 from tasks.contract.job import Claim
 from tasks.contract.job_errors import JobFailedError
 from tasks.contract.settings import Settings, get_settings
@@ -33,25 +41,39 @@ class Addressed(NamedTuple):
 Wire = tuple[str | bytes | int, ...]
 
 
-def encode(entry: Entry, listener: str) -> Wire:
-    """The entry for the listener ('' for none)."""
-    log, position, value = keys.log(entry.job_id), str(entry.position), entry.encode_value()
-    is_last = 1 if entry.kind is Kind.END else 0
-    channel, head = (keys.relay(listener), entry.encode_head()) if listener else ("", b"")
-    return log, position, value, entry.record, is_last, channel, head
+class Encoder:
+    """Encodes the entries of one attempt; what they have in common only once."""
+
+    def __init__(self, attempt: Attempt, listener: str) -> None:
+        """`listener`: the API process that listens to the job, '' for none."""
+        self._name, self._attempt = attempt.job_id.encode(), attempt.number
+        self._log = keys.log(attempt.job_id)
+        self._channel = keys.relay(listener) if listener else ""
+
+    def encode(self, seq: int, kind: Kind, data: bytes, record: bytes = b"") -> Wire:
+        value, attempt, channel = encode_value(kind, data), self._attempt, self._channel
+        is_last = 1 if kind is Kind.END else 0
+        head = encode_head(self._name, attempt, seq, value) if channel else b""
+        return self._log, f"{attempt}-{seq}", value, record, is_last, channel, head
 
 
 def wire_arguments(batch: Sequence[Wire], settings: Settings) -> dict[str, list[Any]]:
     """Keys and arguments of lua/append.lua."""
     args: list[Any] = [settings.job_ttl_s]
-    for _, *parts in batch:
-        args += parts
-    return {"keys": [log for log, *_ in batch], "args": args}
+    for wire in batch:
+        args += wire[1:]
+    return {"keys": [wire[0] for wire in batch], "args": args}
 
 
 def append_arguments(batch: Sequence[Addressed], settings: Settings) -> dict[str, list[Any]]:
     """The same of entries that are not encoded yet."""
-    return wire_arguments([encode(*addressed) for addressed in batch], settings)
+    return wire_arguments([_encode(*addressed) for addressed in batch], settings)
+
+
+def _encode(entry: Entry, listener: str) -> Wire:
+    attempt, seq = entry.position
+    encoder = Encoder(Attempt(entry.job_id, attempt), listener)
+    return encoder.encode(seq, entry.kind, entry.data, entry.record)
 
 
 class TokenLog:
