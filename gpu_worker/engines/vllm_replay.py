@@ -57,18 +57,6 @@ class Note(NamedTuple):
     cache_creation_tokens: int | None
 
     @classmethod
-    def of(cls, output: Any) -> "Note":
-        """What has to be kept of an output of a single stream of tokens."""
-        (completion,) = output.outputs
-        return cls(
-            list(completion.token_ids),
-            completion.text,
-            _plain(completion.logprobs),
-            *(completion.finish_reason, completion.stop_reason),
-            *(output.num_cached_tokens, output.num_cache_creation_tokens),
-        )
-
-    @classmethod
     def since(cls, state: Any, known: int) -> "Note":
         """What the engine has made of an answer that it yields as a whole, but so many tokens."""
         logprobs = state.logprobs_processor.logprobs
@@ -106,6 +94,20 @@ class Note(NamedTuple):
             num_cached_tokens=self.cached_tokens,
             num_cache_creation_tokens=self.cache_creation_tokens,
         )
+
+
+def _fields_of(output: Any) -> tuple[Any, ...]:
+    """Those of the note of an output of a single stream of tokens; a Note itself takes longer."""
+    (completion,) = output.outputs
+    return (
+        list(completion.token_ids),
+        completion.text,
+        _plain(completion.logprobs),
+        completion.finish_reason,
+        completion.stop_reason,
+        output.num_cached_tokens,
+        output.num_cache_creation_tokens,
+    )
 
 
 def _plain(logprobs: Any) -> Any:
@@ -160,14 +162,14 @@ async def _generate(
         return
     async with aclosing(_ask(generate, replay_log, call, known, options)) as outputs:
         async for output in outputs:
-            new_tokens = sum(len(choice.token_ids) for choice in output.outputs)
+            new_tokens = sum([len(choice.token_ids) for choice in output.outputs])
             if is_whole:
                 new_tokens -= len(_tokens_of(known))
                 replay_log.unnoted.pop(request_id, None)
                 if known:
                     output.num_cached_tokens = known[0].cached_tokens
             elif replay_log.can_continue:
-                replay_log.note(tuple(Note.of(output)))
+                replay_log.note(_fields_of(output))
             else:
                 replay_log.advance()
             replay_log.count(len(output.prompt_token_ids or ()), new_tokens, request_id)
