@@ -13,9 +13,11 @@ from typing import Any
 import orjson
 import pytest
 import requests
+import structlog
 
 from bench.stack import Process, Stack, await_that, running, send, slack
-from tasks.contract import keys
+from tasks.contract import keys, logs
+from tasks.contract.job import State
 from tests.conftest import SIM
 
 SECRET = "sk-a-secret"
@@ -343,3 +345,29 @@ def test_gunicorns_messages_are_lines_of_the_same_form(home: Path) -> None:
         await_that(lambda: "gunicorn.error" in log.read_text())
         lines = [line for line in log.read_text().splitlines() if "gunicorn.error" in line]
         assert orjson.loads(lines[0])["level"] == "warning"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {
+            "job": "job_1",
+            "tenant": "two words",
+            "attempt": 1,
+            "none": None,
+            "ratio": 0.5,
+            "empty": "",
+        },
+        {"state": State.COMPLETED, "quoted": "it's", "pair": "a=b", "listed": ["a b"]},
+    ],
+)
+def test_lines_for_people_are_as_structlog_writes_them(fields: dict[str, Any]) -> None:
+    event: dict[str, Any] = {
+        "timestamp": "2026-01-01T00:00:00Z",
+        "level": "info",
+        "logger": "api.test",
+    }
+    event |= {"event": "job claimed"} | fields
+    write = structlog.dev.ConsoleRenderer(colors=False, pad_event_to=0)
+    assert logs._in_one_line(dict(event)) == write(None, "", dict(event))

@@ -10,6 +10,7 @@ Logging never blocks: lines have a bounded size and are written by a thread of t
 import logging
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -31,6 +32,9 @@ LONGEST_MESSAGE = 4000
 STDERR = 2
 # What every record has; all else came in `extra`.
 _STANDARD = logging.makeLogRecord({}).__dict__.keys() | {"taskName", "message"}
+
+# A text with one of these is quoted, so that fields can be told apart.
+_QUOTED = re.compile(r"[\s=\"']")
 
 # Logger, message before its arguments, types of exceptions, place.
 Cause = tuple[str, str, str, str]
@@ -180,12 +184,31 @@ def _render_json(event: Mapping[str, Any]) -> str:
 
 
 def _console() -> Callable[[dict[str, Any]], str]:
+    is_terminal = sys.stderr.isatty()
     write = structlog.dev.ConsoleRenderer(
-        colors=sys.stderr.isatty(),
+        colors=is_terminal,
         pad_event_to=0,
         exception_formatter=structlog.dev.plain_traceback,
     )
-    return lambda event: str(write(None, "", {name: _plain(name, event[name]) for name in event}))
+
+    def render(event: dict[str, Any]) -> str:
+        plain = {name: _plain(name, event[name]) for name in event}
+        is_simple = not is_terminal and "exception" not in plain
+        return _in_one_line(plain) if is_simple else str(write(None, "", plain))
+
+    return render
+
+
+def _in_one_line(event: dict[str, Any]) -> str:
+    """What structlog writes without colours, in a fraction of its time."""
+    moment, level, message = event.pop("timestamp"), event.pop("level"), event.pop("event")
+    logger = event.pop("logger")
+    fields = "".join([f" {name}={_readable(event[name])}" for name in sorted(event)])
+    return f"{moment} [{level:<9}] {message} [{logger}]{fields}"
+
+
+def _readable(value: object) -> str:
+    return str(value) if isinstance(value, str) and not _QUOTED.search(value) else repr(value)
 
 
 def _plain(name: str, value: Any) -> Any:
