@@ -79,12 +79,14 @@ class Position(NamedTuple):
 _HEADER = struct.Struct("!IIBI")
 
 
-_KINDS = [bytes((kind,)) for kind in Kind]
+# By its number; to ask the enumeration takes longer.
+_KINDS = tuple(Kind)
+_KIND_BYTES = [bytes((kind,)) for kind in Kind]
 
 
 def encode_value(kind: Kind, data: bytes) -> bytes:
     """One byte kind, then the data."""
-    return _KINDS[kind] + data
+    return _KIND_BYTES[kind] + data
 
 
 def encode_head(name: bytes, attempt: int, seq: int, value: bytes) -> bytes:
@@ -113,7 +115,7 @@ class Entry(NamedTuple):
         """
         try:
             value, record = fields[LOG_FIELD], fields.get(RECORD_FIELD, b"")
-            return cls(job_id, Position.parse(log_id), Kind(value[0]), value[1:], record)
+            return cls(job_id, Position.parse(log_id), _KINDS[value[0]], value[1:], record)
         except (ValueError, IndexError, KeyError) as broken:
             raise DecodeError(f"log entry {log_id!r} of {job_id}: {broken}") from broken
 
@@ -132,7 +134,7 @@ def decode_frame(frame: bytes) -> Iterator[Entry]:
             offset = start + name_length + length
             job_id = frame[start : start + name_length].decode()
             value = frame[start + name_length : offset]
-            yield Entry(job_id, Position(attempt, seq), Kind(value[0]), value[1:])
+            yield Entry(job_id, Position(attempt, seq), _KINDS[value[0]], value[1:])
     except (struct.error, ValueError, IndexError) as broken:
         raise DecodeError(f"relay frame: {broken}") from broken
 
