@@ -1,4 +1,4 @@
-"""What a worker does beside generating: renews leases, sends heartbeats, receives commands."""
+"""What a worker does beside generating: sends heartbeats, renews leases, receives commands."""
 
 import logging
 import threading
@@ -16,7 +16,7 @@ from tasks.contract.connections import connect_listener
 from tasks.contract.errors import DecodeError
 from tasks.contract.events import Attempt
 from tasks.contract.settings import get_settings
-from tasks.queue.control import DRAIN
+from tasks.queue.control import BEAT_S, BEATS, DRAIN
 
 if TYPE_CHECKING:
     from gpu_worker.worker import Worker
@@ -27,22 +27,24 @@ RECONNECT_S = 0.5
 
 
 def run(worker: "Worker", engine: Engine, closing: threading.Event) -> None:
-    """Until `closing`: renews all leases in one command, three times a lease; sends heartbeats.
+    """Until `closing`: sends heartbeats, and three times a lease renews all leases in one command.
 
     Jobs that are found to be no longer held are stopped.
     """
-    interval_s = get_settings().lease_s / 3
+    renewal_s = time.monotonic()
     while True:
         try:
             if send_heartbeat(worker.backlog.redis, worker, engine):
                 worker.drain()
-            for lost in worker.backlog.renew(worker.claims.held()):
-                worker.stop_job(Attempt.of(lost))
+            if time.monotonic() >= renewal_s:
+                for lost in worker.backlog.renew(worker.claims.held()):
+                    worker.stop_job(Attempt.of(lost))
+                renewal_s = time.monotonic() + get_settings().lease_s / 3
         except RedisError as failure:
-            log.warning("leases not renewed, trying again: %s", failure)
+            log.warning("no heartbeat, or leases not renewed; trying again: %s", failure)
             closing.wait(RECONNECT_S)
             continue
-        if closing.wait(interval_s):
+        if closing.wait(min(BEAT_S, max(renewal_s - time.monotonic(), 0))):
             return
 
 
@@ -59,6 +61,7 @@ def send_heartbeat(redis: Redis, worker: "Worker", engine: Engine) -> bool:
     }
     pipeline = redis.pipeline(transaction=False)
     pipeline.hset(key, mapping=fields)  # type: ignore[arg-type]
+    pipeline.hincrby(key, BEATS, 1)
     pipeline.expire(key, int(get_settings().lease_s) + 1)
     pipeline.sadd(keys.WORKERS, worker.id)
     pipeline.hget(key, DRAIN)

@@ -36,7 +36,7 @@
 | alerts                 | string  | conditions that hold (alerts.py)      | nobody: a few         |
 | alerts:lock            | string  | which maintenance checks them now     | TTL                   |
 | workers                | set     | workers that may be alive             | a reader, once dead   |
-| worker:{id}            | hash    | model, slots, running, waiting        | TTL                   |
+| worker:{id}            | hash    | model, slots, running, heartbeats     | TTL, maintenance      |
 | log:{id}               | stream  | what the worker sent back (events.py) | TTL once SQL has it   |
 | probe                  | string  | nothing: that Redis takes writes now  | TTL                   |
 | relay:{process}        | channel | the same entries, for one API process | -                     |

@@ -10,6 +10,10 @@ from tasks.contract.errors import NotKnownError
 
 # Field of a worker's hash, and message on its control channel.
 DRAIN = "drain"
+# Field of the same hash, as lua/lapse.lua has it: how many heartbeats the worker has sent.
+BEATS = "beats"
+# Between two heartbeats.
+BEAT_S = 1.0
 
 
 class WorkerState(StrEnum):
