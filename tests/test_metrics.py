@@ -197,7 +197,7 @@ def test_every_api_reports_the_same_depth_while_a_worker_is_killed(stack: Stack)
                 scrapes += 1
         assert {chat.result().status_code for chat in chats} == {200}
     assert scrapes > 20
-    # An end is counted after its client has the answer, and a heartbeat outlasts the leases.
+    # An end is counted after its client has the answer; a heartbeat may outlast the leases.
     total = lambda name, **labels: Metrics(urls[0] + "/metrics").total(name, **labels)
     await_that(lambda: total("sluice_jobs_total", status="completed") == 60)
     await_that(lambda: total("sluice_workers", state="serving") == 1)

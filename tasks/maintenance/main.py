@@ -1,6 +1,7 @@
 """Maintenance: a Celery worker with a schedule; jobs of dead workers, lost tickets, the ledger.
 
-A thread beside it calls webhooks (deliveries.py). Two may run: every task is atomic in Redis or
+Threads beside it call webhooks (deliveries.py) and look for killed workers (gone_workers.py). Two
+may run: every task is atomic in Redis or
 SQL, and doing it twice changes nothing.
 """
 
@@ -23,6 +24,7 @@ from tasks.contract.settings import Settings, get_settings
 from tasks.contract.trouble import database_trouble, refuse_lasting, refuse_unusable
 from tasks.maintenance.alerts import Alerter
 from tasks.maintenance.deliveries import Deliverer
+from tasks.maintenance.gone_workers import GoneWorkers
 from tasks.maintenance.ledger import Recorder
 from tasks.maintenance.reconciler import Reconciler
 from tasks.maintenance.sweeper import Sweeper
@@ -168,8 +170,11 @@ def run() -> int:
         refuse_lasting(database_trouble(failure, settings))
     os.nice(NICENESS)
     deliverer = Deliverer(settings, _jobs().backlog.redis)
+    gone_workers = GoneWorkers(_jobs())
     deliverer.start()
+    gone_workers.start()
     try:
         return run_periodically(periodic_tasks(settings), THREADS, _jobs().backlog.redis)
     finally:
+        gone_workers.stop()
         deliverer.stop()

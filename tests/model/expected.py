@@ -118,7 +118,7 @@ class Expected:
         self.jobs: dict[str, QueuedJob] = {}
         self.logs: dict[str, Log] = {}
         self.keys: dict[str, str] = {}
-        """Strings with a TTL: idempotency keys, claims' tokens, workers' suspects."""
+        """What has a TTL: idempotency keys, claims' tokens, workers' suspects and heartbeats."""
         self.ledger: list[Record] = []
         self.tickets: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()

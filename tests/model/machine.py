@@ -380,6 +380,16 @@ class QueueMachine(RuleBasedStateMachine):
                 worker.go_on(hold)
 
     @precondition(is_busy)
+    @step(which=some, lives=st.booleans())
+    def take_for_gone(self, which: int, lives: bool) -> None:
+        """Maintenance finds a worker silent, rightly or not; or it sends a heartbeat just then."""
+        worker, _ = self._hold(which)
+        beats = worker.beat()
+        if lives:
+            worker.beat()
+        self.world.gone_workers.hand_on(worker.id, beats)
+
+    @precondition(is_busy)
     @step(which=some)
     def work_unanswered(self, which: int) -> None:
         """A worker does the next thing for one job, and no reply arrives."""

@@ -160,6 +160,17 @@ class Scripts:
                 lost.append(i + 1)
         return lost
 
+    def lapse(self, names: Arguments, args: Arguments) -> Any:
+        worker, beats, *job_ids = args
+        known = self.expected
+        if known.keys.get(names[0]) != beats:
+            return None
+        running = [job for job in known.members(LEASES) if job.id in job_ids]
+        ended = [job for job in running if job.worker == worker and job.score > 0]
+        for job in ended:
+            job.score = 0
+        return len(ended)
+
     def requeue(self, _: Arguments, args: Arguments) -> Any:
         job_id, attempt, _reason, cause, delay_us, _ = args
         job = self.expected.jobs.get(job_id)

@@ -110,6 +110,12 @@ HOLES = {
         "requeue", "if job.attempt ~= ARGV[2] then return nil end", ""
     ),
     "a lease is renewed for an older attempt": Hole("renew", " and job[2] == ARGV[i + 1]", ""),
+    "a worker that has sent a heartbeat since loses its leases": Hole(
+        "lapse", "if redis.call('HGET', KEYS[1], 'beats') ~= ARGV[2] then return nil end", ""
+    ),
+    "the leases of others end with those of a worker that is gone": Hole(
+        "lapse", " and job[2] == ARGV[1]", ""
+    ),
     "a job stays in the place that it leaves": Hole(
         "state", "if job.place then redis.call('ZREM', job.place, job.id) end", ""
     ),

@@ -90,9 +90,12 @@ class Watch:
         if log:
             log.has_ttl = True
 
-    def _hincrby(self, args: list[str], _: Any) -> None:
-        assert args[0] == keys.COUNTS, args
-        self.expected.counts[args[1]] += int(args[2])
+    def _hincrby(self, args: list[str], reply: Any) -> None:
+        if args[0] == keys.COUNTS:
+            self.expected.counts[args[1]] += int(args[2])
+        else:
+            assert args[0].startswith(keys.worker("")), args
+            self.expected.keys[args[0]] = str(reply)
 
     def _publish(self, args: list[str], _: Any) -> None:
         worker = args[0].removeprefix(keys.control(""))

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 
 import orjson
 
+from tasks.contract import keys
 from tasks.contract.events import End, Entry, Kind, Position, Start
 from tasks.contract.job import Cause, Claim, Room, State, Usage
 from tasks.contract.settings import get_settings
 from tasks.queue.backlog import load_script
+from tasks.queue.control import BEATS
 from tasks.queue.jobs import Jobs
 from tasks.queue.token_log import Addressed, append_arguments
 
@@ -91,6 +93,14 @@ class Worker:
             assert (claim.job.id, claim.attempt) not in self.holds, f"{claim} was claimed twice"
             self.holds[claim.job.id, claim.attempt] = Hold(claim)
         return bool(claimed)
+
+    def beat(self) -> bytes:
+        """Sends a heartbeat; returns its number."""
+        key = keys.worker(self.id)
+        pipeline = self._queue.backlog.redis.pipeline(transaction=False)
+        pipeline.hincrby(key, BEATS, 1)
+        pipeline.expire(key, int(get_settings().lease_s) + 1)
+        return b"%d" % pipeline.execute()[0]
 
     def renew(self) -> None:
         held = [hold.claim for hold in self.holds.values()]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from tasks.contract import keys
 from tasks.contract.events import End, Entry, Kind, Position
 from tasks.contract.settings import get_settings
+from tasks.maintenance.gone_workers import GoneWorkers
 from tasks.maintenance.ledger import Recorder
 from tasks.maintenance.reconciler import Reconciler
 from tasks.maintenance.sweeper import Sweeper
@@ -111,6 +112,7 @@ class World:
         self.recorder = Recorder(self.queue, self.database.url)
         self.reconciler = Reconciler(self.queue, self.database.url, JOBS_AT_ONCE)
         self.sweeper = Sweeper(self.queue)
+        self.gone_workers = GoneWorkers(self.queue)
 
     def _follow_clock(self) -> None:
         self.watch.scripts.now_us, self.watch.scripts.run = self.server.now_us, self.server.run
