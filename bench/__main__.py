@@ -25,6 +25,7 @@ from bench import (
     jobs,
     memory,
     overload,
+    recovery,
     report,
     tracing,
 )
@@ -162,6 +163,18 @@ def run_batch(job_count: int, chats: int, chats_per_s: float) -> None:
     try:
         errors = beside_batch.run(console, model, job_count, chats, chats_per_s)
     except (AssertionError, StackError, httpx.HTTPError) as wrong:
+        raise click.ClickException(str(wrong)) from None
+    _end(console, None, {}, errors)
+
+
+@main.command("recovery")
+@click.option("--kills", default=50, show_default=True, type=click.IntRange(1))
+def run_recovery(kills: int) -> None:
+    """How long streams pause after kill -9 of their worker beside a free one; what moves none."""
+    console = _console()
+    try:
+        errors = recovery.run(console, kills)
+    except AssertionError as wrong:
         raise click.ClickException(str(wrong)) from None
     _end(console, None, {}, errors)
 
