@@ -23,6 +23,9 @@ class Application(BaseApplication):  # type: ignore[misc]
     def __init__(self, bind: str, processes: str, drain_s: str) -> None:
         self._bind = bind
         self._own = {
+            # All of them accept from this one socket: the next connection is for who is free.
+            # With a socket each (SO_REUSEPORT) the kernel would deal connections out to the busy
+            # as well, and reset those that wait in the queue of a process that ends.
             "bind": bind,
             "workers": int(processes),
             # Streams are cut at the end of it; clients resume them elsewhere.

@@ -13,13 +13,15 @@ from sqlalchemy.exc import SQLAlchemyError
 from api.connection_limits import KEPT_FILES
 from db import migrate
 from db.keys import any_key
-from tasks.contract import open_files
+from tasks.contract import open_files, processors
 from tasks.contract.errors import ConfigurationError
 from tasks.contract.models import get_catalog
 from tasks.contract.settings import Settings, get_settings
 from tasks.contract.trouble import database_trouble, refuse_lasting, refuse_unusable
 
 MOST_FILES = 16_384
+MOST_PROCESSES = 4
+CORES_PER_PROCESS = 4
 LOOPBACK_NAMES = "localhost,127.0.0.1,::1"
 
 
@@ -46,10 +48,20 @@ def serve(bind: str) -> NoReturn:
     _make_metrics_directory(bind)
     if not settings.allowed_hosts and is_loopback(bind.rpartition(":")[0]):
         os.environ["SLUICE_ALLOWED_HOSTS"] = LOOPBACK_NAMES
-    processes = str(settings.api_processes)
+    processes = str(settings.api_processes or processes_for(processors.count()))
     # -P: what lies in the working directory is not ours.
     arguments = [bind, processes, str(settings.api_drain_s)]
     os.execv(sys.executable, [sys.executable, "-P", "-m", "api.gunicorn_app", *arguments])
+
+
+def processes_for(cores: int) -> int:
+    """How many processes an API has, where no number of them is set.
+
+    One relays the tokens of a GPU with a third of a core. Several keep the requests of a wave from
+    waiting for each other; but each takes 100 MB, and connections to Redis and SQL, and workers
+    send a message of its own to each one that listens.
+    """
+    return max(1, min(cores // CORES_PER_PROCESS, MOST_PROCESSES))
 
 
 def is_open(bind: str, settings: Settings) -> bool:

@@ -101,6 +101,8 @@ class Stack:
             "SLUICE_MODELS": str(catalog),
             "SLUICE_REDIS_URL": f"redis://127.0.0.1:{self.redis_port}/0",
             "SLUICE_DRAIN_S": "5",
+            # On any machine: what is measured, or killed, is the one that there is.
+            "SLUICE_API_PROCESSES": "1",
             "PYTHONUNBUFFERED": "1",
             **{f"SLUICE_{name.upper()}": str(value) for name, value in settings.items()},
         }

@@ -83,11 +83,11 @@ class Settings(BaseSettings):
         "empty: the one on `SLUICE_HOST` and `SLUICE_PORT`",
     )
     api_key: str = Field("", description="bearer token that these commands send", repr=False)
-    api_processes: int = Field(1, ge=1, description="gunicorn processes of one API")
+    api_processes: int = Field(
+        0, ge=0, description="gunicorn processes of one API; 0: one per four cores, four at most"
+    )
     api_drain_s: int = Field(
-        5,
-        ge=5,
-        description="how long a stopping API, which takes no new ones, lets streams go on",
+        5, ge=5, description="how long a stopping API, which takes no new ones, lets streams go on"
     )
 
     allowed_hosts: str = Field(
