@@ -12,6 +12,7 @@ from pathlib import Path
 
 from flask import Flask, Response, g, request
 from prometheus_client import Counter, Gauge, Histogram, values
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from tasks.contract.buckets import FIRST_OUTPUT_S
 
@@ -51,6 +52,14 @@ DEGRADED = Counter(
 STREAMS = Gauge("sluice_streams_open", "Requests that wait for jobs now.", multiprocess_mode="sum")
 # What a process that was killed had open is no longer.
 STREAMS.set(0)
+
+
+def count_open_streams() -> int:
+    """Requests that wait for jobs now, in all processes."""
+    files = map(str, Path(os.environ[DIRECTORY]).glob("gauge_sum_*.db"))
+    found = MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call]
+    samples = [sample for metric in found for sample in metric.samples]
+    return int(sum(sample.value for sample in samples if sample.name == "sluice_streams_open"))
 
 
 def register(app: Flask) -> None:

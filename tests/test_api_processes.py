@@ -93,6 +93,18 @@ def two_processes(stack: Stack) -> Iterator[tuple[psutil.Process, psutil.Process
         yield first, second
 
 
+def test_the_load_is_that_of_all_processes(home: Path) -> None:
+    stack = Stack(home, [SLOW], api_processes=2)
+    with two_processes(stack) as both, ExitStack() as streams:
+        for process in (*both, both[0]):
+            with only(process, stack):
+                streams.enter_context(ask(stack, STREAM | {"max_tokens": 4000}))
+        for process in both:
+            with only(process, stack):
+                found = requests.get(f"{stack.url}/load", timeout=30)
+            assert found.json() == {"server_load": 3}
+
+
 def test_a_limit_holds_for_all_processes_together(home: Path) -> None:
     stack = Stack(home, [SIM], api_processes=2)
     migrate(stack.database_url)

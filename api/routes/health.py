@@ -5,7 +5,7 @@ from typing import Any
 
 from flask_openapi3 import APIBlueprint, Tag
 
-from api import replies
+from api import instruments, replies
 from api.openapi import given, operation
 from api.services import get_services
 from tasks.contract.errors import NoWorkerError, QueueUnavailableError
@@ -71,12 +71,12 @@ def ping() -> dict[str, Any]:
 @blueprint.get(
     "/load",
     tags=HEALTH,
-    summary="How much is this process doing?",
+    summary="How much is this API doing?",
     openapi_extensions=operation({200: given("Its load", replies.Load)}),
 )
 def load() -> dict[str, Any]:
-    """Requests that this process answers at the moment, in vLLM's shape."""
-    return {"server_load": get_services().relay.open_streams}
+    """Requests that all processes of this API answer at the moment, in vLLM's shape."""
+    return {"server_load": instruments.count_open_streams()}
 
 
 @blueprint.get(
