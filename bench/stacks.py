@@ -16,7 +16,7 @@ import yaml
 
 from bench.processes import Snapshot, snapshot
 from deploy.redis_server import free_port
-from gpu_worker.engines.vllm_args import command_line as engine_arguments
+from gpu_worker.engines import vllm_args
 from tasks.contract.models import Model
 
 LOAD_TIMEOUT_S = 600
@@ -54,8 +54,8 @@ def vllm_server(model: Model, home: Path) -> Iterator[Stack]:
     """The server of vLLM, with the arguments and environment that Sluice gives the engine."""
     port = free_port()
     server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command = [*server, *engine_arguments(model), "--host", "127.0.0.1", "--port", str(port)]
-    with started("vLLM", command, model.env | os.environ, port, "/health", home) as stack:
+    command = [*server, *vllm_args.command_line(model), "--host", "127.0.0.1", "--port", str(port)]
+    with started("vLLM", command, vllm_args.environment(model), port, "/health", home) as stack:
         yield stack
 
 

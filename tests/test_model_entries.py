@@ -76,6 +76,10 @@ def test_all_processes_of_the_api_learn_of_it(stack: Stack) -> None:
         ({"engine": "gpt"}, "engine"),
         ({"colour": "red"}, "colour"),
         ({"aliases": ["sim"]}, "sim"),
+        (
+            {"batch_invariant": True},
+            "batch_invariant: only vLLM can do this, and the engine is sim",
+        ),
         ({"fallbacks": ["nobody"]}, "nobody"),
     ],
 )

@@ -55,6 +55,20 @@ def test_flags_go_before_the_arguments_of_the_entry() -> None:
     assert changed.default.aliases == demo.default.aliases
 
 
+def test_only_vllm_can_be_asked_for_batch_invariance(tmp_path: Path) -> None:
+    file = tmp_path / "models.yaml"
+    entry = "models:\n  - name: own\n    engine: {}\n    batch_invariant: true\n"
+    file.write_text(entry.format("vllm"))
+    assert load_catalog(file).default.batch_invariant
+    file.write_text(entry.format("sim"))
+    with pytest.raises(ConfigurationError) as refused:
+        load_catalog(file)
+    assert str(refused.value) == (
+        f"{file}, line 4: models.0.batch_invariant: only vLLM can do this, and the engine is sim; "
+        "leave it out"
+    )
+
+
 @pytest.mark.parametrize(
     "line", ["Qwen/Qwen3-0.6B", "-tp 2", "--dtype float32 -O3", "-- --dtype", "'"]
 )

@@ -113,6 +113,10 @@ REFUSED = {
         {"config": {"architectures": ["OwnForCausalLM"], "model_type": "own"}},
         "vLLM cannot load own: ",
     ),
+    "kernels that a CPU has not": (
+        {"entry": {"batch_invariant": True}},
+        "batch_invariant of own: vLLM has such kernels for GPUs only",
+    ),
     "no model": ({"config": None}, "holds no model (no config.json)"),
 }
 
@@ -129,6 +133,7 @@ def test_what_is_wrong_with_a_model_is_the_last_line_of_its_workers_log(
         if config is None:
             (directory / "config.json").unlink()
         entry = {"name": "own", "source": str(directory), "args": wrong.get("args", {})}
+        entry |= wrong.get("entry", {})
         (home / "models.yaml").write_text(json.dumps({"models": [entry]}))
         env = server.env | {"SLUICE_HOME": str(home), "SLUICE_MODELS": str(home / "models.yaml")}
         workers[what] = Process([*SLUICE, "worker"], env, home / "worker.log")

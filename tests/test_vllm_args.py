@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from gpu_worker.engines.vllm_args import command_line, kv_cache_bytes, parse, tool_parser
+from gpu_worker.engines.vllm_args import (
+    command_line,
+    environment,
+    kv_cache_bytes,
+    parse,
+    refuse_batch_invariance,
+    tool_parser,
+)
 from gpu_worker.engines.vllm_process import KILLED, describe, root_cause
 from tasks.contract.errors import ConfigurationError
 from tasks.contract.models import Model
@@ -37,6 +44,26 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch)
     assert shutil.which("g++") is None or "--enforce-eager" not in command_line(_model())
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "--enforce-eager" in command_line(_model())
+
+
+def test_variables_of_an_entry_leave_those_alone_that_are_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    env = {"VLLM_BATCH_INVARIANT": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    own = Model(name="own", source="bundled", env=env)
+    assert env.items() - environment(own).items() == {("VLLM_BATCH_INVARIANT", "1")}
+    # That is not left to the environment: the entry promises it.
+    asking = own.model_copy(update={"batch_invariant": True})
+    assert env.items() <= environment(asking).items()
+
+
+def test_on_a_cpu_batch_invariance_is_refused() -> None:
+    refuse_batch_invariance(_model())
+    with pytest.raises(ConfigurationError) as refused:
+        refuse_batch_invariance(_model().model_copy(update={"batch_invariant": True}))
+    assert str(refused.value).startswith("batch_invariant of own: vLLM has such kernels for GPUs")
 
 
 @pytest.mark.parametrize(

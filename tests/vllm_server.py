@@ -1,6 +1,5 @@
 """vLLM's own server, started as in its manual, with what models.yaml gives Sluice's engine."""
 
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ import requests
 
 from bench.stack import Process, await_that
 from deploy import redis_server
-from gpu_worker.engines.vllm_args import command_line
+from gpu_worker.engines.vllm_args import command_line, environment
 from tasks.contract.models import Model
 
 LOAD_TIMEOUT_S = 600
@@ -24,7 +23,7 @@ def serving(model: Model, home: Path) -> Iterator[str]:
     port = redis_server.free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *command_line(model)]
     command += ["--host", "127.0.0.1", "--port", str(port)]
-    server = Process(command, dict(model.env) | os.environ, home / "vllm-server.log")
+    server = Process(command, environment(model), home / "vllm-server.log")
     url = f"http://127.0.0.1:{port}"
     try:
         await_that(lambda: _is_ready(server, url), LOAD_TIMEOUT_S)

@@ -96,8 +96,8 @@ async def open_engine(model: Model) -> AsyncIterator[VllmEngine]:
             "or set SLUICE_MODEL to `sim` or to the URL of an OpenAI-compatible server"
         )
     refuse_missing(model)
-    for name, value in model.env.items():
-        os.environ.setdefault(name, value)
+    os.environ.update(vllm_args.environment(model))
+    vllm_args.refuse_batch_invariance(model)
     # An allowed domain can redirect to one that is not.
     os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")
     with sockets.private_directory() as directory:

@@ -19,6 +19,9 @@ ALWAYS: dict[str, Any] = {"scheduling-policy": "priority"}
 """Without it vLLM could not tell chats from batch jobs."""
 MEMORY_ARGS = {"gpu-memory-utilization", "kv-cache-memory-bytes"}
 MEMORY_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
+INVARIANCE_VARIABLE = "VLLM_BATCH_INVARIANT"
+# Compute capability from which on NVIDIA GPUs have such kernels in vLLM.
+INVARIANT_FROM = 80
 
 # Flags of vLLM's HTTP server that are not of its app: Sluice's API stands in its place.
 OF_THE_APP = {"middleware", "enable_flash_late_interaction"}
@@ -36,6 +39,36 @@ TOOL_PARSERS = (
     ({"gpt_oss"}, "commentary", "openai"),
     ({"olmo3"}, "<function_calls>", "olmo3"),
 )
+
+
+def environment(model: Model) -> dict[str, str]:
+    """That of the engine's processes: the entry's variables, unless they are set already.
+
+    What its field `batch_invariant` asks for is not left to them. Some of vLLM's modules read it
+    when they are imported.
+    """
+    asked = {INVARIANCE_VARIABLE: "1"} if model.batch_invariant else {}
+    return model.env | os.environ | asked
+
+
+def refuse_batch_invariance(model: Model) -> None:
+    """Refuses `batch_invariant` where vLLM would fail, or take no notice of it.
+
+    Raises:
+        ConfigurationError: vLLM has no such kernels for this machine.
+    """
+    if not model.batch_invariant:
+        return
+    from vllm.platforms import current_platform
+
+    is_old = current_platform.is_cuda() and not current_platform.has_device_capability(
+        INVARIANT_FROM
+    )
+    if current_platform.is_cpu() or is_old:
+        raise ConfigurationError(
+            f"batch_invariant of {model.name}: vLLM has such kernels for GPUs only, NVIDIA's from "
+            "compute capability 8.0 on, and this machine has none; leave it out here"
+        )
 
 
 def command_line(model: Model) -> list[str]:

@@ -13,8 +13,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic_core import ErrorDetails
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from tasks.contract.errors import ConfigurationError, ModelNotFoundError
 from tasks.contract.settings import get_settings
@@ -75,6 +82,9 @@ class Model(BaseModel):
     )
     args: dict[str, Any] = Field({}, description="of the engine: anything `vllm serve` takes")
     env: dict[str, str] = Field({}, description="set for the engine unless already set")
+    batch_invariant: bool = Field(
+        False, description="vLLM on a GPU: no answer depends on what else runs at the time"
+    )
     allow: tuple[str, ...] = Field(
         (), description="fields of requests that are the operator's, and open to this model's users"
     )
@@ -103,6 +113,18 @@ class Model(BaseModel):
         if not isinstance(env, dict):
             return env
         return {name: str(value) for name, value in env.items()}
+
+    @field_validator("batch_invariant")
+    @classmethod
+    def _is_of_vllm(cls, is_asked: bool, given: ValidationInfo) -> bool:
+        engine = given.data.get("engine", "vllm")
+        if is_asked and engine != "vllm":
+            raise PydanticCustomError(
+                "batch_invariant",
+                "only vLLM can do this, and the engine is {engine}; leave it out",
+                {"engine": engine},
+            )
+        return is_asked
 
 
 class Route(BaseModel):
