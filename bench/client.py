@@ -15,7 +15,7 @@ import ssl
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import cast
 
@@ -28,9 +28,10 @@ PROGRESS_S = 0.5
 class Connection(asyncio.Protocol):
     """A keep-alive connection with at most one request on it."""
 
-    def __init__(self) -> None:
+    def __init__(self, new_reply: Callable[[float], Reply] = Reply) -> None:
         self.is_open = False
-        self.reply = Reply(0)  # to the latest request
+        self.reply = new_reply(0)  # to the latest request
+        self._new_reply = new_reply
         self._transport: asyncio.Transport
         self._answered: asyncio.Future[None] | None = None
 
@@ -54,7 +55,7 @@ class Connection(asyncio.Protocol):
 
     async def ask(self, request: bytes) -> Reply:
         """Sends the request and returns its reply, which may be incomplete if the server left."""
-        self.reply = Reply(time.perf_counter())
+        self.reply = self._new_reply(time.perf_counter())
         self._answered = asyncio.get_running_loop().create_future()
         self._transport.write(request)
         await self._answered

@@ -63,7 +63,7 @@ def run(
         stacks = []
         for number, name in enumerate(names):
             directory = Path(home) / str(number)
-            source = _make_copy(directory / "source", name, other if number else None)
+            source = make_copy(directory / "source", name, other if number else None)
             with console.status(f"starting {name}"):
                 stack = running.enter_context(sluice(model, directory, source, f"stack {number}"))
             console.print(f"{name}: ready after {stack.load_s:.0f} s")
@@ -77,7 +77,7 @@ def run(
     ]
 
 
-def _make_copy(source: Path, name: str, other: Path | None) -> Path:
+def make_copy(source: Path, name: str, other: Path | None) -> Path:
     """The source, of another checkout if given, with the lines of that copy changed.
 
     Raises:

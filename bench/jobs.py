@@ -24,7 +24,6 @@ from rich.console import Console
 
 from bench import deep_queue, fair_queue, scrape
 from bench.figures import Report
-from bench.postgres import running_postgres
 from bench.processes import cpu_between_s, largest_rss_mb, snapshot
 from bench.stack import Process, Stack, await_that
 from bench.stacks import StackError
@@ -71,6 +70,8 @@ def _measure_all(report: Report, home: Path, scale: float) -> None:
         "Per core, CPU and memory are of the one API process; resume is until the first event.",
         "SQLite runs with fsync, PostgreSQL without.",
     ]
+    from bench.postgres import running_postgres  # whose driver is an extra
+
     with running_postgres() as postgres:
         urls = {"SQLite": "", "PostgreSQL": postgres.create_database()}
         for database, url in urls.items():

@@ -32,6 +32,9 @@ QUESTIONS = (
 )
 
 
+WORDS = sorted({word for question in QUESTIONS for word in question.split()})
+
+
 @dataclass(frozen=True)
 class Load:
     """A closed loop: `streams` connections, each sending its next request on completion.
@@ -50,6 +53,7 @@ class Load:
     whole: bool = False  # no request streams
     per_s: float = 0  # requests, evenly spread; 0: each as soon as a connection is free
     seed: int = 1
+    prompt_words: int = 0  # at random, so that no two prompts begin alike; 0: the short questions
     stall_s: float = 60  # without any completion for so long, the rest counts as failed
     # The SLA, which decides what counts as goodput.
     sla_ttft_ms: float = math.inf
@@ -70,7 +74,12 @@ class Load:
 
     def http_requests(self) -> list[bytes]:
         """The requests as bytes on the wire; the same for the same fields."""
-        questions = random.Random(self.seed).choices(QUESTIONS, k=self.requests)
+        source = random.Random(self.seed)
+        if self.prompt_words:
+            texts = (source.choices(WORDS, k=self.prompt_words) for _ in range(self.requests))
+            questions = [" ".join(words) for words in texts]
+        else:
+            questions = source.choices(QUESTIONS, k=self.requests)
         return [
             self._http_request(question, streaming=not (self.whole or (self.mixed and number % 2)))
             for number, question in enumerate(questions)

@@ -63,6 +63,15 @@ def vllm_server(model: Model, home: Path) -> Iterator[Stack]:
 def sluice(
     model: Model, home: Path, source: Path | None = None, name: str = "Sluice"
 ) -> Iterator[Stack]:
+    """`launched_sluice`, ready."""
+    with launched_sluice(model, home, source, name) as launch:
+        yield launch.await_ready()
+
+
+@contextmanager
+def launched_sluice(
+    model: Model, home: Path, source: Path | None = None, name: str = "Sluice"
+) -> Iterator["Launch"]:
     """`sluice up` with this model only, and with its own Redis and database.
 
     The packages in `source` are run, if that is given.
@@ -77,10 +86,11 @@ def sluice(
         "SLUICE_MODELS": str(models),
     }
     if source:
-        env["PYTHONPATH"] = str(source)
+        paths = [str(source), os.environ.get("PYTHONPATH")]
+        env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     command = [sys.executable, "-P", "-m", "deploy.cli", "up"]
-    with started(name, command, env, port, "/health/ready", home) as stack:
-        yield stack
+    with launched(name, command, env, port, "/health/ready", home) as launch:
+        yield launch
 
 
 @contextmanager
@@ -97,6 +107,41 @@ def started(
     Raises:
         StackError: it does not start; with the end of its log.
     """
+    with launched(name, command, env, port, ready_path, home) as launch:
+        yield launch.await_ready()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A server that is starting; several may load at the same time."""
+
+    name: str
+    port: int
+    ready_path: str
+    log: Path
+    process: subprocess.Popen[bytes]
+    started_s: float
+
+    def await_ready(self) -> Stack:
+        """The server, once it answers with 200.
+
+        Raises:
+            StackError: it does not; with the end of its log.
+        """
+        _wait_until_ready(self.process, f"http://127.0.0.1:{self.port}{self.ready_path}", self.log)
+        return Stack(self.name, self.port, self.process.pid, time.monotonic() - self.started_s)
+
+
+@contextmanager
+def launched(
+    name: str,
+    command: list[str],
+    env: dict[str, str],
+    port: int,
+    ready_path: str,
+    home: Path,
+) -> Iterator[Launch]:
+    """The server, from the start of its process on; its whole tree ends with the block."""
     log = home / f"{name}.log"
     started_s = time.monotonic()
     with log.open("wb") as output:
@@ -104,8 +149,7 @@ def started(
             command, env=env, stdout=output, stderr=output, start_new_session=True
         )
     try:
-        _wait_until_ready(process, f"http://127.0.0.1:{port}{ready_path}", log)
-        yield Stack(name, port, process.pid, time.monotonic() - started_s)
+        yield Launch(name, port, ready_path, log, process, started_s)
     finally:
         _stop(process)
 
