@@ -29,6 +29,9 @@ from bench import (
     report,
     tracing,
 )
+from bench.gpu import model as shapes
+from bench.gpu import parts as gpu_parts
+from bench.gpu import servers
 from bench.peers import parts
 from bench.processes import largest_rss_mb, niceness
 from bench.rounds import Round, compare
@@ -129,6 +132,52 @@ def run_peers(names: tuple[str, ...], rounds: int, scale: float, json_path: Path
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are ended too
     console, document = _console(), {"machine": _machine()}
     errors = parts.run(console, names or tuple(parts.PARTS), rounds, scale, document)
+    _end(console, json_path, document, errors)
+
+
+@main.command("gpu")
+@click.argument("names", metavar="[PART]...", nargs=-1, type=click.Choice(gpu_parts.PARTS))
+@click.option(
+    "--server",
+    "kinds",
+    multiple=True,
+    default=servers.DEFAULT,
+    show_default=True,
+    help="sluice, vllm, rust; sluice=CHECKOUT for another one; vllm=N with N API processes.",
+)
+@click.option("--shape", default="8b", show_default=True, type=click.Choice(list(shapes.SHAPES)))
+@click.option(
+    "--streams",
+    "levels",
+    multiple=True,
+    default=(1, 64, 256),
+    show_default=True,
+    type=click.IntRange(1),
+)
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here."
+)
+def run_gpu(
+    names: tuple[str, ...],
+    kinds: tuple[str, ...],
+    shape: str,
+    levels: tuple[int, ...],
+    rounds: int,
+    json_path: Path | None,
+) -> None:
+    """Sluice beside `vllm serve` on one GPU: a comparison, and faults; both, or the part named.
+
+    The model has the shape of a Llama and random weights; nothing is downloaded.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are ended too
+    console, document = _console(), {"machine": _machine(), "vllm": _vllm_version()}
+    try:
+        servers.refuse_unknown(kinds)
+    except StackError as unknown:
+        raise click.ClickException(str(unknown)) from None
+    chosen, once = names or gpu_parts.PARTS, tuple(dict.fromkeys(kinds))
+    errors = gpu_parts.run(console, chosen, once, shape, levels, rounds, document)
     _end(console, json_path, document, errors)
 
 
