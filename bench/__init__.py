@@ -3,6 +3,8 @@
     python -m bench                 both servers, interleaved rounds, a table; then the jobs API
     python -m bench jobs            the jobs API alone, with a simulated engine
     python -m bench peers           beside LiteLLM and vLLM's router, too; and the queue alone
+    python -m bench gpu             beside `vllm serve` on a GPU, with faults
+    python -m bench profile         what each process and step costs, in µs
     python -m bench --json out.json the same figures for programs
     python -m bench --memory        10,000 requests through Sluice, and its API's memory on the way
 
@@ -13,5 +15,6 @@ beside a sweep kept earlier (`sweep.py`, drawn by `saturation.py`). `load/` is f
 
 Open `__main__.py` first, then `client.py` (the load) with `drive.py` (which starts it),
 `stacks.py` (what is started), `processes.py` (CPU and memory by role) and `report.py` (the tables);
-for the jobs API, `jobs.py`; for the peers, `peers/`.
+for the jobs API, `jobs.py`; for the peers, `peers/`; for GPUs, `gpu/`; for the budget, `profile.py`
+with `steps.py`.
 """

@@ -25,6 +25,7 @@ from bench import (
     jobs,
     memory,
     overload,
+    profile,
     recovery,
     report,
     tracing,
@@ -178,6 +179,25 @@ def run_gpu(
         raise click.ClickException(str(unknown)) from None
     chosen, once = names or gpu_parts.PARTS, tuple(dict.fromkeys(kinds))
     errors = gpu_parts.run(console, chosen, once, shape, levels, rounds, document)
+    _end(console, json_path, document, errors)
+
+
+@main.command("profile")
+@click.option("--model", "name", metavar="NAME", help="Of models.yaml; default: a simulated one.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
+@click.option("--scale", default=1.0, show_default=True, help="Multiplies the requests per round.")
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here."
+)
+def run_profile(name: str | None, rounds: int, scale: float, json_path: Path | None) -> None:
+    """What each process and step costs for each request and each token, in µs."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stack is ended too
+    console, document = _console(), {"machine": _machine()}
+    try:
+        model = get_catalog().resolve(name) if name else profile.SIM
+        errors = profile.run(console, model, rounds, scale, document)
+    except (SluiceError, StackError) as wrong:
+        raise click.ClickException(str(wrong)) from None
     _end(console, json_path, document, errors)
 
 
