@@ -24,6 +24,7 @@ PROGRESS_LINE_S = 5.0
 # How long a worker may take to hand back its jobs and close. Without Redis it can do neither, and
 # the jobs run elsewhere when their leases have expired.
 FORCED_EXIT_S = 10.0
+ENGINE_DIED = "the engine died"
 
 
 def drain(worker: "Worker") -> None:
@@ -42,21 +43,35 @@ def drain(worker: "Worker") -> None:
     worker.shut_down(0)
 
 
-def watch_engine(worker: "Worker", engine: Engine) -> None:
-    """Until the worker closes; ends it when the engine is dead or hung: its jobs run elsewhere.
+class Watch:
+    """Sees that an engine is dead or hangs.
 
     A hung engine passes its health check, but makes no step although it has work.
     """
-    stall_s = worker.settings.engine_stall_s
-    seen, moved_s = None, time.monotonic()
+
+    def __init__(self, engine: Engine, stall_s: float) -> None:
+        self._engine = engine
+        self._stall_s = stall_s
+        self._seen: int | None = None
+        self._moved_s = time.monotonic()
+
+    def failure(self) -> str | None:
+        """What is wrong with it, at one of many looks; None: nothing."""
+        steps, now_s = self._engine.progress(), time.monotonic()
+        if steps is None or steps != self._seen:
+            self._seen, self._moved_s = steps, now_s
+        if self._engine.is_dead():
+            return ENGINE_DIED
+        if now_s - self._moved_s > self._stall_s:
+            return f"the engine made no step for {self._stall_s:g} s"
+        return None
+
+
+def watch_engine(worker: "Worker", engine: Engine) -> None:
+    """Until the worker closes; ends it when the engine is dead or hung: its jobs run elsewhere."""
+    watch = Watch(engine, worker.settings.engine_stall_s)
     while not worker.closing.wait(CHECK_S):
-        steps, now_s = engine.progress(), time.monotonic()
-        if steps is None or steps != seen:
-            seen, moved_s = steps, now_s
-        if engine.is_dead():
-            _end_with_error(worker, "the engine died", Cause.ENGINE_DIED)
-        elif now_s - moved_s > stall_s:
-            reason = f"the engine made no step for {stall_s:g} s"
+        if reason := watch.failure():
             _end_with_error(worker, reason, Cause.ENGINE_DIED)
 
 

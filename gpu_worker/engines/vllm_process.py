@@ -4,22 +4,19 @@ vLLM loads its plugins in each of its processes; this one acts only in those tha
 Sluice has started: EngineCore, and EngineCore's own workers.
 """
 
-import ctypes
 import logging
 import os
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from gpu_worker.parent import end_with_parent
 from tasks.contract.tracebacks import cut
 
 WORKER_PID_VARIABLE = "_SLUICE_WORKER_PID"
 FAILURES_VARIABLE = "_SLUICE_LOAD_FAILURES"
-_PR_SET_PDEATHSIG = 1
 LONGEST_MESSAGE = 600
 # In the messages of vLLM's processes that only report the failure of another one.
 ELSEWHERE = "root cause"
@@ -50,8 +47,7 @@ def die_with_parent() -> None:
     worker_pid = os.environ.get(WORKER_PID_VARIABLE)
     if worker_pid is None or int(worker_pid) == os.getpid():
         return
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     logging.getLogger("vllm").addHandler(_Failures())
 
 
