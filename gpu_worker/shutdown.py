@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from gpu_worker.engines.engine import Engine
+from gpu_worker.engines.engine import Engine, Watched
 from tasks.contract import logs
 from tasks.contract.events import Attempt
 from tasks.contract.job import Cause
@@ -49,7 +49,7 @@ class Watch:
     A hung engine passes its health check, but makes no step although it has work.
     """
 
-    def __init__(self, engine: Engine, stall_s: float) -> None:
+    def __init__(self, engine: Watched, stall_s: float) -> None:
         self._engine = engine
         self._stall_s = stall_s
         self._seen: int | None = None
@@ -90,11 +90,11 @@ def _end_with_error(worker: "Worker", reason: str, cause: Cause) -> None:
     for claim in worker.claims.give_up(cause):
         worker.hand_back(claim, cause, reason)
     worker.loop.call_soon_threadsafe(worker.runner.stop_all, cause)
-    _kill_children()
+    kill_children()
     worker.shut_down(1)
 
 
-def _kill_children() -> None:
+def kill_children() -> None:
     """Ends the engine's processes: a stopped or hung one reacts to nothing else."""
     for process in psutil.Process().children(recursive=True):
         try:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tasks.contract.errors import ConfigurationError
-from tasks.contract.models import BUILT_IN, load_catalog
+from tasks.contract.models import BUILT_IN, Model, load_catalog
 from tasks.contract.settings import Settings
 
 
@@ -75,3 +75,17 @@ def test_only_vllm_can_be_asked_for_batch_invariance(tmp_path: Path) -> None:
 def test_what_is_no_flag_is_refused(line: str) -> None:
     with pytest.raises(ConfigurationError, match=r"no flag|closing quotation"):
         load_catalog(BUILT_IN, "", line)
+
+
+def test_front_ends_share_the_slots_of_their_worker() -> None:
+    model = Model(name="m", slots=11, frontends=3)
+    shares = [model.share(place) for place in range(3)]
+    assert [share.slots for share in shares] == [4, 4, 3]
+    assert {share.frontends for share in shares} == {1}
+
+
+def test_a_front_end_without_a_slot_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "models.yaml"
+    file.write_text("models:\n  - name: m\n    slots: 2\n    frontends: 3\n")
+    with pytest.raises(ConfigurationError, match=r"line 4: models\.0\.frontends: .*there are 2"):
+        load_catalog(file)

@@ -5,7 +5,7 @@ Another kind of engine is a module with an `open_engine`, named in ENGINES.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from contextvars import ContextVar
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -27,6 +27,12 @@ ENGINES = {
     "remote": "gpu_worker.engines.remote",
 }
 
+# Engines with processes that several front ends can share.
+SHARED = {"vllm": "gpu_worker.engines.vllm_core"}
+
+Seat = dict[str, Any]
+"""What one front end of several attaches to its engine with, once. Empty: it opens an own one."""
+
 
 current_job: ContextVar[Job | None] = ContextVar("current_job", default=None)
 """The one that the current task answers."""
@@ -43,7 +49,17 @@ class Load(NamedTuple):
     """Most tokens of a request and its answer together, as far as the engine knows."""
 
 
-class Engine(Protocol):
+class Watched(Protocol):
+    """What may die or hang."""
+
+    def is_dead(self) -> bool:
+        """Whether the engine cannot answer any more, for good."""
+
+    def progress(self) -> int | None:
+        """Steps that it has made; None while it has nothing to do, or cannot hang by itself."""
+
+
+class Engine(Watched, Protocol):
     """A loaded engine, on the event loop that opened it."""
 
     app: AsgiApp
@@ -53,24 +69,60 @@ class Engine(Protocol):
         """Host and port of the server that it asks; None: it is the worker's own."""
 
     def load(self) -> Load:
-        """What the engine is doing now."""
-
-    def is_dead(self) -> bool:
-        """Whether the engine cannot answer any more, for good."""
-
-    def progress(self) -> int | None:
-        """Steps that it has made; None while it has nothing to do, or cannot hang by itself."""
+        """What the engine is doing now; for one of several front ends, with its own requests."""
 
 
-def open_engine(model: Model) -> AbstractAsyncContextManager[Engine]:
+class Core(Watched, Protocol):
+    """What several front ends share, in the process that started it."""
+
+    def take_seat(self) -> Seat | None:
+        """For another front end; None: there are no more."""
+
+    def clear(self, seat: Seat) -> None:
+        """Ends the requests of a front end that has ended; may be called again."""
+
+
+def open_engine(model: Model, seat: Seat | None = None) -> AbstractAsyncContextManager[Engine]:
     """Loads the model's engine on entry, which may take minutes; ends its processes on exit.
+
+    With a seat it attaches to an engine that is there.
 
     Raises:
         ConfigurationError: on entry, when the model's source or arguments are wrong.
     """
+    module = import_module(ENGINES[model.engine])
     opened: AbstractAsyncContextManager[Engine]
-    opened = import_module(ENGINES[model.engine]).open_engine(model)
+    opened = module.attach(seat) if seat else module.open_engine(model)
     return opened
+
+
+def open_core(model: Model) -> AbstractAsyncContextManager[Core]:
+    """Loads on entry what the model's front ends will share; ends its processes on exit.
+
+    Raises:
+        ConfigurationError: on entry, when the model's source or arguments are wrong.
+    """
+    if model.engine not in SHARED:
+        return nullcontext(Apart())
+    opened: AbstractAsyncContextManager[Core]
+    opened = import_module(SHARED[model.engine]).open_core(model)
+    return opened
+
+
+class Apart:
+    """Front ends with nothing in common: each has a sim engine or a remote server by itself."""
+
+    def take_seat(self) -> Seat | None:
+        return {}
+
+    def clear(self, seat: Seat) -> None:
+        """Nothing is left of it."""
+
+    def is_dead(self) -> bool:
+        return False
+
+    def progress(self) -> int | None:
+        return None
 
 
 Args = TypeVar("Args", bound=BaseModel)

@@ -3,28 +3,33 @@
 All knowledge of vLLM's module paths is in the vllm*.py files.
 """
 
+import asyncio
 import logging
 import os
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
 from gpu_worker import affinity
-from gpu_worker.engines import vllm_args
+from gpu_worker.engines import vllm_args, vllm_clients
 from gpu_worker.engines import vllm_process as engine_process
 from gpu_worker.engines import vllm_sockets as sockets
-from gpu_worker.engines.engine import AsgiApp, Load, Message, Receive, Send
+from gpu_worker.engines.engine import AsgiApp, Load, Message, Receive, Seat, Send
 from gpu_worker.engines.sources import refuse_missing
 from gpu_worker.replay_log import get_replay_log
 from tasks.contract.errors import ConfigurationError, EngineLoadError
 from tasks.contract.models import Model
 
 log = logging.getLogger(__name__)
+
+LOOK_S = 1.0
+
+Opened = TypeVar("Opened")
 
 
 class VllmEngine:
@@ -70,6 +75,43 @@ class VllmEngine:
         self._steps += 1
 
 
+class AttachedEngine(VllmEngine):
+    """One of several front ends of an EngineCore, which another process has started.
+
+    It hears of the steps that made something of its own requests, and of some others: so it asks
+    EngineCore, which answers between two steps, what it has of these, and whether it goes on.
+    """
+
+    def __init__(
+        self, app: AsgiApp, client: Any, index: int, load: vllm_clients.ClientLoad
+    ) -> None:
+        super().__init__(app, client)
+        self._load = load
+        self._asking = asyncio.ensure_future(self._ask(index))
+
+    def load(self) -> Load:
+        return Load(*self._load, self._client.model_config.max_model_len)
+
+    def is_dead(self) -> bool:
+        has_no_answer = self._asking.done() and not self._asking.cancelled()
+        return super().is_dead() or has_no_answer
+
+    def close(self) -> None:
+        """Stops asking."""
+        self._asking.cancel()
+
+    async def _ask(self, index: int) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            while True:
+                await asyncio.sleep(LOOK_S)
+                self._load = await vllm_clients.load_of(self._client.engine_core, index)
+                self._count_step()
+        except EngineDeadError:
+            log.error("EngineCore is dead")
+
+
 def _on_each_step(client: Any, note: Callable[[], None]) -> None:
     """Makes vLLM call `note` for every step of the engine, with output or without."""
     update = client.output_processor.update_scheduler_stats
@@ -83,7 +125,27 @@ def _on_each_step(client: Any, note: Callable[[], None]) -> None:
 
 @asynccontextmanager
 async def open_engine(model: Model) -> AsyncIterator[VllmEngine]:
-    """Starts vLLM's engine and builds its app.
+    """Starts vLLM's engine and builds its app; raises as `started` does."""
+    async with started(model, _open) as engine:
+        yield engine
+
+
+@asynccontextmanager
+async def attach(seat: Seat) -> AsyncIterator[AttachedEngine]:
+    """Builds the app of one of several front ends (vllm_core.py)."""
+    place = seat["client"]
+    async with _building(seat["args"], place) as (app, client):
+        index = place["client_index"]
+        load = await vllm_clients.load_of(client.engine_core, index)
+        with closing(AttachedEngine(app, client, index, load)) as engine:
+            yield engine
+
+
+@asynccontextmanager
+async def started(
+    model: Model, start: Callable[[Namespace], AbstractAsyncContextManager[Opened]]
+) -> AsyncIterator[Opened]:
+    """What `start` makes of the model's arguments: it starts EngineCore.
 
     Raises:
         ConfigurationError: vLLM is not installed, the model is not there, or vLLM refuses an
@@ -106,10 +168,12 @@ async def open_engine(model: Model) -> AsyncIterator[VllmEngine]:
         async with AsyncExitStack() as stack:
             with engine_process.mark_worker(Path(directory)) as failures:
                 try:
-                    engine = await stack.enter_async_context(_open(args))
+                    opened = await stack.enter_async_context(start(args))
+                except ConfigurationError:
+                    raise
                 except Exception as failure:  # whatever it is: vLLM's boundary
                     raise _explained(model, failure, failures) from failure
-            yield engine
+            yield opened
 
 
 def _explained(model: Model, failure: Exception, failures: Path) -> EngineLoadError:
@@ -121,6 +185,16 @@ def _explained(model: Model, failure: Exception, failures: Path) -> EngineLoadEr
 
 @asynccontextmanager
 async def _open(args: Namespace) -> AsyncIterator[VllmEngine]:
+    async with _building(args) as (app, client):
+        make_way()
+        yield VllmEngine(app, client)
+
+
+@asynccontextmanager
+async def _building(
+    args: Namespace, place: dict[str, Any] | None = None
+) -> AsyncIterator[tuple[AsgiApp, Any]]:
+    """The app, and its client of EngineCore, which it starts unless it has a place at one."""
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
     from vllm.entrypoints.launchers.app import build_app
@@ -128,7 +202,7 @@ async def _open(args: Namespace) -> AsyncIterator[VllmEngine]:
 
     from gpu_worker.engines.vllm_replay import make_continuable
 
-    async with build_async_engine_client(args) as client:
+    async with build_async_engine_client(args, client_config=place) as client:
         make_continuable(client)
         model_type = client.model_config.hf_config.model_type
         vllm_args.choose_tool_parser(args, model_type, client.get_tokenizer())
@@ -138,14 +212,13 @@ async def _open(args: Namespace) -> AsyncIterator[VllmEngine]:
         # vLLM's lifespan logs statistics, and freezes the heap: without that the collector stalls
         # the loop (8 ms between tokens against 3 ms).
         async with app.router.lifespan_context(app):
-            _make_way()
             # Nothing changes the environment from here on. EngineCore does the same for itself; in
             # the front end vLLM asks for a variable with every token.
             enable_envs_cache()
-            yield VllmEngine(app, client)
+            yield app, client
 
 
-def _make_way() -> None:
+def make_way() -> None:
     """Keeps this process off the processors that vLLM has bound its CPU engine to.
 
     Those of the engine's processes that are not bound share what is left, and step back there.

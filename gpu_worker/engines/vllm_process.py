@@ -1,7 +1,7 @@
 """What each of vLLM's engine processes does for itself when it starts (a vLLM general plugin).
 
 vLLM loads its plugins in each of its processes; this one acts only in those that a worker of
-Sluice has started: EngineCore, and EngineCore's own workers.
+Sluice has started: EngineCore, EngineCore's own workers, and a worker's front ends.
 """
 
 import logging
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from gpu_worker.engines import vllm_clients
 from gpu_worker.parent import end_with_parent
 from tasks.contract.tracebacks import cut
 
@@ -48,6 +49,7 @@ def die_with_parent() -> None:
     if worker_pid is None or int(worker_pid) == os.getpid():
         return
     end_with_parent()
+    vllm_clients.teach_engine_core()
     logging.getLogger("vllm").addHandler(_Failures())
 
 

@@ -95,6 +95,7 @@ class Model(BaseModel):
         Degradation(), description="cap_at, shed_at: shares of the most jobs that may wait"
     )
     slots: int = Field(64, ge=1, description="sequences that one worker runs at once")
+    frontends: int = Field(1, ge=1, description="processes of one worker that feed its engine")
     interactive_reserve: float = Field(
         0.25,
         ge=0,
@@ -106,6 +107,18 @@ class Model(BaseModel):
     def reserved_slots(self) -> int:
         """Of each worker, which batch jobs leave free at most."""
         return int(self.slots * self.interactive_reserve)
+
+    def share(self, place: int) -> "Model":
+        """The model as one of its front ends serves it: with its part of the worker's slots."""
+        slots, rest = divmod(self.slots, self.frontends)
+        return self.model_copy(update={"slots": slots + (place < rest), "frontends": 1})
+
+    @field_validator("frontends")
+    @classmethod
+    def _has_slots(cls, frontends: int, given: ValidationInfo) -> int:
+        if frontends > (slots := given.data.get("slots", frontends)):
+            raise ValueError(f"each needs a slot, and there are {slots}")
+        return frontends
 
     @field_validator("env", mode="before")
     @classmethod
