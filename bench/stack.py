@@ -161,8 +161,8 @@ class Stack:
         """The latest process of that part."""
         return next(p for p in reversed(self.processes) if p.log.name.startswith(name))
 
-    def jobs_of(self, worker: Process) -> list[str]:
-        """The running jobs that the worker has claimed."""
+    def jobs_of(self, worker: Process | psutil.Process) -> list[str]:
+        """The running jobs that the worker, or one of its front ends, has claimed."""
         leases: Any = self.redis.zrange(keys.LEASES, 0, -1)
         leased = [job.decode() for job in leases]
         suffix = f"-{worker.pid}".encode()

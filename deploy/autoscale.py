@@ -127,7 +127,9 @@ def read(backlog: Backlog, model: str) -> Reading:
     """
     stats = read_stats(backlog, [model])
     found = next(each for each in stats.models if each.name == model)
-    return Reading(found.demand, found.serving, stats.total_jobs(model, State.QUEUED))
+    # Each front end of a worker counts as one there, and one of them may be on its way.
+    workers = math.ceil(found.serving / get_catalog().resolve(model).frontends)
+    return Reading(found.demand, workers, stats.total_jobs(model, State.QUEUED))
 
 
 def _follow(

@@ -171,6 +171,12 @@ def report_ready(is_ready: bool) -> None:
         _ready.clear()
 
 
+def bind_of(bind: str, place: int) -> str:
+    """The HOST:PORT of one front end of several: each has the next port, or any free one."""
+    host, _, port = bind.rpartition(":")
+    return f"{host}:{int(port) and int(port) + place}"
+
+
 def serve(bind: str, redis_host: str, model: str) -> str:
     """Serves /metrics and /ready on HOST:PORT, in a thread; returns where others find them.
 

@@ -71,7 +71,8 @@ def watch_engine(worker: "Worker", engine: Engine) -> None:
     """Until the worker closes; ends it when the engine is dead or hung: its jobs run elsewhere."""
     watch = Watch(engine, worker.settings.engine_stall_s)
     while not worker.closing.wait(CHECK_S):
-        if reason := watch.failure():
+        reason = ENGINE_DIED if worker.has_lost_engine.is_set() else watch.failure()
+        if reason:
             _end_with_error(worker, reason, Cause.ENGINE_DIED)
 
 

@@ -27,7 +27,7 @@ from redis.exceptions import RedisError
 from gpu_worker import heartbeat, metrics, orphans, preemption, shutdown, traces
 from gpu_worker.claims import Claims
 from gpu_worker.dispatcher import Dispatcher
-from gpu_worker.engines.engine import Engine, open_engine
+from gpu_worker.engines.engine import Engine, Seat, open_engine
 from gpu_worker.publisher import Publisher
 from gpu_worker.runner import Ended, Runner
 from gpu_worker.running import (
@@ -72,12 +72,26 @@ def run(model_name: str | None) -> int:
     Raises:
         SluiceError: the model or a setting is wrong, or the engine cannot be loaded.
     """
+    prepare()
+    orphans.refuse_orphans()
+    model = _find(model_name)
+    if model.frontends > 1:
+        from gpu_worker import front_ends  # it imports this module
+
+        return front_ends.run(model)
+    return Worker(model).run()
+
+
+def prepare() -> None:
+    """Sets up a worker's process.
+
+    Raises:
+        SluiceError: a setting is wrong.
+    """
     logs.configure(get_settings())
     refuse_unusable(get_settings())
     tracing.get_tracer(traces.PART)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    orphans.refuse_orphans()
-    return Worker(_find(model_name)).run()
 
 
 def _find(model_name: str | None) -> Model:
@@ -107,7 +121,14 @@ class TakeoverRefusedError(Exception):
 class Worker:
     """The parts of a worker, and how they see a job through."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(
+        self,
+        model: Model,
+        seat: Seat | None = None,
+        place: int = 0,
+        on_serving: Callable[[], None] = lambda: None,
+    ) -> None:
+        """The rest is for one of several front ends (front_ends.py), which `place` counts."""
         self.id = f"{socket.gethostname()}-{os.getpid()}"
         self.model = model
         self.settings = get_settings()
@@ -115,9 +136,11 @@ class Worker:
         self.log = TokenLog(connect(self.settings.bus_url))
         self.runner: Runner
         self.loop = uvloop.new_event_loop()
-        self.metrics_address = self._serve_metrics()
+        self.metrics_address = self._serve_metrics(place)
         self.state = WorkerState.SERVING
         self.closing = threading.Event()
+        self.has_lost_engine = threading.Event()  # another process, which has it, sets this
+        self._seat, self._on_serving = seat, on_serving
         self.claims = Claims(model.slots)
         self._loaded = threading.Event()
         self._consumer: TicketConsumer | None = None
@@ -125,12 +148,12 @@ class Worker:
         self._load_failure: BaseException | None = None
         self._stop_engine = asyncio.Event()
 
-    def _serve_metrics(self) -> str:
+    def _serve_metrics(self, place: int) -> str:
+        bind = metrics.bind_of(self.settings.metrics_bind, place)
         try:
             redis_host = urlsplit(self.settings.redis_url).hostname or "127.0.0.1"
-            return metrics.serve(self.settings.metrics_bind, redis_host, self.model.name)
+            return metrics.serve(bind, redis_host, self.model.name)
         except OSError as taken:
-            bind = self.settings.metrics_bind
             raise ConfigurationError(
                 f"the worker's metrics cannot be served on {bind} ({taken}); "
                 "set SLUICE_METRICS_BIND to another address, with port 0 for any free one"
@@ -285,6 +308,7 @@ class Worker:
         self._consumer = TicketConsumer(self.model.name, dispatcher.serve_ticket)
         log.info("worker %s serves %s with %d slots", self.id, self.model.name, self.model.slots)
         metrics.report_ready(True)
+        self._on_serving()
         with dispatcher:
             self._consumer.run()
 
@@ -304,7 +328,7 @@ class Worker:
             self._loaded.set()
 
     async def _engine_main(self) -> None:
-        async with open_engine(self.model) as engine:
+        async with open_engine(self.model, self._seat) as engine:
             with orphans.recorded():
                 publisher = Publisher(connect_async(self.settings.bus_url), self.stop_job)
                 self.runner = Runner(engine, publisher, self._clear, self.model.timeouts)
