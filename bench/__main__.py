@@ -144,7 +144,7 @@ def run_peers(names: tuple[str, ...], rounds: int, scale: float, json_path: Path
     multiple=True,
     default=servers.DEFAULT,
     show_default=True,
-    help="sluice, vllm, rust; sluice=CHECKOUT for another one; vllm=N with N API processes.",
+    help="sluice, vllm, rust; sluice:N with N front ends; vllm=N with N; sluice=CHECKOUT.",
 )
 @click.option("--shape", default="8b", show_default=True, type=click.Choice(list(shapes.SHAPES)))
 @click.option(

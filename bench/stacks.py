@@ -78,7 +78,9 @@ def launched_sluice(
     """
     port = free_port()
     models = home / "models.yaml"
-    models.write_text(yaml.safe_dump({"models": [model.model_dump(mode="json")]}))
+    models.write_text(
+        yaml.safe_dump({"models": [model.model_dump(mode="json", exclude_defaults=True)]})
+    )
     inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
     env = inherited | {
         "SLUICE_HOME": str(home / "sluice"),

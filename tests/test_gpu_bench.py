@@ -68,7 +68,7 @@ def test_no_prompt_of_a_round_comes_in_another_one() -> None:
 
 
 def test_an_unknown_server_is_refused() -> None:
-    servers.refuse_unknown([*servers.DEFAULT, "sluice=../other"])
+    servers.refuse_unknown([*servers.DEFAULT, "sluice=../other", "vllm=4"])
     with pytest.raises(StackError, match="vllm=0"):
         servers.refuse_unknown(["vllm=0"])
 

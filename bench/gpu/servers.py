@@ -16,8 +16,11 @@ from gpu_worker.engines.vllm_args import command_line as engine_arguments
 from tasks.contract.models import Model
 
 SLUICE, VLLM = "Sluice", "vLLM"
-DEFAULT = ("sluice", "vllm", "rust", "vllm=4")
-KINDS = re.compile(r"(sluice|vllm|rust)|sluice=.+|vllm=[1-9][0-9]*")
+DEFAULT = ("sluice", "sluice:2", "vllm", "rust")
+KINDS = re.compile(r"sluice(:[1-9][0-9]*|=.+)?|vllm(=[1-9][0-9]*)?|rust")
+# What `vllm serve` is; the first is in vLLM for CPUs, too.
+API_SERVER = ("vllm.entrypoints.openai.api_server",)
+SERVE = ("vllm.entrypoints.cli.main", "serve")
 
 PROMPT_WORDS = 120
 PROMPT_TOKENS = 256  # more than they are, with what the chat template adds
@@ -32,7 +35,8 @@ def entry(home: Path, shape: str, streams: int, tokens: int, **env: str) -> Mode
     """An entry of models.yaml: a model of that shape, with room for so many streams and no more."""
     directory = home / "model"
     config = shaped.write(directory, shape)
-    kv_tokens = streams * (PROMPT_TOKENS + tokens) * SPARE
+    # vLLM refuses a cache that the longest request of all would not fit into.
+    kv_tokens = streams * (PROMPT_TOKENS + tokens) * SPARE + shaped.CONTEXT_TOKENS
     args: dict[str, Any] = {
         "max-model-len": shaped.CONTEXT_TOKENS,
         "max-num-seqs": streams,
@@ -60,16 +64,28 @@ def _launch(kind: str, model: Model, home: Path) -> AbstractContextManager[Launc
     name, _, value = kind.partition("=")
     place = home / re.sub("[^a-z0-9]+", "-", kind.lower())[-40:]
     place.mkdir()
-    if name == "sluice":
-        source = make_copy(place / "source", SLUICE, Path(value)) if value else None
-        label = f"{SLUICE} of {Path(value).resolve().name}" if value else SLUICE
-        cached = model.model_copy(update={"env": model.env | _cache(label)})
-        return launched_sluice(cached, place, source, label)
     if name == "rust":
         rust = {"VLLM_USE_RUST_FRONTEND": "1"}
-        return _serve(f"{VLLM}, Rust front end", model, place, env=rust)
-    several = ("--api-server-count", value) if value else ()
-    return _serve(f"{VLLM}, {value} API servers" if value else VLLM, model, place, several)
+        return _serve(f"{VLLM}, Rust front end", model, place, SERVE, env=rust)
+    if name == "vllm" and value:
+        serve = (*SERVE, "--api-server-count", value)
+        return _serve(f"{VLLM}, {value} API servers", model, place, serve)
+    if name == "vllm":
+        return _serve(VLLM, model, place, API_SERVER)
+    if value:
+        checkout = Path(value).resolve()
+        label = f"{SLUICE} of {checkout.name}"
+        return _sluice(label, model, place, make_copy(place / "source", SLUICE, checkout))
+    front_ends = int(name.partition(":")[2] or 1)
+    label = f"{SLUICE}, {front_ends} front ends" if front_ends > 1 else SLUICE
+    return _sluice(label, model.model_copy(update={"frontends": front_ends}), place)
+
+
+def _sluice(
+    label: str, model: Model, place: Path, source: Path | None = None
+) -> AbstractContextManager[Launch]:
+    cached = model.model_copy(update={"env": model.env | _cache(label)})
+    return launched_sluice(cached, place, source, label)
 
 
 def _cache(label: str) -> dict[str, str]:
@@ -81,14 +97,13 @@ def _serve(
     label: str,
     model: Model,
     home: Path,
-    more: Sequence[str] = (),
+    module: Sequence[str],
     env: dict[str, str] | None = None,
 ) -> Iterator[Launch]:
-    """`vllm serve`, with the arguments and environment that Sluice gives the engine."""
+    """The server of vLLM, with the arguments and environment that Sluice gives the engine."""
     port = free_port()
-    _, source, *arguments = engine_arguments(model)  # the model comes without its flag
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", source, *arguments]
-    command += ["--host", "127.0.0.1", "--port", str(port), *more]
+    command = [sys.executable, "-m", *module, *engine_arguments(model)]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     whole = _cache(label) | model.env | os.environ | (env or {})
     with launched(label, command, whole, port, "/health", home) as launch:
         yield launch
@@ -99,6 +114,6 @@ def refuse_unknown(kinds: Sequence[str]) -> None:
     for kind in kinds:
         if not KINDS.fullmatch(kind):
             raise StackError(
-                f"there is no server {kind!r}: name sluice, sluice=CHECKOUT, vllm, vllm=PROCESSES "
-                "or rust"
+                f"there is no server {kind!r}: name sluice, sluice:FRONT_ENDS, sluice=CHECKOUT, "
+                "vllm, vllm=PROCESSES or rust"
             )
