@@ -88,7 +88,9 @@ def measure(
     urls = {"bus_url": "", "database_url": "", "model": ""}
     idle_mb = gpu_used_mb()
     report.console.print("starting two workers")
-    stack = Stack(home, [model.model_dump(mode="json")], **urls)
+    # With one front end each, a worker is one process, and one kill takes its half of the streams.
+    one_each = model.model_copy(update={"frontends": 1})
+    stack = Stack(home, [one_each.model_dump(mode="json")], **urls)
     with running(stack, workers=2):
         load = Load(stack.url, model.name, streams, streams, tokens, prompt_words=PROMPT_WORDS)
         uvloop.run(_ask_all(replace(load, max_tokens=8, seed=2), []))  # a warm-up

@@ -16,7 +16,7 @@ from gpu_worker.engines.vllm_args import command_line as engine_arguments
 from tasks.contract.models import Model
 
 SLUICE, VLLM = "Sluice", "vLLM"
-DEFAULT = ("sluice", "sluice:2", "vllm", "rust")
+DEFAULT = ("sluice", "sluice:1", "vllm", "rust")
 KINDS = re.compile(r"sluice(:[1-9][0-9]*|=.+)?|vllm(=[1-9][0-9]*)?|rust")
 # What `vllm serve` is; the first is in vLLM for CPUs, too.
 API_SERVER = ("vllm.entrypoints.openai.api_server",)
@@ -76,9 +76,9 @@ def _launch(kind: str, model: Model, home: Path) -> AbstractContextManager[Launc
         checkout = Path(value).resolve()
         label = f"{SLUICE} of {checkout.name}"
         return _sluice(label, model, place, make_copy(place / "source", SLUICE, checkout))
-    front_ends = int(name.partition(":")[2] or 1)
-    label = f"{SLUICE}, {front_ends} front ends" if front_ends > 1 else SLUICE
-    return _sluice(label, model.model_copy(update={"frontends": front_ends}), place)
+    count = name.partition(":")[2]
+    label = f"{SLUICE}, frontends: {count}" if count else SLUICE
+    return _sluice(label, model.model_copy(update={"frontends": int(count or 0)}), place)
 
 
 def _sluice(
