@@ -40,6 +40,7 @@ from bench.stacks import Stack, StackError, sluice, vllm_server
 from tasks.contract.errors import SluiceError
 from tasks.contract.models import Model, get_catalog
 
+CHECKOUT = click.Path(path_type=Path, exists=True, file_okay=False, resolve_path=True)
 STARTERS = {"vllm": vllm_server, "sluice": sluice}
 
 
@@ -92,7 +93,7 @@ def main(
 @click.option("--scale", default=1.0, show_default=True, help="Multiplies the requests per round.")
 @click.option(
     "--beside",
-    type=click.Path(path_type=Path, exists=True, file_okay=False, resolve_path=True),
+    type=CHECKOUT,
     help="Another checkout, instead of these copies: before a change and after it.",
 )
 def run_cost(rounds: int, scale: float, beside: Path | None) -> None:
@@ -186,16 +187,19 @@ def run_gpu(
 @click.option("--model", "name", metavar="NAME", help="Of models.yaml; default: a simulated one.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--scale", default=1.0, show_default=True, help="Multiplies the requests per round.")
+@click.option("--of", "other", type=CHECKOUT, help="Another checkout: before a change.")
 @click.option(
     "--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here."
 )
-def run_profile(name: str | None, rounds: int, scale: float, json_path: Path | None) -> None:
+def run_profile(
+    name: str | None, rounds: int, scale: float, other: Path | None, json_path: Path | None
+) -> None:
     """What each process and step costs for each request and each token, in µs."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stack is ended too
     console, document = _console(), {"machine": _machine()}
     try:
         model = get_catalog().resolve(name) if name else profile.SIM
-        errors = profile.run(console, model, rounds, scale, document)
+        errors = profile.run(console, model, rounds, scale, document, other)
     except (SluiceError, StackError) as wrong:
         raise click.ClickException(str(wrong)) from None
     _end(console, json_path, document, errors)
@@ -213,7 +217,7 @@ def run_overload(duration_s: float) -> None:
 @click.option("--requests", default=300, show_default=True, type=click.IntRange(1))
 @click.option(
     "--beside",
-    type=click.Path(path_type=Path, exists=True, file_okay=False, resolve_path=True),
+    type=CHECKOUT,
     help="Another checkout to compare with, such as one before there were keys.",
 )
 def run_door(rounds: int, requests: int, beside: Path | None) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from bench.cost import make_copy
 from bench.drive import run_client
 from bench.measurement import Load
 from bench.rounds import run_round
@@ -69,18 +71,22 @@ def split(short: Observed, long: Observed) -> dict[str, tuple[float, float]]:
 
 
 def run(
-    console: Console, model: Model, rounds: int, scale: float, document: dict[str, Any]
+    console: Console,
+    model: Model,
+    rounds: int,
+    scale: float,
+    document: dict[str, Any],
+    other: Path | None = None,
 ) -> list[str]:
-    """Measures and prints the budget; returns what went wrong.
+    """Measures and prints the budget, of another checkout if given; returns what went wrong.
 
     Raises:
         StackError: Sluice does not start, or answers nothing.
     """
     errors: list[str] = []
-    with (
-        TemporaryDirectory(prefix="sluice-bench-profile-") as home,
-        sluice(model, Path(home)) as stack,
-    ):
+    with TemporaryDirectory(prefix="sluice-bench-profile-") as home, ExitStack() as up:
+        source = make_copy(Path(home) / "source", "Sluice", other) if other else None
+        stack = up.enter_context(sluice(model, Path(home), source))
         loads = _loads(stack, model.name, scale)
         by_process = _by_process(console, stack, loads, rounds, errors)
         costs = [Cost(role, CPU, *cost) for role, cost in by_process.items()]
