@@ -127,8 +127,7 @@ def read(backlog: Backlog, model: str) -> Reading:
     """
     stats = read_stats(backlog, [model])
     found = next(each for each in stats.models if each.name == model)
-    # Each front end of a worker counts as one there, and one of them may be on its way.
-    workers = math.ceil(found.serving / get_catalog().resolve(model).frontends)
+    workers = math.ceil(round(found.engines, 6))  # of three thirds it is one
     return Reading(found.demand, workers, stats.total_jobs(model, State.QUEUED))
 
 

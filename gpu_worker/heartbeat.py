@@ -55,6 +55,7 @@ def send_heartbeat(redis: Redis, worker: "Worker", engine: Engine) -> bool:
     fields = {
         "model": worker.model.name,
         "slots": worker.model.slots,
+        "frontends": worker.model.frontends,
         "state": worker.state,
         "metrics_address": worker.metrics_address,
         **{name: "" if value is None else value for name, value in values.items()},

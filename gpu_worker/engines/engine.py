@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from contextvars import ContextVar
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -26,9 +27,15 @@ ENGINES = {
     "sim": "gpu_worker.engines.sim",
     "remote": "gpu_worker.engines.remote",
 }
-
 # Engines with processes that several front ends can share.
 SHARED = {"vllm": "gpu_worker.engines.vllm_core"}
+
+# By default an engine on a GPU has two front ends, where each has so much of its own.
+GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
+FRONT_ENDS_ON_GPU = 2
+CORES_EACH, SLOTS_EACH = 4, 32
+# What vLLM runs with one front end only.
+OF_ONE_FRONT_END = ("data-parallel", "enable-fault-tolerance")
 
 Seat = dict[str, Any]
 """What one front end of several attaches to its engine with, once. Empty: it opens an own one."""
@@ -80,6 +87,26 @@ class Core(Watched, Protocol):
 
     def clear(self, seat: Seat) -> None:
         """Ends the requests of a front end that has ended; may be called again."""
+
+
+def count_front_ends(model: Model, cores: int, has_gpu: bool) -> int:
+    """As many as the entry says; by default as many as the machine has use for.
+
+    One interpreter cannot feed an engine on a GPU (docs/gpu.md has the figures). An engine on a CPU
+    computes on the cores that a second one would take.
+    """
+    if model.frontends:
+        return model.frontends
+    names = [name.replace("_", "-") for name in model.args]
+    has_one = any(name.startswith(OF_ONE_FRONT_END) for name in names)
+    if model.engine not in SHARED or has_one or not has_gpu:
+        return 1
+    return max(1, min(FRONT_ENDS_ON_GPU, cores // CORES_EACH, model.slots // SLOTS_EACH))
+
+
+def has_gpu() -> bool:
+    """Whether there is the driver of a GPU, NVIDIA's or AMD's."""
+    return any(device.exists() for device in GPU_DEVICES)
 
 
 def open_engine(model: Model, seat: Seat | None = None) -> AbstractAsyncContextManager[Engine]:

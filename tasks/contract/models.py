@@ -95,7 +95,9 @@ class Model(BaseModel):
         Degradation(), description="cap_at, shed_at: shares of the most jobs that may wait"
     )
     slots: int = Field(64, ge=1, description="sequences that one worker runs at once")
-    frontends: int = Field(1, ge=1, description="processes of one worker that feed its engine")
+    frontends: int = Field(
+        0, ge=0, description="processes of one worker that feed its engine; 0: as the machine suits"
+    )
     interactive_reserve: float = Field(
         0.25,
         ge=0,
@@ -111,7 +113,7 @@ class Model(BaseModel):
     def share(self, place: int) -> "Model":
         """The model as one of its front ends serves it: with its part of the worker's slots."""
         slots, rest = divmod(self.slots, self.frontends)
-        return self.model_copy(update={"slots": slots + (place < rest), "frontends": 1})
+        return self.model_copy(update={"slots": slots + (place < rest)})
 
     @field_validator("frontends")
     @classmethod

@@ -27,6 +27,8 @@ class WorkerView(NamedTuple):
     id: str
     model: str
     slots: int
+    frontends: int
+    """Of its engine, all of which are listed."""
     state: WorkerState
     running: int
     waiting: int
@@ -51,6 +53,7 @@ class WorkerView(NamedTuple):
             id=worker_id,
             model=text["model"],
             slots=int(text["slots"]),
+            frontends=int(text.get("frontends", 1)),
             state=WorkerState(text.get("state", WorkerState.SERVING)),
             running=int(text.get("running", 0)),
             waiting=int(text.get("waiting", 0)),

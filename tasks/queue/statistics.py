@@ -40,6 +40,8 @@ class ModelStats:
     is_paused: bool
     depth: Depths
     serving: int
+    engines: float
+    """Of those: several front ends share one, and a part of them may be on its way."""
     draining: int
     slots: int
     """Of the serving workers, as the next ones."""
@@ -63,6 +65,7 @@ class ModelStats:
             is_paused=name in paused,
             depth=depth,
             serving=len(serving),
+            engines=sum(1 / worker.frontends for worker in serving),
             draining=len(own) - len(serving),
             slots=sum(worker.slots for worker in serving),
             slots_used=sum(worker.running + worker.waiting for worker in own),
