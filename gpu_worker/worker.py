@@ -27,7 +27,7 @@ from redis.exceptions import RedisError
 from gpu_worker import heartbeat, metrics, orphans, preemption, shutdown, traces
 from gpu_worker.claims import Claims
 from gpu_worker.dispatcher import Dispatcher
-from gpu_worker.engines.engine import Engine, Seat, count_front_ends, has_gpu, open_engine
+from gpu_worker.engines.engine import Engine, Seat, cores_per_gpu, count_front_ends, open_engine
 from gpu_worker.publisher import Publisher
 from gpu_worker.runner import Ended, Runner
 from gpu_worker.running import (
@@ -38,7 +38,7 @@ from gpu_worker.running import (
     LogLostError,
     PausedError,
 )
-from tasks.contract import logs, processors, tracing
+from tasks.contract import logs, tracing
 from tasks.contract.connections import connect, connect_async
 from tasks.contract.errors import ConfigurationError, ModelNotFoundError, SluiceError
 from tasks.contract.events import Attempt
@@ -75,7 +75,7 @@ def run(model_name: str | None) -> int:
     prepare()
     orphans.refuse_orphans()
     found = _find(model_name)
-    count = count_front_ends(found, processors.count(), has_gpu())
+    count = count_front_ends(found, cores_per_gpu(), get_settings().metrics_bind)
     model = found.model_copy(update={"frontends": count})
     if model.frontends > 1:
         from gpu_worker import front_ends  # it imports this module
@@ -197,6 +197,7 @@ class Worker:
             ended = asyncio.run_coroutine_threadsafe(running, self.loop).result()
         except EngineDiedError:
             self.state = WorkerState.DRAINING
+            self.stop_consuming()
             self.claims.close()
             self.hand_back(claim, Cause.ENGINE_DIED, "the engine died")
             return False

@@ -26,11 +26,14 @@ class _WakingPool(TaskPool):  # type: ignore[misc]
     in waves, at half the throughput.
     """
 
+    _read_fd = _write_fd = -1
+
     def register_with_event_loop(self, hub: Any) -> None:
-        """Celery's hook; called once, before the first ticket."""
-        self._read_fd, self._write_fd = os.pipe()
-        os.set_blocking(self._read_fd, False)
-        os.set_blocking(self._write_fd, False)
+        """Celery's hook; called before the first ticket, and after each loss of the connection."""
+        if self._read_fd < 0:
+            self._read_fd, self._write_fd = os.pipe()
+            os.set_blocking(self._read_fd, False)
+            os.set_blocking(self._write_fd, False)
         hub.add_reader(self._read_fd, self._drain)
 
     def on_apply(self, *args: Any, **kwargs: Any) -> ApplyResult:
