@@ -46,6 +46,23 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch)
     assert "--enforce-eager" in command_line(_model())
 
 
+@pytest.mark.parametrize(
+    ("named", "loaded"), [("", "sluice"), ("own", "own,sluice"), ("sluice,own", "sluice,own")]
+)
+def test_a_list_of_vllms_plugins_gets_the_one_that_a_worker_needs(
+    named: str, loaded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it EngineCore outlives a killed worker, and several front ends cannot begin."""
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    assert "VLLM_PLUGINS" not in environment(_model())
+    assert (
+        environment(_model().model_copy(update={"env": {"VLLM_PLUGINS": named}}))["VLLM_PLUGINS"]
+        == loaded
+    )
+    monkeypatch.setenv("VLLM_PLUGINS", named)
+    assert environment(_model())["VLLM_PLUGINS"] == loaded
+
+
 def test_variables_of_an_entry_leave_those_alone_that_are_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -20,6 +20,7 @@ ALWAYS: dict[str, Any] = {"scheduling-policy": "priority"}
 MEMORY_ARGS = {"gpu-memory-utilization", "kv-cache-memory-bytes"}
 MEMORY_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 INVARIANCE_VARIABLE = "VLLM_BATCH_INVARIANT"
+PLUGINS_VARIABLE, OWN_PLUGIN = "VLLM_PLUGINS", "sluice"
 # Compute capability from which on NVIDIA GPUs have such kernels in vLLM.
 INVARIANT_FROM = 80
 
@@ -45,10 +46,14 @@ def environment(model: Model) -> dict[str, str]:
     """That of the engine's processes: the entry's variables, unless they are set already.
 
     What its field `batch_invariant` asks for is not left to them. Some of vLLM's modules read it
-    when they are imported.
+    when they are imported. A list of plugins gets Sluice's (vllm_process.py), which it needs.
     """
+    given = model.env | os.environ
     asked = {INVARIANCE_VARIABLE: "1"} if model.batch_invariant else {}
-    return model.env | os.environ | asked
+    if PLUGINS_VARIABLE in given:
+        named = [name for name in given[PLUGINS_VARIABLE].split(",") if name]
+        asked[PLUGINS_VARIABLE] = ",".join(dict.fromkeys([*named, OWN_PLUGIN]))
+    return given | asked
 
 
 def refuse_batch_invariance(model: Model) -> None:
