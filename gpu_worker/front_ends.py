@@ -145,7 +145,8 @@ class FrontEnds:
         if self._exit_code is not None:
             return
         if code == 0:
-            log.info("front end %d was drained; the others go on", front_end.place)
+            log.info("front end %d was drained, and with it the worker is", front_end.place)
+            self._end(0)
             return
         log.error("front end %d ended with exit code %s", front_end.place, code)
         if not front_end.serves:

@@ -6,28 +6,35 @@ import pytest
 
 from gpu_worker.engines.engine import count_front_ends
 from tasks.contract.models import Model
+from tasks.contract.settings import Settings
+
+ANY_PORT = str(Settings.model_fields["metrics_bind"].default)
 
 
 @pytest.mark.parametrize(
-    ("cores", "has_gpu", "entry", "count"),
+    ("cores_per_gpu", "entry", "count"),
     [
-        (16, True, {}, 2),
-        (64, True, {"slots": 1024}, 2),
-        (8, True, {}, 2),
-        (7, True, {}, 1),
-        (2, True, {}, 1),
-        (16, False, {}, 1),
-        (16, True, {"slots": 63}, 1),
-        (16, True, {"engine": "sim"}, 1),
-        (16, True, {"engine": "remote", "source": "http://127.0.0.1:1"}, 1),
-        (16, True, {"args": {"data_parallel_size": 2}}, 1),
-        (16, True, {"args": {"enable-fault-tolerance": True}}, 1),
-        (2, False, {"frontends": 4}, 4),
-        (16, True, {"frontends": 1}, 1),
+        (16, {}, 2),
+        (64, {"slots": 1024}, 2),
+        (8, {}, 2),
+        (7, {}, 1),
+        (0, {}, 1),
+        (16, {"slots": 127}, 1),
+        (16, {"engine": "sim"}, 1),
+        (16, {"engine": "remote", "source": "http://127.0.0.1:1"}, 1),
+        (16, {"args": {"data_parallel_size": 2}}, 1),
+        (16, {"args": {"enable-fault-tolerance": True}}, 1),
+        (0, {"frontends": 4}, 4),
+        (16, {"frontends": 1}, 1),
     ],
 )
-def test_an_engine_on_a_gpu_with_cores_and_slots_has_two(
-    cores: int, has_gpu: bool, entry: dict[str, Any], count: int
+def test_vllm_on_a_gpu_with_cores_and_slots_has_two(
+    cores_per_gpu: int, entry: dict[str, Any], count: int
 ) -> None:
-    model = Model(**{"name": "m", "source": "s", "slots": 64} | entry)
-    assert count_front_ends(model, cores, has_gpu) == count
+    model = Model(**{"name": "m", "source": "s", "slots": 128} | entry)
+    assert count_front_ends(model, cores_per_gpu, ANY_PORT) == count
+
+
+def test_metrics_at_a_given_port_are_of_one_process() -> None:
+    model = Model(name="m", source="s", slots=128)
+    assert count_front_ends(model, 16, "0.0.0.0:9100") == 1

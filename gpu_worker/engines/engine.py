@@ -8,11 +8,13 @@ from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from contextvars import ContextVar
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from tasks.contract import processors
 from tasks.contract.errors import ConfigurationError
 from tasks.contract.job import Job
 from tasks.contract.models import Model
@@ -30,12 +32,11 @@ ENGINES = {
 # Engines with processes that several front ends can share.
 SHARED = {"vllm": "gpu_worker.engines.vllm_core"}
 
-# By default an engine on a GPU has two front ends, where each has so much of its own.
-GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
-FRONT_ENDS_ON_GPU = 2
-CORES_EACH, SLOTS_EACH = 4, 32
-# What vLLM runs with one front end only.
-OF_ONE_FRONT_END = ("data-parallel", "enable-fault-tolerance")
+# By default vLLM on a GPU has two front ends, where each has so much of its own.
+BY_DEFAULT = 2
+CORES_EACH, SLOTS_EACH = 4, 64
+# With these arguments vLLM needs to be alone, or may.
+OF_ONE_FRONT_END = ("config", "data-parallel", "enable-fault-tolerance")
 
 Seat = dict[str, Any]
 """What one front end of several attaches to its engine with, once. Empty: it opens an own one."""
@@ -89,24 +90,30 @@ class Core(Watched, Protocol):
         """Ends the requests of a front end that has ended; may be called again."""
 
 
-def count_front_ends(model: Model, cores: int, has_gpu: bool) -> int:
+def count_front_ends(model: Model, cores_per_gpu: int, metrics_bind: str) -> int:
     """As many as the entry says; by default as many as the machine has use for.
 
     One interpreter cannot feed an engine on a GPU (docs/gpu.md has the figures). An engine on a CPU
-    computes on the cores that a second one would take.
+    computes on the cores that a second one would take. Metrics at a given port are of one process.
     """
     if model.frontends:
         return model.frontends
     names = [name.replace("_", "-") for name in model.args]
-    has_one = any(name.startswith(OF_ONE_FRONT_END) for name in names)
-    if model.engine not in SHARED or has_one or not has_gpu:
+    is_alone = any(name.startswith(OF_ONE_FRONT_END) for name in names)
+    if model.engine not in SHARED or is_alone or not metrics_bind.endswith(":0"):
         return 1
-    return max(1, min(FRONT_ENDS_ON_GPU, cores // CORES_EACH, model.slots // SLOTS_EACH))
+    return max(1, min(BY_DEFAULT, cores_per_gpu // CORES_EACH, model.slots // SLOTS_EACH))
 
 
-def has_gpu() -> bool:
-    """Whether there is the driver of a GPU, NVIDIA's or AMD's."""
-    return any(device.exists() for device in GPU_DEVICES)
+def cores_per_gpu() -> int:
+    """Of the machine's processors; 0 without a GPU that the installed vLLM runs on."""
+    try:
+        if "cpu" in version("vllm"):
+            return 0
+    except PackageNotFoundError:  # there is none, or the one for CPUs, which has a name of its own
+        return 0
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) or Path("/dev/kfd").exists()
+    return processors.count() // gpus if gpus else 0
 
 
 def open_engine(model: Model, seat: Seat | None = None) -> AbstractAsyncContextManager[Engine]:

@@ -127,7 +127,7 @@ async def _launched(model: Model, args: Namespace) -> AsyncIterator[VllmCore]:
     from vllm.v1.executor import Executor
 
     count = 1 + model.frontends + SPARE_SEATS
-    config, has_statistics = _configure(args, count)
+    config, has_statistics = _configure(args, model.frontends)
     executor = Executor.get_class(config)
     async with AsyncExitStack() as stack:
         listeners = bind_engine_zmq_listeners(config, count)
