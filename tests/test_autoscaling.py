@@ -71,6 +71,7 @@ def busy(home: Path) -> Iterator[Stack]:
     """A worker with four slots, in all of which a job runs."""
     with running(Stack(home, [SLOW])) as stack:
         ids = [submit(stack, LONG)["id"] for _ in range(4)]
+        await_that(lambda: waiting(stack) == 0, explain=lambda: waiting(stack))
         # Its worker has said so, too.
         await_that(lambda: demand(stack) == 4, explain=lambda: demand(stack))
         yield stack
@@ -81,6 +82,10 @@ def autoscale(stack: Stack, *options: str) -> str:
     done = sluice(stack, "autoscale", *options)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
+
+
+def waiting(stack: Stack) -> float:
+    return Metrics(f"{stack.url}/metrics", "sluice_queue_depth").total("sluice_queue_depth")
 
 
 def demand(stack: Stack, model: str = "sim") -> float | None:
@@ -111,7 +116,7 @@ def test_a_paused_model_needs_no_workers(idle_stack: Stack) -> None:
 
 
 def test_workers_that_keep_up_are_not_idle(busy: Stack) -> None:
-    assert Metrics(f"{busy.url}/metrics", "sluice_queue_depth").total("sluice_queue_depth") == 0
+    assert waiting(busy) == 0
     assert autoscale(busy, "--jobs-per-worker=2") == "2\n"
 
 
