@@ -21,6 +21,8 @@ TOKENS = 128
 COMPARED = ("req/s", "TTFT p50", "TTFT p99", "gap p99", "TPOT p50")
 # One stream of an 8B model answers in half a second, so a few of them tell as much as minutes do.
 FEWEST = 12
+# Of an API with several processes each answers some.
+WARM_UP = 32
 MOST_WAVES, LONG_ENOUGH = 12, 384
 
 
@@ -58,7 +60,7 @@ def _composing(model: Model, streams: int) -> Callable[[Stack, int], Load]:
             stack.url,
             model.name,
             streams,
-            requests_of(streams) if number else streams,
+            requests_of(streams) if number else max(streams, WARM_UP),
             max_tokens=TOKENS,
             seed=10_000 * number + streams,
             prompt_words=PROMPT_WORDS,

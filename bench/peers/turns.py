@@ -26,11 +26,13 @@ def take_turns(
     for number in range(rounds + 1):
         first = number % len(stacks)
         for stack in (*stacks[first:], *stacks[:first]):
-            progress(f"round {number} of {rounds}: {stack.name}" if number else stack.name)
             one = run_round(number, stack, (), compose(stack, number))
             if not one.measurement.completed:
                 raise StackError(f"{stack.name} answers nothing: {one.measurement.errors}")
             done.append(one)
+            which = f"round {number} of {rounds}" if number else "warm-up"
+            # A run may be cut short, and what it has seen by then is to count.
+            progress(f"{which}: {stack.name}: {per_s(one):.1f} req/s, {_wrong(one)} errors")
     return done
 
 
@@ -52,6 +54,10 @@ def errors(rounds: Sequence[Round]) -> list[str]:
         for one in rounds
         for what, count in one.measurement.errors.items()
     ]
+
+
+def _wrong(one: Round) -> int:
+    return sum(one.measurement.errors.values())
 
 
 def per_s(one: Round) -> float:
