@@ -94,7 +94,7 @@ class _Gaps:
             self.add(now_s)
 
     def add(self, now_s: float) -> None:
-        """Adds what was noted; what a stopped stream has left is added with the next one's."""
+        """Adds what was noted."""
         for bucket, count in zip(self._series._buckets, self._counts, strict=True):  # noqa: SLF001
             if count:
                 bucket.inc(count)
@@ -144,14 +144,16 @@ class Meter:
 
     def end(self, input_tokens: int, output_tokens: int) -> None:
         """The job has ended, with so many tokens in all its attempts."""
-        now_s = time.monotonic()
-        self._gaps.add(now_s)
-        DURATION.labels(*self._labels).observe(now_s - self.accepted_s)
+        DURATION.labels(*self._labels).observe(time.monotonic() - self.accepted_s)
         if self.first_s and not self._is_continued and output_tokens > 1:
             spent_s = self.last_s - self.first_s
             TPOT.labels(*self._labels).observe(spent_s / (output_tokens - 1))
         TOKENS.labels(*self._labels, "input").inc(input_tokens)
         TOKENS.labels(*self._labels, "output").inc(output_tokens)
+
+    def close(self) -> None:
+        """Ends what is measured here of the job, which may go on elsewhere."""
+        self._gaps.add(time.monotonic())
 
 
 def recent_ttft() -> RecentTtft:

@@ -75,6 +75,7 @@ class Runner:
             state = await self._run(running)
         finally:
             del self._running[attempt]
+            running.meter.close()
         if running.is_paused and await running.feed.written():
             raise PausedError(running.usage)
         if running.feed.refusal is Refusal.GAP:

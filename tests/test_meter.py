@@ -20,14 +20,14 @@ def _value(model: str, part: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(f"{SERIES}_{part}", labels) or 0
 
 
-def test_each_time_between_two_outputs_is_counted_by_the_end_of_its_stream() -> None:
+def test_each_time_between_two_outputs_is_counted_when_the_worker_is_done_with_the_job() -> None:
     begun_s = time.monotonic()
     streams = [_stream("counted") for _ in range(3)]
     for tokens in range(1, 101):
         for stream in streams:
             stream.output(tokens)
     for stream in streams:
-        stream.end(10, 100)
+        stream.close()
     took_s = time.monotonic() - begun_s
     assert _value("counted", "count") == _value("counted", "bucket", le="+Inf") == 3 * 99
     assert 0 < _value("counted", "sum") <= 3 * took_s
