@@ -28,7 +28,7 @@ def _model(name: str, interactive: int, batch: int, oldest_s: float) -> ModelSta
 
 def _worker(name: str, model: str, running: int, kv_cache: float, ttft_ms: float) -> WorkerView:
     return WorkerView(
-        *(name, model, 64, WorkerState.SERVING, running, 0, kv_cache),
+        *(name, model, 64, 1, WorkerState.SERVING, running, 0, kv_cache),
         *(ttft_ms, 2.2 * ttft_ms, "127.0.0.1:9100", 32_768),
     )
 
