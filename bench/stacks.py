@@ -55,8 +55,8 @@ def vllm_server(model: Model, home: Path) -> Iterator[Stack]:
     port = free_port()
     server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command = [*server, *vllm_args.command_line(model), "--host", "127.0.0.1", "--port", str(port)]
-    with started("vLLM", command, vllm_args.environment(model), port, "/health", home) as stack:
-        yield stack
+    with launched("vLLM", command, vllm_args.environment(model), port, "/health", home) as launch:
+        yield launch.await_ready()
 
 
 @contextmanager
@@ -93,24 +93,6 @@ def launched_sluice(
     command = [sys.executable, "-P", "-m", "deploy.cli", "up"]
     with launched(name, command, env, port, "/health/ready", home) as launch:
         yield launch
-
-
-@contextmanager
-def started(
-    name: str,
-    command: list[str],
-    env: dict[str, str],
-    port: int,
-    ready_path: str,
-    home: Path,
-) -> Iterator[Stack]:
-    """The server, from its first answer of 200 at that path on; its whole tree ends with the block.
-
-    Raises:
-        StackError: it does not start; with the end of its log.
-    """
-    with launched(name, command, env, port, ready_path, home) as launch:
-        yield launch.await_ready()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from bench.peers import failure, queue_alone
 from bench.peers.servers import ALONE, SLUICE, sim_server
 from bench.reply import Reply
 from bench.stack import Stack
-from bench.stacks import StackError, started
+from bench.stacks import StackError, launched
 from tasks.contract.models import Model
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
@@ -38,9 +38,9 @@ def test_a_server_that_does_not_start_is_reported_with_its_log(home: Path) -> No
     command = [sys.executable, "-c", "raise SystemExit('no such model')"]
     with (
         pytest.raises(StackError, match="no such model"),
-        started("broken", command, dict(os.environ), 9, "/health", home),
+        launched("broken", command, dict(os.environ), 9, "/health", home) as launch,
     ):
-        pass
+        launch.await_ready()
 
 
 def test_whole_answers_come_at_the_rate_that_is_asked_for(home: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from bench.peers.environments import program
-from bench.stacks import Stack, started
+from bench.stacks import Stack, launched
 from deploy.redis_server import free_port
 from tasks.contract.models import Model
 
@@ -45,8 +45,8 @@ def litellm(model: str, engines: Sequence[str], home: Path) -> Iterator[Stack]:
     # Like Sluice here, it asks nobody for a key.
     keyless = {"LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}
     env = _bare(home) | quiet | keyless | {"LITELLM_MODE": "PRODUCTION"}
-    with started(LITELLM, command, env, port, "/health/liveliness", home) as stack:
-        yield stack
+    with launched(LITELLM, command, env, port, "/health/liveliness", home) as launch:
+        yield launch.await_ready()
 
 
 @contextmanager
@@ -57,8 +57,8 @@ def vllm_router(_model: str, engines: Sequence[str], home: Path) -> Iterator[Sta
     command += ["--prometheus-port", str(free_port()), "--log-level", "warning"]
     command += ["--policy", "round_robin", "--worker-startup-check-interval", "1"]
     command += ["--worker-urls", *engines]
-    with started(ROUTER, command, _bare(home), port, "/readiness", home) as stack:
-        yield stack
+    with launched(ROUTER, command, _bare(home), port, "/readiness", home) as launch:
+        yield launch.await_ready()
 
 
 GATEWAYS: Sequence[Gateway] = (litellm, vllm_router)
@@ -69,8 +69,8 @@ def sim_server(model: Model, home: Path) -> Iterator[Stack]:
     """The simulated engine as a server."""
     port = free_port()
     command = [sys.executable, "-m", "bench.peers.sim_server", str(port), model.model_dump_json()]
-    with started(ALONE, command, dict(os.environ), port, "/health", home) as stack:
-        yield stack
+    with launched(ALONE, command, dict(os.environ), port, "/health", home) as launch:
+        yield launch.await_ready()
 
 
 def _bare(home: Path) -> dict[str, str]:

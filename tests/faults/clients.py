@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import orjson
+import psutil
 import requests
 from sqlalchemy import select
 
-from bench.stack import Process, Stack, await_that
+from bench.stack import Process, Stack, await_that, slack
 from db import reading
 from db.models import JobRecord, LedgerEntry
 from tasks.contract import keys
@@ -124,6 +125,21 @@ def ask(stack: Stack, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The answers, undisturbed."""
     clients = [Client(stack, body) for body in bodies]
     return [client.answer() for client in clients]
+
+
+def begin(
+    stack: Stack, bodies: Sequence[dict[str, Any]], tokens: int
+) -> tuple[list[Client], list[dict[str, Any]]]:
+    """Streams that have so many tokens, and the answers that they should come to."""
+    expected = ask(stack, bodies)
+    clients = [Client(stack, body) for body in bodies]
+    await_tokens(clients, tokens)
+    return clients, expected
+
+
+def await_gone(processes: list[psutil.Process]) -> None:
+    left = lambda: psutil.wait_procs(processes, timeout=0)[1]
+    await_that(lambda: not left(), slack(10), left)
 
 
 def compare(

@@ -12,10 +12,10 @@ import pytest
 from bench.stack import Process, Stack, await_that, running, slack
 from tasks.contract import keys
 from tasks.contract.models import Model
-from tests.faults.clients import Client, ask, await_tokens, chat, compare, paused
+from tests.faults.clients import Client, await_gone, await_tokens, begin, chat, compare, paused
 from tests.faults.conftest import LEASE_S, Fault
 from tests.faults.test_engines import STALL_S
-from tests.faults.test_front_ends import await_gone, front_ends_of, start_worker
+from tests.faults.test_front_ends import front_ends_of, start_worker
 from tests.test_metrics import Metrics
 
 # An engine's load takes half a minute, and minutes where processors are short.
@@ -70,9 +70,7 @@ def test_a_killed_front_end_leaves_nothing_in_the_engine_and_its_streams_move_on
     stack = own_stack
     worker = _worker(stack)
     bodies = [chat(n, **LONG) for n in range(SLOTS)]
-    expected = ask(stack, bodies)
-    clients = [Client(stack, body) for body in bodies]
-    await_tokens(clients, 20)
+    clients, expected = begin(stack, bodies, 20)
     core, (victim, survivor) = _core(worker), front_ends_of(stack, worker)
     kept = stack.jobs_of(survivor)
     assert len(kept) == SLOTS // FRONT_ENDS
@@ -112,10 +110,8 @@ def test_a_lost_enginecore_ends_all_its_front_ends(
     stack = own_stack
     worker = _worker(stack)
     bodies = [chat(n, **LONG) for n in range(8)]
-    expected = ask(stack, bodies)
     started = _started(worker)
-    clients = [Client(stack, body) for body in bodies]
-    await_tokens(clients, 20)
+    clients, expected = begin(stack, bodies, 20)
     fault.inflict(f"{how.name} EngineCore")
     lost_s = time.monotonic()
     _core(worker).send_signal(how)
@@ -130,10 +126,8 @@ def test_all_end_with_the_process_that_has_the_engine(own_stack: Stack, fault: F
     stack = own_stack
     worker = _worker(stack)
     bodies = [chat(n, **LONG) for n in range(8)]
-    expected = ask(stack, bodies)
     started = _started(worker)
-    clients = [Client(stack, body) for body in bodies]
-    await_tokens(clients, 20)
+    clients, expected = begin(stack, bodies, 20)
     fault.inflict("SIGKILL the front ends' parent")
     killed_s = time.monotonic()
     worker.kill()

@@ -11,7 +11,7 @@ import pytest
 from bench.stack import Process, Stack, await_that, running, slack
 from tasks.contract import keys
 from tasks.contract.models import Model
-from tests.faults.clients import Client, ask, await_tokens, chat, compare
+from tests.faults.clients import Client, ask, await_gone, await_tokens, begin, chat, compare
 from tests.faults.conftest import LEASE_S, Fault
 
 # An engine's load takes half a minute, and minutes where processors are short.
@@ -39,11 +39,6 @@ def _engine(worker: Process) -> tuple[psutil.Process, list[psutil.Process]]:
     return core, started
 
 
-def _await_gone(processes: list[psutil.Process]) -> None:
-    left = lambda: psutil.wait_procs(processes, timeout=0)[1]
-    await_that(lambda: not left(), slack(10), left)
-
-
 def _only_worker(stack: Stack) -> Process:
     """A worker that serves, and no other."""
     if not stack.workers:
@@ -61,16 +56,14 @@ def test_15_the_jobs_of_a_lost_enginecore_go_on_with_the_replacement(
     stack = own_stack
     worker = _only_worker(stack)
     bodies = [chat(n, **LONG) for n in range(8)]
-    expected = ask(stack, bodies)
     core, started = _engine(worker)
-    clients = [Client(stack, body) for body in bodies]
-    await_tokens(clients, 20)
+    clients, expected = begin(stack, bodies, 20)
     fault.inflict(f"{how.name} EngineCore")
     lost_s = time.monotonic()
     core.send_signal(how)
     assert worker.popen.wait(120) == 1
     assert time.monotonic() - lost_s < STALL_S + slack(12)
-    _await_gone(started)
+    await_gone(started)
     stack.processes.remove(worker)
     stack.start_worker(MODEL)
     stack.await_workers(1)
@@ -99,7 +92,7 @@ def test_2_14_real_streams_of_a_killed_worker_go_on_token_for_token(
     fault.inflict("SIGKILL vLLM worker with a hung engine")
     victim.kill()
     killed_s = time.monotonic()
-    _await_gone(started)
+    await_gone(started)
     compare(fault, clients, expected, killed_s)
     assert max(fault.recovery_s) < LEASE_S + slack(5)
 
@@ -109,5 +102,5 @@ def test_sigterm_ends_a_worker_and_its_engine(own_stack: Stack) -> None:
     _, started = _engine(worker)
     worker.signal(signal.SIGTERM)
     assert worker.popen.wait(120) == 0
-    _await_gone(started)
+    await_gone(started)
     await_that(lambda: not own_stack.redis.keys(keys.worker("*")))

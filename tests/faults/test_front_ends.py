@@ -10,9 +10,9 @@ from typing import Any
 import psutil
 import pytest
 
-from bench.stack import Process, Stack, await_that, running, slack
+from bench.stack import Process, Stack, await_that, running
 from tasks.contract import keys
-from tests.faults.clients import LONGEST_S, Client, ask, await_tokens, chat, compare
+from tests.faults.clients import LONGEST_S, Client, await_gone, await_tokens, begin, chat, compare
 from tests.faults.conftest import LEASE_S, SLOW_SIM, Fault
 from tests.test_client import sluice
 from tests.test_jobs import get, submit
@@ -49,11 +49,6 @@ def front_ends_of(stack: Stack, worker: Process) -> list[psutil.Process]:
     return [process for process in started if process.pid in serving]
 
 
-def await_gone(processes: list[psutil.Process]) -> None:
-    left = lambda: psutil.wait_procs(processes, timeout=0)[1]
-    await_that(lambda: not left(), slack(10), left)
-
-
 def _job_id(client: Client) -> str:
     return str(client.headers["x-sluice-job"])
 
@@ -61,9 +56,7 @@ def _job_id(client: Client) -> str:
 def test_only_the_streams_of_a_killed_front_end_move_on(stack: Stack, fault: Fault) -> None:
     (worker,) = stack.workers
     bodies = [chat(n, stream=True, max_tokens=200) for n in range(SLOTS)]
-    expected = ask(stack, bodies)
-    clients = [Client(stack, body) for body in bodies]
-    await_tokens(clients, 10)
+    clients, expected = begin(stack, bodies, 10)
     front_ends = front_ends_of(stack, worker)
     held = [stack.jobs_of(front_end) for front_end in front_ends]
     assert [len(jobs) for jobs in held] == [SLOTS // FRONT_ENDS] * FRONT_ENDS
@@ -82,9 +75,7 @@ def test_only_the_streams_of_a_killed_front_end_move_on(stack: Stack, fault: Fau
 def test_front_ends_end_with_the_process_that_started_them(stack: Stack, fault: Fault) -> None:
     (worker,) = stack.workers
     bodies = [chat(n, stream=True, max_tokens=200) for n in range(SLOTS)]
-    expected = ask(stack, bodies)
-    clients = [Client(stack, body) for body in bodies]
-    await_tokens(clients, 10)
+    clients, expected = begin(stack, bodies, 10)
     front_ends = front_ends_of(stack, worker)
     fault.inflict("SIGKILL the front ends' parent")
     killed_s = time.monotonic()
@@ -129,9 +120,7 @@ def test_a_request_that_kills_front_ends_is_given_up_by_one_worker(
 ) -> None:
     (worker,) = stack.workers
     bodies = [chat(n, stream=True, max_tokens=60) for n in range(4)]
-    expected = ask(stack, bodies)
-    clients = [Client(stack, body) for body in bodies]
-    await_tokens(clients, 5)
+    clients, expected = begin(stack, bodies, 5)
     poison = submit(stack, chat(9, stream=True, sim={"failure": "crash"}))["id"]
     fault.inflict("poisoned request")
     await_that(lambda: get(stack, poison)["status"] == "failed", LONGEST_S)
