@@ -237,12 +237,14 @@ def test_what_was_measured_before_an_error_is_drawn_and_not_saved(home: Path) ->
     page, saved = home / "curve.html", home / "after.json"
     (place := home / "full").mkdir()
     with running(Stack(place, [SLOTTED], max_backlog=8)) as stack:
-        done = bench(stack, "--sweep", page, "--save", saved)
+        # A slow API passes on sixteen at the engine's pace, and a few more: never sixty-four.
+        done = bench(stack, "--sweep", page, "--save", saved, "--streams=64")
     assert done.returncode == 1
-    assert "the sweep ended early: at 16 streams: " in " ".join(done.stdout.split())
-    assert "sluice: at 16 streams: " in done.stderr
+    ended = re.search(r"sluice: at (16|32|64) streams: ", done.stderr)
+    assert ended, done.stderr
+    assert f"the sweep ended early: at {ended[1]} streams: " in " ".join(done.stdout.split())
     assert "<td>8</td>" in page.read_text()
-    assert "<td>16</td>" not in page.read_text()
+    assert f"<td>{ended[1]}</td>" not in page.read_text()
     assert not saved.exists()
 
 
