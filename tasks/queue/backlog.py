@@ -150,6 +150,8 @@ class Backlog:
         self._forget = load_script(redis, *STATE, "forget")
         self._sweep = load_script(redis, *STATE, "sweep")
         self._wake = load_script(redis, *STATE, "wake")
+        # Celery loads half of itself for its first message: not while a client waits.
+        make_ticket("", "")
 
     def submit(
         self, job: Job, limits: Sequence[Limited] = (), note_left: NoteLeft | None = None
