@@ -1,12 +1,13 @@
 """The one ticket that waits for all jobs of a model reaches a worker that has room for them."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import redis
 
+from bench.stack import await_that
 from gpu_worker.claims import Claims
 from gpu_worker.dispatcher import Dispatcher
 from tasks.contract import keys
@@ -42,15 +43,14 @@ def test_a_busy_worker_leaves_the_ticket_of_a_job_that_fits_only_elsewhere(
         id="w1", model=MODEL, claims=claims, backlog=backlog, persist=lambda write: write()
     )
     dispatcher = Dispatcher(worker)
-    busy = threading.Thread(target=dispatcher.serve_ticket, args=("m",))
-    busy.start()
-    try:
-        elsewhere = backlog.redis.brpop([keys.tickets("m")], 1)
-    finally:
+    with ThreadPoolExecutor(2) as pool, dispatcher:
+        elsewhere = pool.submit(backlog.redis.brpop, [keys.tickets("m")], 10)
+        await_that(lambda: backlog.redis.info("clients")["blocked_clients"] == 1)
+        busy = pool.submit(dispatcher.serve_ticket, "m")
+        is_passed_on = elsewhere.result() is not None
         claims.release(running)
-        busy.join()
-        dispatcher.__exit__()
-    assert elsewhere is not None
+        busy.result()
+    assert is_passed_on
     room = Room(SLOTS, SLOTS)
     (wide,) = backlog.claim_several("m", "w2", "token", room, reserve=0, most=1)
     assert wide.job.id == "job_wide"

@@ -15,7 +15,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from api.access import KEY_PROTOCOL, SOCKET, WHO
-from bench.stack import Stack, await_that, running
+from bench.stack import Stack, await_that, running, slack
 from db import keys as records
 from db import migrate
 from tasks.contract.access import KeySpec, Role, TenantSpec
@@ -82,9 +82,9 @@ def test_the_sdk_gets_in_with_a_key_only(stack: Stack, make: Make) -> None:
 def test_all_that_is_no_valid_key_is_refused_alike(stack: Stack, make: Make) -> None:
     revoked = make()
     api_keys.revoke(stack.database_url, revoked["id"])
-    dead = make(expires_at=int(time.time()) + 2)
+    dead = make(expires_at=int(time.time()) + 10)
     assert ask(stack, dead["key"], "GET", "/v1/models").ok
-    await_that(lambda: not ask(stack, dead["key"], "GET", "/v1/models").ok, 3)
+    await_that(lambda: not ask(stack, dead["key"], "GET", "/v1/models").ok, 20)
     shown = [None, "", "x", "sk-wrong", dead["key"], revoked["key"], revoked["key"][:-1]]
     answers = [ask(stack, key, "GET", "/v1/models") for key in shown]
     answers.append(call(stack, "GET", "/v1/models", headers={"Authorization": "Basic eDp5"}))
@@ -153,14 +153,15 @@ def test_a_revocation_ends_open_streams(stack: Stack, make: Make) -> None:
         begun_s = time.monotonic()
         api_keys.revoke(stack.database_url, key["id"])
         assert orjson.loads(idle.recv(timeout=20))["error"]["code"] == "invalid_api_key"
-        assert idle.recv(timeout=5) == "[DONE]"
+        assert idle.recv(timeout=20) == "[DONE]"
         with pytest.raises(ConnectionClosed):
-            idle.recv(timeout=5)
+            idle.recv(timeout=20)
         assert idle.close_code == 1008
     for answer in (chat, follower):
         assert answer.text.endswith("data: [DONE]\n\n")
         assert '"code":"invalid_api_key"' in answer.text[-400:]
-    assert time.monotonic() - begun_s < REVOKED_WITHIN_S
+    took_s = time.monotonic() - begun_s
+    assert took_s < slack(REVOKED_WITHIN_S)
     left = f"/v1/jobs/{chat.headers['x-sluice-job']}"
     # The client has its last byte before its job is let go.
     await_that(lambda: ask(stack, watcher["key"], "GET", left).json()["status"] == "cancelled")
@@ -182,7 +183,7 @@ def test_an_open_socket_may_what_its_key_may_by_now(stack: Stack, make: Make) ->
         assert "choices" in answer()
         spec = KeySpec(name="narrow", tenant=key["tenant"], models=["another"])
         api_keys.change(stack.database_url, key["id"], spec)
-        await_that(lambda: "model_not_allowed" in answer(), REVOKED_WITHIN_S)
+        await_that(lambda: "model_not_allowed" in answer(), slack(REVOKED_WITHIN_S))
 
 
 def test_a_revoked_key_stays_so_when_it_is_changed(database_url: str) -> None:
@@ -213,10 +214,10 @@ def test_a_browser_shows_its_key_as_a_subprotocol(stack: Stack, make: Make) -> N
 
 def test_a_rotated_key_lives_on_for_its_overlap(stack: Stack, make: Make) -> None:
     old = make()
-    new = api_keys.rotate(stack.database_url, old["id"], 3)
+    new = api_keys.rotate(stack.database_url, old["id"], 8)
     assert ask(stack, old["key"], "GET", "/v1/models").ok
     assert ask(stack, new["key"], "GET", "/v1/models").ok
-    await_that(lambda: not ask(stack, old["key"], "GET", "/v1/models").ok, REVOKED_WITHIN_S)
+    await_that(lambda: not ask(stack, old["key"], "GET", "/v1/models").ok, 20)
     assert ask(stack, old["key"], "GET", "/v1/models").status_code == 401
     assert ask(stack, new["key"], "GET", "/v1/models").ok
 

@@ -324,7 +324,8 @@ def test_a_worker_is_ready_until_it_drains(home: Path, resources: list[Resource]
         (worker,) = control.workers(stack.redis)
         url = f"http://{worker.metrics_address}"
         status = lambda path: requests.get(url + path, timeout=10).status_code
-        assert (status(ready), status(alive)) == (200, 200)
+        await_that(lambda: status(ready) == 200)
+        assert status(alive) == 200
         body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2000}
         job = {"endpoint": "/v1/chat/completions", "body": body}
         posted = requests.post(f"{stack.url}/v1/jobs", json=job, timeout=10).json()

@@ -41,8 +41,8 @@ def locust(url: str, *arguments: str, users: int = 4) -> subprocess.CompletedPro
 
 def test_each_scenario_has_times_of_its_own(sim_stack: Stack, tmp_path: Path) -> None:
     figures = tmp_path / "figures"
-    options = ("--equal-weights", f"--json-file={figures}", *SLOW_IS_FINE)
-    done = locust(sim_stack.url, *options)
+    longer = ("--equal-weights", "--max-tokens=100")
+    done = locust(sim_stack.url, *longer, f"--json-file={figures}", *SLOW_IS_FINE)
     assert done.returncode == 0, done.stdout + done.stderr
     entries = {
         (entry["name"], entry["method"]): entry
@@ -52,12 +52,12 @@ def test_each_scenario_has_times_of_its_own(sim_stack: Stack, tmp_path: Path) ->
     expected = {(name, kind) for name in STREAMED for kind in kinds} | {("Batch", "job")}
     assert set(entries) == expected
     assert {entry["num_failures"] for entry in entries.values()} == {0}
-    # The engine waits 10 ms for the first token, and 5 ms for each of the other seven.
+    # The engine waits 10 ms for the first token, and 5 ms for each of the others.
     for name in STREAMED:
         assert entries[name, "TTFT"]["min_response_time"] >= 10
-        # A busy client may find several of them at once.
+        # A busy client finds several of them at once, but not all.
         assert entries[name, "TPOT"]["max_response_time"] >= 1
-        assert entries[name, "answer"]["min_response_time"] >= 30
+        assert entries[name, "answer"]["min_response_time"] >= 500
 
 
 @pytest.mark.parametrize(

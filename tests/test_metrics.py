@@ -20,6 +20,7 @@ from tasks.contract.job import Cause, Claim, EnqueueOptions, Job, Lane, State, n
 from tasks.contract.settings import Settings
 from tasks.queue.backlog import Backlog
 from tests.conftest import SIM
+from tests.faults.clients import paused
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 20}
 ADMIN = {"Authorization": "Bearer admin"}
@@ -180,10 +181,13 @@ def test_every_api_reports_the_same_depth_while_a_worker_is_killed(stack: Stack)
     stack.start_api()
     urls = [f"http://127.0.0.1:{port}" for port in stack.api_ports]
     with ThreadPoolExecutor(60) as pool:
-        chats = [
-            pool.submit(requests.post, urls[n % 2] + "/v1/chat/completions", json=CHAT, timeout=240)
-            for n in range(60)
-        ]
+        with paused(stack):
+            chats = [
+                pool.submit(requests.post, f"{url}/v1/chat/completions", json=CHAT, timeout=240)
+                for url in urls * 30
+            ]
+            waiting = lambda: Metrics(urls[0] + "/metrics").total("sluice_queue_depth")
+            await_that(lambda: waiting() == len(chats))
         await_that(lambda: stack.redis.zcard(keys.LEASES) == 8)
         killed = stack.workers[0]
         killed.kill()

@@ -86,7 +86,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         url = f"http://127.0.0.1:{far.server_port}"
         demo = {"name": "demo", "aliases": ["gpt-3.5-turbo"], "engine": "sim"}
         home = tmp_path_factory.mktemp("far")
-        with running(Stack(home, [demo], model=url, keep_alive_s=1)) as stack:
+        with running(Stack(home, [demo], model=url, keep_alive_s=5)) as stack:
             yield stack
 
 

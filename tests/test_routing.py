@@ -137,7 +137,8 @@ def test_a_model_whose_jobs_fail_is_stood_in_for_until_one_succeeds(stack: Stack
         return call(stack, "POST", "/v1/jobs", json=job).headers.get("x-sluice-fallback")
 
     await_that(lambda: reason(sim={"failure": "error"}) == "breaker_open", 60)
-    await_that(lambda: reason() is None, 60)
+    # While it is open one of them a second may try again.
+    await_that(lambda: [reason() for _ in range(3)] == [None] * 3, 60)
 
 
 def test_a_request_that_is_too_long_for_the_model_goes_to_one_with_more_context(

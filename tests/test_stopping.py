@@ -1,6 +1,5 @@
 """A job that is nobody's any more ends inside vLLM too, whatever it is and whyever it ended."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -132,7 +131,5 @@ def test_embeddings_that_nobody_wants_any_more_free_the_engine(embedding_stack: 
     assert short.json()["data"][0]["embedding"]
     client = send(stack, {"input": [f"{n} is in a queue. " * 180 for n in range(200)]}, EMBEDDINGS)
     await_that(lambda: engine.sequences() > 100)
-    begun_s = time.monotonic()
     client.close()
     await_that(lambda: engine.sequences() == 0, timeout_s=slack(1), explain=engine.sequences)
-    assert time.monotonic() - begun_s < slack(1.5)

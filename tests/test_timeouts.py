@@ -23,20 +23,17 @@ def model(name: str, args: dict[str, Any], **timeouts: float) -> dict[str, Any]:
 
 
 MODELS = [
-    model("total", SLOW, total_s=1),
+    model("total", SLOW, total_s=3),
     model("first", SLOW | {"first-token-s": 30}, first_token_s=0.5),
     model("next", {"tokens-per-s": 50, "first-token-s": 0}, between_tokens_s=1),
-    model("queue", SLOW, queue_s=0.5),
+    model("queue", SLOW, queue_s=3),
 ]
 
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     home = tmp_path_factory.mktemp("timeouts")
-    with running(Stack(home, MODELS, keep_alive_s=1), workers=0) as stack:
-        for each in MODELS:
-            stack.start_worker(each["name"])
-        await_that(lambda: len(workers(stack.redis)) == len(MODELS), 60)
+    with running(Stack(home, MODELS, keep_alive_s=1)) as stack:
         yield stack
 
 
@@ -80,20 +77,20 @@ def test_a_request_may_have_a_shorter_time_than_the_model(stack: Stack) -> None:
     """Here through OpenAI's SDK."""
     client = openai.OpenAI(base_url=f"{stack.url}/v1", api_key="-", max_retries=0)
     begun_s = time.monotonic()
-    with pytest.raises(openai.InternalServerError, match=r"within 0\.3 s") as late:
+    with pytest.raises(openai.InternalServerError, match="within 3 s") as late:
         client.chat.completions.create(
             model="queue",
             messages=[{"role": "user", "content": "Hello"}],
             max_tokens=1000,
-            extra_headers={"x-sluice-timeout": "0.3"},
+            extra_headers={"x-sluice-timeout": "3"},
         )
     assert late.value.code == "job_timeout"
-    assert time.monotonic() - begun_s < slack(3)
+    assert time.monotonic() - begun_s < slack(6)
 
 
 def test_a_job_in_the_background_has_its_time_from_its_acceptance(stack: Stack) -> None:
     body = CHAT | {"model": "queue", "max_tokens": 1000}
-    job = wait(stack, submit(stack, body, timeout_s=1)["id"]).json()
+    job = wait(stack, submit(stack, body, timeout_s=3)["id"]).json()
     assert (job["status"], job["error"]["code"]) == ("failed", "job_timeout")
 
 
