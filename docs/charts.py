@@ -22,8 +22,8 @@ class Figures(NamedTuple):
 
 STREAMS = (1, 16, 64)
 FIGURES = {
-    "vLLM": (Figures(3.2, 15.1, 256), Figures(23.0, 58.4, 85.4), Figures(40.1, 199, 285)),
-    "Sluice": (Figures(2.9, 18.3, 78.4), Figures(23.0, 61.2, 304), Figures(38.2, 183, 423)),
+    "vLLM": (Figures(2.0, 19.9, 248), Figures(17.7, 53.3, 140), Figures(25.3, 178, 376)),
+    "Sluice": (Figures(2.1, 24.6, 40.4), Figures(15.2, 70.0, 303), Figures(27.1, 210, 526)),
 }
 PANELS = (
     "requests/s (more is better)",

@@ -44,7 +44,7 @@ def test_a_busy_worker_leaves_the_ticket_of_a_job_that_fits_only_elsewhere(
     )
     dispatcher = Dispatcher(worker)
     with ThreadPoolExecutor(2) as pool, dispatcher:
-        elsewhere = pool.submit(backlog.redis.brpop, [keys.tickets("m")], 10)
+        elsewhere = pool.submit(backlog.redis.brpop, [keys.tickets("m")], 4)
         await_that(lambda: backlog.redis.info("clients")["blocked_clients"] == 1)
         busy = pool.submit(dispatcher.serve_ticket, "m")
         is_passed_on = elsewhere.result() is not None
