@@ -6,7 +6,6 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import orjson
 import pytest
@@ -18,11 +17,12 @@ from bench.sweep import Sweep, compare, ladder
 from tests.test_client import command
 
 SLOTS = 4
-# An answer of 8 tokens takes 0.4 s in the engine, whatever the machine does beside it.
+# An answer of 8 tokens takes 0.75 s in the engine, whatever the machine does beside it: what that
+# adds to a request may be 0.3 s until the knee is elsewhere.
 SLOTTED = {
     "name": "sim",
     "engine": "sim",
-    "args": {"tokens-per-s": 20, "first-token-s": 0.05, "max-num-seqs": SLOTS},
+    "args": {"tokens-per-s": 10, "first-token-s": 0.05, "max-num-seqs": SLOTS},
 }
 OPTIONS = (
     *("--streams=16", "--requests=8", "--max-tokens=8", "--rounds=1"),
@@ -137,31 +137,16 @@ def swept(slotted: Stack, figures: Path) -> str:
     return done.stdout
 
 
-def rates_of(sweep: dict[str, Any]) -> dict[int, float]:
-    """By streams: requests/s."""
-    return {level["streams"]: level["requests_per_s"]["median"] for level in sweep["levels"]}
-
-
-def knee_of(sweep: dict[str, Any]) -> int:
-    """Where the power, rate times rate for each stream, is greatest.
-
-    On a machine that does nothing else: at the slots.
-    """
-    rates = rates_of(sweep)
-    return max(rates, key=lambda streams: rates[streams] ** 2 / streams)
-
-
-def test_the_sweep_of_a_deployment_shows_its_slots(swept: str, figures: Path) -> None:
+def test_the_knee_of_a_deployment_is_at_its_slots(swept: str, figures: Path) -> None:
     head, columns, *rows = swept.splitlines()
     assert "TTFT within 800 ms, TPOT within 1000 ms" in head
     assert columns.split()[:3] == ["streams", "requests/s", "goodput"]
     assert [int(row.split()[0]) for row in rows[:5]] == [1, 2, 4, 8, 16]
+    assert rows[5].startswith(f"the knee is at {SLOTS} streams: ")
     saved = orjson.loads((figures / "before.json").read_bytes())
-    assert saved["knee_streams"] == knee_of(saved)
-    assert rows[5].startswith(f"the knee is at {knee_of(saved)} streams: ")
+    assert saved["knee_streams"] == SLOTS
     goodput = {level["streams"]: level["goodput"]["median"] for level in saved["levels"]}
-    rates = rates_of(saved)
-    assert rates[SLOTS] > 1.2 * rates[1]
+    rates = {level["streams"]: level["requests_per_s"]["median"] for level in saved["levels"]}
     assert goodput[SLOTS] > rates[SLOTS] / 2
     assert goodput[16] < rates[16] / 2
 
@@ -183,12 +168,11 @@ class Links(HTMLParser):
 def test_the_page_holds_all_that_it_shows(swept: str, figures: Path) -> None:
     assert (figures / "curve.png").read_bytes().startswith(PNG)
     page = (figures / "curve.html").read_text()
-    knee = knee_of(orjson.loads((figures / "before.json").read_bytes()))
     links = Links(page)
     assert [link[:22] for link in links.found] == ["data:image/png;base64,"]
     assert not {"script", "link", "iframe"} & links.tags
     assert not re.search(r"@import|url\(", page)
-    assert f"the knee is at {knee} streams" in page
+    assert f"the knee is at {SLOTS} streams" in page
     assert page.count("<tr") == 6
 
 
@@ -196,7 +180,6 @@ def test_a_model_that_got_worse_fails_the_comparison(
     slotted: Stack, swept: str, figures: Path
 ) -> None:
     before = orjson.loads((figures / "before.json").read_bytes())
-    knee = knee_of(before)
     for level in before["levels"]:
         for one in level["rounds"]:
             one["wall_s"] /= 10
@@ -208,13 +191,13 @@ def test_a_model_that_got_worse_fails_the_comparison(
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line.startswith("sluice: ")]
     rate, good, wait, best = lines
-    assert rate.startswith(f"sluice: throughput at {knee} streams is ")
-    assert good.startswith(f"sluice: goodput at {knee} streams is ")
-    assert wait.startswith(f"sluice: TTFT p95 at {knee} streams is ")
+    assert rate.startswith(f"sluice: throughput at {SLOTS} streams is ")
+    assert good.startswith(f"sluice: goodput at {SLOTS} streams is ")
+    assert wait.startswith(f"sluice: TTFT p95 at {SLOTS} streams is ")
     assert best.startswith("sluice: highest goodput is ")
     assert f" % worse than in {faster}; 10 % are allowed" in wait
     assert not saved.exists()
-    assert f"throughput at {knee} streams: " in page.read_text()
+    assert f"throughput at {SLOTS} streams: " in page.read_text()
 
 
 def test_the_same_again_passes(slotted: Stack, swept: str, figures: Path) -> None:
@@ -222,7 +205,7 @@ def test_the_same_again_passes(slotted: Stack, swept: str, figures: Path) -> Non
     done = bench(slotted, *again, "--json")
     assert done.returncode == 0, done.stderr
     measured = orjson.loads(done.stdout)
-    assert measured["knee_streams"] == knee_of(measured)
+    assert measured["knee_streams"] == SLOTS
     assert [change["unit"] for change in measured["changes"]] == [
         *("requests/s", "requests/s"),
         *("ms", "requests/s"),
